@@ -1,0 +1,95 @@
+"""What a backend is: the same few verbs everywhere, so that the run-time loop never asks which one it has.
+
+Build half: :meth:`Backend.build_part` turns a part's ONNX graph into an engine file.
+Run-time half: :meth:`Backend.open` loads a bundle's engines into a :class:`Session`; the orchestrator only uses these verbs.
+A session's tensors are opaque to the loop (numpy arrays on the CPU, device buffers on a GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from bdexport.bundle import Bundle
+
+Tensor = Any  # a session's own handle: numpy.ndarray on the CPU
+Rows = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used here; when not, why, and the line that mends it."""
+
+    ok: bool
+    reason: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for. ``max_batch`` None means any batch (backends with dynamic shapes)."""
+
+    precision: str = "fp32"
+    max_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How engines are loaded. ``threads`` None: the backend's choice, reported by the session."""
+
+    device: str = "cpu"
+    threads: int | None = None
+
+
+class Session(Protocol):
+    """The engines of one bundle, loaded on one device. Calls from several threads are safe."""
+
+    device: str
+    threads: int | None
+    notes: tuple[str, ...]  # choices made while loading, each with its reason
+
+    def put(self, array: NDArray[Any]) -> Tensor:
+        """A host array -> the session's tensor (the array itself on the CPU)."""
+
+    def get(self, tensor: Tensor) -> NDArray[Any]:
+        """The session's tensor -> a host array that the caller owns."""
+
+    def run(self, part: str, x: Tensor) -> Tensor:
+        """Run one part on a batch; the result is fresh or stays valid until the thread's next path begins."""
+
+    def take(self, x: Tensor, rows: Rows) -> Tensor:
+        """The given images of a batch, gathered in that order."""
+
+    def merge(self, pieces: Sequence[tuple[Rows, Tensor]], batch: int) -> Tensor:
+        """One batch from pieces whose rows together are 0..batch-1, each exactly once."""
+
+    def close(self) -> None:
+        """Free everything; further calls are errors."""
+
+
+class Backend(Protocol):
+    """Builds engines and opens sessions."""
+
+    name: str
+    precisions: tuple[str, ...]
+
+    def available(self) -> Availability:
+        """Can engines of this backend be loaded and run in this process? Never raises."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions that an engine depends on; part of its cache key and of the manifest."""
+
+    def fingerprint(self) -> str:
+        """What an engine is bound to on this machine (CPU features, GPU model); part of its cache key."""
+
+    def build_part(self, part: str, graph: Path, engine: Path, options: BuildOptions) -> None:
+        """Build ``engine`` from the ONNX file ``graph``. Raises BuildError naming the part."""
+
+    def open(self, bundle: Bundle, options: RunOptions) -> Session:
+        """Load every engine of ``bundle``. Raises BackendError naming the part, both sides and the remedy."""

@@ -1,0 +1,37 @@
+"""The policy network: image -> K keep-probabilities in one shot (Wu et al., CVPR 2018, section 3.2).
+
+Deviation from one sentence of the paper, in agreement with the authors' code: an output is the probability that the
+block is *kept*. The exploration bound alpha belongs to training (``bdexport.train.rollout``) and is no part of this.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bdexport.architecture import PolicySpec
+from bdexport.models.resnet import ResNet
+
+
+class PolicyNet(nn.Module):
+    """Input: float (N, 3, H, W), preprocessed. Output of ``forward``: keep-probabilities (N, K)."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        super().__init__()
+        self.spec = spec
+        backbone = ResNet(spec.backbone())
+        self.stem, self.blocks = backbone.stem, backbone.blocks
+        self.fc = nn.Linear(spec.widths[-1], spec.num_blocks)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Log-odds of keeping each block, (N, K)."""
+        if self.spec.input_pool > 1:
+            x = F.avg_pool2d(x, self.spec.input_pool)
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x).sigmoid()
