@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from bdexport.bundle import Bundle
+    from bdexport.models.pair import BlockDropNet
 
 Tensor = Any  # a session's own handle: numpy.ndarray on the CPU
 Rows = NDArray[np.intp]
@@ -48,29 +49,39 @@ class RunOptions:
 
 
 class Session(Protocol):
-    """The engines of one bundle, loaded on one device. Calls from several threads are safe."""
+    """The engines of one bundle, loaded on one device. Calls from several threads are safe.
+
+    A backend may keep activations between parts in a layout of its own: only :meth:`put` and :meth:`get` know it, so
+    a tensor that one session made is given to no other.
+    """
 
     device: str
     threads: int | None
     notes: tuple[str, ...]  # choices made while loading, each with its reason
 
-    def put(self, array: NDArray[Any]) -> Tensor:
-        """A host array -> the session's tensor (the array itself on the CPU)."""
+    def put(self, part: str, array: NDArray[Any]) -> Tensor:
+        """A host array in the manifest's layout -> the session's tensor, as input of ``part``; it may share memory."""
 
-    def get(self, tensor: Tensor) -> NDArray[Any]:
-        """The session's tensor -> a host array that the caller owns."""
+    def get(self, part: str, tensor: Tensor) -> NDArray[Any]:
+        """An output of ``part`` -> a host array in the manifest's layout that the caller owns."""
 
     def run(self, part: str, x: Tensor) -> Tensor:
-        """Run one part on a batch; the result is fresh or stays valid until the thread's next path begins."""
+        """Run one part on a batch; the result is fresh."""
+
+    def run_path(self, parts: Sequence[str], x: Tensor) -> Tensor:
+        """Run parts one after another on the whole batch; the result is valid until the thread's next path begins."""
 
     def take(self, x: Tensor, rows: Rows) -> Tensor:
-        """The given images of a batch, gathered in that order."""
+        """The given images of a batch, gathered in that order; contiguous rows may be a view of ``x``."""
+
+    def replace(self, x: Tensor, rows: Rows, y: Tensor) -> Tensor:
+        """``x`` with the given images replaced by those of ``y`` (same shape); ``x`` is given up and may be reused."""
 
     def merge(self, pieces: Sequence[tuple[Rows, Tensor]], batch: int) -> Tensor:
-        """One batch from pieces whose rows together are 0..batch-1, each exactly once."""
+        """One fresh batch from pieces whose rows together are 0..batch-1, each exactly once."""
 
     def close(self) -> None:
-        """Free everything; further calls are errors."""
+        """Free everything; further calls raise UsageError."""
 
 
 class Backend(Protocol):
@@ -78,6 +89,7 @@ class Backend(Protocol):
 
     name: str
     precisions: tuple[str, ...]
+    engine_suffix: str  # of engine files, with the dot
 
     def available(self) -> Availability:
         """Can engines of this backend be loaded and run in this process? Never raises."""
@@ -88,8 +100,13 @@ class Backend(Protocol):
     def fingerprint(self) -> str:
         """What an engine is bound to on this machine (CPU features, GPU model); part of its cache key."""
 
-    def build_part(self, part: str, graph: Path, engine: Path, options: BuildOptions) -> None:
-        """Build ``engine`` from the ONNX file ``graph``. Raises BuildError naming the part."""
+    def build_part(
+        self, part: str, graph: Path, engine: Path, options: BuildOptions, model: BlockDropNet | None = None
+    ) -> None:
+        """Build ``engine`` from the ONNX file ``graph``. Raises BuildError naming the part.
+
+        ``model`` is what the graph was exported from; only a backend that has no use for ONNX (torch) asks for it.
+        """
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load every engine of ``bundle``. Raises BackendError naming the part, both sides and the remedy."""
