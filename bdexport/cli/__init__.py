@@ -1,0 +1,1 @@
+"""The command line: one thin file per command, registered in :mod:`bdexport.cli.main`."""

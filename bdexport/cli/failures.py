@@ -1,0 +1,129 @@
+"""What a failure says and how it exits: every exception becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import typer
+
+from bdexport.errors import BdexportError
+
+FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
+
+EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
+    "torch": "build",
+    "onnx": "build",
+    "safetensors": "build",
+    "sklearn": "build",
+    "tensorboard": "build",
+    "onnxruntime": "cpu",
+    "tensorrt": "gpu",
+    "cuda": "gpu",
+    "pycuda": "pycuda",
+    "tensorrt_rtx": "rtx",
+}
+
+
+@dataclass
+class Terminated:
+    """Set when SIGTERM arrived."""
+
+    exit_code: int | None = None
+
+
+@contextmanager
+def terminable() -> Iterator[Terminated]:
+    """Inside, SIGTERM is a KeyboardInterrupt, so that whatever Ctrl-C cleans up is cleaned up for it too."""
+    state = Terminated()
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield state
+        return
+    owner = os.getpid()
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker forked from here just ends; its parent cleans up
+            os._exit(TERMINATED)
+        state.exit_code = TERMINATED
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """The line for stderr (None: say nothing) and the exit code of whatever ended a command."""
+    if isinstance(error, SystemExit):
+        return None, _exit_code(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return None, INTERRUPTED  # main says which signal it was
+    if isinstance(error, BrokenPipeError):  # `bdexport inspect B | head -1`: the reader has what it wanted
+        return None, FAILED
+    if isinstance(error, BdexportError):
+        return _line(str(error)), error.exit_code
+    if hasattr(error, "format_message"):  # a usage error of Typer's, under whatever name this version gives it
+        return _usage_line(error), WRONG_USAGE
+    return _line(_describe(error)), FAILED
+
+
+def _describe(error: BaseException) -> str:
+    module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if module in EXTRA_OF:
+        return f"this needs {module}, which is not installed; pip install 'bdexport[{EXTRA_OF[module]}]'"
+    if _is_out_of_memory(error):
+        return f"out of memory ({type(error).__name__}: {error}); use a smaller batch or fewer jobs"
+    if isinstance(error, OSError) and error.strerror:
+        return _describe_os_error(error)
+    return f"internal error ({type(error).__name__}: {error}); run again with --debug and report the traceback"
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}no space left; free some space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}no permission ({error.strerror}); choose another place"
+    return f"{where}{error.strerror}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch has its own types for it, which cannot be named without importing torch.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def _usage_line(error: BaseException) -> str:
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", None) or "bdexport"
+    return f"{_line(message)} (see '{command} --help')"
+
+
+def _line(text: str) -> str:
+    return "bdexport: error: " + " ".join(part.strip() for part in text.splitlines() if part.strip())
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    return error.code if isinstance(error.code, int) else FAILED
+
+
+def discard_stdout_if_broken() -> None:
+    """Point stdout nowhere when it cannot be written; otherwise the interpreter complains once more at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
