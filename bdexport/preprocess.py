@@ -2,22 +2,38 @@
 
 Two steps: *geometry* turns any decoded image into uint8 RGB of the network's size; *normalisation* turns uint8
 (N, H, W, 3) into float32 (N, 3, H, W) by ``(pixel / 255 - mean) / std``.
+
+What a file says is honoured as a viewer would: the EXIF orientation is applied, an animation gives its first frame,
+transparency shows white, 16-bit greyscale keeps its upper 8 bits. Colour profiles are not applied.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from bdexport.errors import ImageError, InputError
 
 Resampling = Literal["bilinear", "bicubic"]
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the public CIFAR ResNets use ImageNet's
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # what undoes each EXIF orientation (TIFF 6.0, tag 274); 1 is upright already
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -46,37 +62,67 @@ class Preprocess:
             raise InputError("preprocessing: resampling", got=repr(self.resampling), expected="bilinear or bicubic")
 
     def fit_image(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Geometry: any Pillow image (greyscale, palette, CMYK, alpha..) -> uint8 RGB (H, W, 3) of ``size``."""
+        """Geometry: any Pillow image (greyscale, palette, CMYK, alpha..) -> uint8 RGB (H, W, 3) of ``size``.
+
+        Raises :class:`ImageError` for a colour space that Pillow cannot turn into RGB.
+        """
         image = _to_rgb(image)
         height, width = self.size
         resampling = Image.Resampling[self.resampling.upper()]
         if self.resize_short is not None:
-            scale = self.resize_short / min(image.size)
-            scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-            image = image.resize(scaled, resampling)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
+            image = image.resize((width, height), resampling, box=self._crop_box(*image.size))
         elif image.size != (width, height):
             image = image.resize((width, height), resampling)
         return np.asarray(image, dtype=np.uint8)
 
+    def _crop_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of a source image, in its own pixels, that the scaled and centre-cropped image shows.
+
+        Cutting before scaling gives the same pixels as the other way round, but never makes the whole scaled image:
+        a strip of 1 x 10,000 pixels would become 256 x 2,560,000.
+        """
+        assert self.resize_short is not None
+        scale = self.resize_short / min(width, height)
+        scaled_width = max(self.size[1], round(width * scale))
+        scaled_height = max(self.size[0], round(height * scale))
+        left, top = (scaled_width - self.size[1]) // 2, (scaled_height - self.size[0]) // 2
+        x, y = width / scaled_width, height / scaled_height
+        # min: rounding must not push the box beyond the image
+        right, bottom = min(width, (left + self.size[1]) * x), min(height, (top + self.size[0]) * y)
+        return left * x, top * y, right, bottom
+
     def fit_array(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Geometry for uint8 (N, h, w, 3): unchanged when already of ``size``, otherwise image by image."""
+        """Geometry for uint8 (N, h, w, 3): image by image, but an array of ``size`` is taken as fitted already.
+
+        Raises :class:`InputError` for another dtype or shape.
+        """
+        _check_images(images)
         if images.shape[1:3] == self.size:
             return images
         return np.stack([self.fit_image(Image.fromarray(image)) for image in images])
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), contiguous: ``(pixel / 255 - mean) / std``."""
-        scale = np.float32(1 / 255) / np.asarray(self.std, np.float32)
-        offset = np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)
-        planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
-        planes *= scale[:, None, None]
-        planes -= offset[:, None, None]
+        """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), contiguous: ``(pixel / 255 - mean) / std``.
+
+        Raises :class:`InputError` for another dtype or shape.
+        """
+        _check_images(images)
+        scale, offset = self._scale_offset
+        # Transposing bytes before they become floats is faster: 13 us against 30 us for one 32x32 image.
+        planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32)
+        planes *= scale
+        planes -= offset
         return planes
 
+    @cached_property
+    def _scale_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """float32 (3, 1, 1) each, rounded once from float64: ``pixel * scale - offset`` is the normalised pixel."""
+        mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
+        scale, offset = 1 / (255 * std), mean / std
+        return scale.astype(np.float32)[:, None, None], offset.astype(np.float32)[:, None, None]
+
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Both steps for uint8 (N, h, w, 3)."""
+        """Both steps for uint8 (N, h, w, 3). Raises :class:`InputError` for another dtype or shape."""
         return self.normalise(self.fit_array(images))
 
     def to_json(self) -> dict[str, Any]:
@@ -100,30 +146,68 @@ def preprocess_from_json(data: dict[str, Any]) -> Preprocess:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image file completely. Raises :class:`ImageError` naming the file and the reason."""
+    """Decode an image file completely and turn it upright; the file is closed when this returns.
+
+    Raises :class:`ImageError` naming the file and the reason, also for an image so large that Pillow takes it for a
+    decompression bomb.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return image
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file", remedy="check the path") from None
+            return _upright(image)
     except UnidentifiedImageError:
         raise ImageError(
             f"{path}: not an image that Pillow can decode", expected="PNG, JPEG, WebP, BMP, TIFF.. "
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file", remedy="check the path") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{path}: too large to decode safely ({error})", remedy="scale it down first") from error
+    except Exception as error:  # decoders of damaged files raise nearly anything: struct.error, IndexError, EOFError..
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(f"{path}: cannot be read ({error.strerror})", remedy="check the path") from error
         raise ImageError(f"{path}: damaged or unreadable image ({error})") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy that no longer needs the file, turned as its EXIF orientation says."""
+    method = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    return image.copy() if method is None else image.transpose(method)
+
+
+def _check_images(images: NDArray[np.uint8]) -> None:
+    if images.dtype != np.uint8:
+        raise InputError("images: wrong dtype", got=images.dtype, expected="uint8")
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise InputError("images: wrong shape", got=images.shape, expected="(N, height, width, 3)")
+    if 0 in images.shape:
+        raise InputError("images: empty batch", got=images.shape, expected="at least one image of one pixel")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # 16-bit greyscale: keep the upper 8 bits
-        values = np.asarray(image, dtype=np.float64)
-        top = 255.0 if values.max(initial=0) <= 255 else 65535.0
-        return Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith(("I", "F")):
+        return _deep_grey_to_rgb(image)
+    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
         opaque.alpha_composite(image.convert("RGBA"))
         return opaque.convert("RGB")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")  # the image itself when it is RGB
+    except ValueError as error:
+        raise ImageError(f"image of mode {image.mode}: cannot be converted to RGB ({error})") from error
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Greyscale of more than 8 bits: 16-bit keeps its upper 8 bits.
+
+    32-bit integers and floats do not say what white is: 1 (floats), 255 or 65535, the first that none exceeds.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ImageError("greyscale image of floats: NaN or infinite pixels")
+    white = 65535.0
+    if not image.mode.startswith("I;16"):
+        scales = (1.0, 255.0) if image.mode == "F" else (255.0,)
+        white = next((scale for scale in scales if values.max(initial=0) <= scale), white)
+    grey = np.clip(values * (255 / white), 0, 255).round().astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
