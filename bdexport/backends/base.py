@@ -1,7 +1,8 @@
 """What a backend is: the same few verbs everywhere, so that the run-time loop never asks which one it has.
 
 Build half: :meth:`Backend.build_part` turns a part's ONNX graph into an engine file.
-Run-time half: :meth:`Backend.open` loads a bundle's engines into a :class:`Session`; the orchestrator only uses these verbs.
+Run-time half: :meth:`Backend.open` loads a bundle's engines into a :class:`Session`, whose verbs are all that the
+orchestrator uses.
 A session's tensors are opaque to the loop (numpy arrays on the CPU, device buffers on a GPU).
 """
 

@@ -1,0 +1,184 @@
+"""The torch backend: the reference that every other backend is verified against. Build half only.
+
+An engine file is the part's weights as safetensors, with the two networks' specs in the header, so that a part can be
+opened without its checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
+from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.errors import BackendError, BuildError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bdexport.bundle import Bundle, Manifest
+    from bdexport.models.pair import BlockDropNet
+
+HEADER = "bdexport"  # the key of the specs in the engine's header
+Array = NDArray[Any]
+
+
+class TorchBackend:
+    """Builds and opens parts as torch modules, in evaluation mode, batch norm as trained (not folded)."""
+
+    name = "torch"
+    precisions: tuple[str, ...] = ("fp32",)
+    engine_suffix = ".safetensors"
+
+    def available(self) -> Availability:
+        """Whether torch and safetensors are installed."""
+        missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+        if missing:
+            return Availability(False, f"{' and '.join(missing)} not installed", 'pip install "bdexport[build]"')
+        return Availability(True, "torch is installed")
+
+    def versions(self) -> Mapping[str, str]:
+        """Engines are weights: they depend on no version of torch; it is recorded for the reader."""
+        import torch
+
+        return {"torch": torch.__version__}
+
+    def fingerprint(self) -> str:
+        """Engines run on every machine."""
+        return "any"
+
+    def build_part(
+        self, part: str, graph: Path, engine: Path, options: BuildOptions, model: BlockDropNet | None = None
+    ) -> None:
+        """Write the part's weights; ``graph`` is not read. Raises BuildError without a ``model``."""
+        from safetensors.torch import save_file
+
+        from bdexport.partition import part_module
+
+        if options.precision not in self.precisions:
+            raise BuildError(f"{part} [torch]: precision", got=options.precision, expected=", ".join(self.precisions))
+        if model is None:
+            raise BuildError(f"{part} [torch]: is built from a model, not from a graph", remedy="pass the model")
+        specs = {"network": model.network.spec.to_json(), "policy": model.policy.spec.to_json(), "part": part}
+        # clone: ``full`` may hold one storage under two names, which safetensors refuses.
+        state = {name: value.detach().clone() for name, value in part_module(model, part).state_dict().items()}
+        save_file(state, engine, metadata={HEADER: json.dumps(specs)})
+
+    def open(self, bundle: Bundle, options: RunOptions) -> TorchSession:
+        """Load every part of ``bundle`` on the CPU."""
+        if options.device != "cpu":
+            raise no_device_error(self.name, options.device, "cpu")
+        skeleton: BlockDropNet | None = None
+        modules: dict[str, nn.Module] = {}
+        for part in bundle.manifest.parts:
+            specs, state = _read_engine(bundle.engine(part), part)
+            skeleton = skeleton or _skeleton(specs)
+            modules[part] = _load_part(skeleton, part, state)
+        return TorchSession(bundle.manifest, modules, options.threads)
+
+
+class TorchSession(ArrayRows):
+    """See :class:`bdexport.backends.base.Session`. Tensors are numpy arrays; torch sees their memory."""
+
+    def __init__(self, manifest: Manifest, modules: Mapping[str, nn.Module], threads: int | None = None) -> None:
+        import torch
+
+        notes = ["torch: the reference, not made for speed"]
+        if threads is not None and threads != torch.get_num_threads():
+            # torch has one pool per process; there is no pool per session to set.
+            torch.set_num_threads(threads)
+            notes.append(f"torch: {threads} threads set for the whole process")
+        self.device, self.threads = "cpu", torch.get_num_threads()
+        self.notes: tuple[str, ...] = tuple(notes)
+        self._modules = dict(modules)
+        self._closed = False
+
+    def put(self, part: str, array: Array) -> Array:
+        return np.ascontiguousarray(array)
+
+    def get(self, part: str, tensor: Array) -> Array:
+        return tensor.copy()
+
+    def run(self, part: str, x: Array) -> Array:
+        import torch
+
+        if self._closed:
+            raise closed_error("torch")
+        with torch.inference_mode(), _reported(part):
+            out = self._modules[part](torch.from_numpy(x if x.flags.writeable else x.copy()))
+        result: Array = out.contiguous().numpy()
+        return result
+
+    def run_path(self, parts: Sequence[str], x: Array) -> Array:
+        for part in parts:
+            x = self.run(part, x)
+        return x
+
+    def close(self) -> None:
+        self._closed = True
+        self._modules.clear()
+
+
+@contextmanager
+def _reported(part: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise BackendError(f"{part} [torch]: {str(error).splitlines()[0]}") from error
+
+
+def session_from_model(manifest: Manifest, model: BlockDropNet, threads: int | None = None) -> TorchSession:
+    """A session straight from a model in memory: the reference at build time."""
+    from bdexport.partition import part_module
+
+    return TorchSession(manifest, {part: part_module(model, part) for part in manifest.parts}, threads)
+
+
+def _read_engine(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            specs = json.loads(file.metadata()[HEADER])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if specs["part"] != part:
+            raise ValueError(f"it holds {specs['part']}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _engine_error(part, f"{path} is no engine: {error}") from error
+    return specs, state
+
+
+def _skeleton(specs: Mapping[str, Any]) -> BlockDropNet:
+    """The pair of networks that the parts of one bundle are cut from, without weights (torch's meta device)."""
+    import torch
+
+    from bdexport.architecture import policy_spec_from_json, resnet_spec_from_json
+    from bdexport.models.pair import BlockDropNet
+
+    try:
+        with torch.device("meta"):
+            return BlockDropNet(resnet_spec_from_json(specs["network"]), policy_spec_from_json(specs["policy"]))
+    except (KeyError, TypeError, UsageError) as error:
+        raise _engine_error(str(specs["part"]), f"its network cannot be made: {error}") from error
+
+
+def _load_part(skeleton: BlockDropNet, part: str, state: Mapping[str, Tensor]) -> nn.Module:
+    from bdexport.partition import part_module
+
+    try:
+        module = part_module(skeleton, part)
+        module.load_state_dict(dict(state), assign=True)
+    except (RuntimeError, UsageError) as error:
+        raise _engine_error(part, str(error)) from error
+    return module
+
+
+def _engine_error(part: str, reason: str) -> BackendError:
+    return BackendError(f"{part} [torch]: {' '.join(reason.split())}", remedy="rebuild the bundle")

@@ -1,0 +1,49 @@
+"""How a batch is run once its masks are known: block by block on the images that keep it, never image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdexport.backends.base import Rows
+from bdexport.parts import Masks
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """Block ``index``: the rows of the batch that keep it and those that drop it, ascending; either may be empty."""
+
+    index: int
+    kept: Rows
+    dropped: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The order in which a batch is run. Row i of the run is image ``order[i]``; None: the order given.
+
+    ``masks`` (N, K) are in that order. ``uniform``: every image has the same mask.
+    """
+
+    order: Rows | None
+    masks: Masks
+    uniform: bool
+
+    def steps(self) -> Iterator[BlockStep]:
+        """The K blocks in order of execution."""
+        for index in range(self.masks.shape[1]):
+            keep = self.masks[:, index]
+            yield BlockStep(index, np.flatnonzero(keep), np.flatnonzero(~keep))
+
+
+def plan_batch(masks: Masks) -> Plan:
+    """Sort images by mask, so that equal masks lie side by side and rows are moved in few, contiguous runs.
+
+    Block 0 is the first key: the early blocks' tensors are the largest, and theirs become one run each.
+    """
+    if len(masks) == 1 or not (masks != masks[0]).any():
+        return Plan(None, masks, uniform=True)
+    order = np.lexsort(masks.T[::-1])
+    return Plan(order, masks[order], uniform=False)

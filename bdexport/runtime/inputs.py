@@ -1,0 +1,76 @@
+"""What a caller may pass as images, and the one way from there to the network's input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.errors import InputError
+from bdexport.preprocess import Preprocess
+
+ACCEPTED = "uint8 (N, h, w, 3) or preprocessed float32 (N, 3, {height}, {width})"
+
+
+def network_input(images: Any, preprocess: Preprocess, max_batch: int | None) -> NDArray[np.float32]:
+    """float32 (N, 3, H, W), C-contiguous, from uint8 (N, h, w, 3) of any size or from float32 of that very shape.
+
+    uint8 goes through ``preprocess``; float32 is taken as it is. Raises :class:`InputError` for any other dtype, rank
+    or channel count, for values that are not finite, an empty batch and a batch beyond ``max_batch``.
+    """
+    array = _as_array(images)
+    height, width = preprocess.size
+    accepted = ACCEPTED.format(height=height, width=width)
+    if array.ndim != 4:
+        remedy = "add the batch axis: images[None]" if array.ndim == 3 else None
+        raise InputError("images: wrong rank", got=f"{array.dtype} {array.shape}", expected=accepted, remedy=remedy)
+    if len(array) == 0:
+        raise InputError("images: empty batch", got=array.shape, expected="at least one image")
+    if max_batch is not None and len(array) > max_batch:
+        remedy = f"pass smaller batches, or rebuild with --max-batch {len(array)}"
+        raise InputError(f"images: batch {len(array)} exceeds the bundle's {max_batch}", remedy=remedy)
+    if array.dtype == np.uint8:
+        return _from_pixels(array, preprocess, accepted)
+    if array.dtype == np.float32:
+        return _from_floats(array, (3, height, width), accepted)
+    raise InputError("images: wrong dtype", got=array.dtype, expected=accepted, remedy=_dtype_remedy(array))
+
+
+def _as_array(images: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(images)
+    except ValueError as error:  # a list of images of different sizes
+        remedy = "pass each size as a batch of its own"
+        raise InputError(f"images: not one array ({error})", remedy=remedy) from error
+
+
+def _from_pixels(array: NDArray[np.uint8], preprocess: Preprocess, accepted: str) -> NDArray[np.float32]:
+    if array.shape[3] != 3 or 0 in array.shape:
+        raise InputError("images: wrong shape", got=f"uint8 {array.shape}", expected=accepted, remedy=_hint(array))
+    return preprocess(array)
+
+
+def _from_floats(array: NDArray[np.float32], shape: tuple[int, ...], accepted: str) -> NDArray[np.float32]:
+    if array.shape[1:] != shape:
+        raise InputError("images: wrong shape", got=f"float32 {array.shape}", expected=accepted, remedy=_hint(array))
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).any(axis=(1, 2, 3)).argmax())
+        raise InputError("images: NaN or infinite values", got=f"some in image {bad}", expected="finite numbers")
+    return np.ascontiguousarray(array)
+
+
+def _hint(array: NDArray[Any]) -> str | None:
+    if array.shape[1] == 3 and array.shape[3] != 3 and array.dtype == np.uint8:
+        return "uint8 images have their channels last: images.transpose(0, 2, 3, 1)"
+    if array.shape[3] == 3 and array.shape[1] != 3:
+        return "float32 images have their channels first: images.transpose(0, 3, 1, 2), after preprocessing"
+    if array.shape[3] == 1:
+        return "repeat the grey channel: images.repeat(3, axis=3)"
+    return None
+
+
+def _dtype_remedy(array: NDArray[Any]) -> str | None:
+    if array.dtype.kind == "f":
+        return "pass images.astype(numpy.float32) if they are preprocessed"
+    return "pass images.astype(numpy.uint8) if the values are pixels in 0..255" if array.dtype.kind in "iu" else None

@@ -1,0 +1,196 @@
+"""Dynamic inference on a bundle: decide -> group -> run blocks -> classify (Wu et al., CVPR 2018, figure 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter_ns
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.backends import get_backend
+from bdexport.backends.base import RunOptions, Session, Tensor
+from bdexport.bundle import Bundle, Manifest, open_bundle
+from bdexport.errors import BackendError, UsageError
+from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
+from bdexport.runtime.decide import checked_masks, masks_from_probabilities
+from bdexport.runtime.executors import choose_executor
+from bdexport.runtime.grouping import plan_batch
+from bdexport.runtime.inputs import network_input
+
+MAX_THREADS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one call gives, image by image in the order they were passed.
+
+    ``logits`` float32 (N, classes); ``masks`` bool (N, K), what ran; ``blocks_used`` int64 (N,); ``probabilities``
+    float32 (N, K), None where the policy did not run (masks forced, or the full engine); ``timings`` in ms:
+    ``preprocess``, ``policy``, ``network``, ``total``.
+    """
+
+    logits: NDArray[np.float32]
+    masks: Masks
+    blocks_used: NDArray[np.int64]
+    probabilities: NDArray[np.float32] | None
+    timings: dict[str, float]
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        """The class with the largest logit, (N,)."""
+        best: NDArray[np.int64] = self.logits.argmax(axis=1)
+        return best
+
+    @property
+    def confidence(self) -> NDArray[np.float32]:
+        """The softmax probability of that class, (N,)."""
+        relative = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        top: NDArray[np.float32] = 1 / relative.sum(axis=1)
+        return top
+
+
+class Orchestrator:
+    """A loaded bundle. Call it with images; it may be called from several threads at once. A context manager."""
+
+    def __init__(self, bundle: Bundle, session: Session, executor: str = "auto") -> None:
+        self.bundle, self.session = bundle, session
+        self._executor, self.executor_reason = choose_executor(executor, session, bundle.manifest)
+        self._closed = False
+
+    @property
+    def manifest(self) -> Manifest:
+        """Everything that is known about the bundle."""
+        return self.bundle.manifest
+
+    @property
+    def executor(self) -> str:
+        """Name of the executor in use; ``executor_reason`` says why."""
+        return self._executor.name
+
+    @property
+    def device(self) -> str:
+        """Where the engines run."""
+        return self.session.device
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that compute one call; None where the backend has no such notion."""
+        return self.session.threads
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the logits' order."""
+        return self.manifest.class_names
+
+    def __call__(self, images: Any, masks: Any = None) -> Result:
+        """Run the blocks that the policy keeps, or those that ``masks`` (bool (N, K)) forces.
+
+        ``images``: uint8 (N, h, w, 3) of any size, fitted by the manifest's preprocessing, or float32 (N, 3, H, W)
+        that is preprocessed already. Raises :class:`InputError` for anything else, :class:`BackendError` when an
+        engine fails or gives numbers that are not finite, :class:`UsageError` after :meth:`close`.
+        """
+        started = perf_counter_ns()
+        inputs = self._inputs(images)
+        forced = None if masks is None else checked_masks(masks, len(inputs), self.manifest.num_blocks)
+        prepared = perf_counter_ns()
+        probabilities, masks = (None, forced) if forced is not None else self._decide(inputs)
+        decided = perf_counter_ns()
+        logits = self._run_blocks(inputs, masks)
+        ended = perf_counter_ns()
+        timings = _timings_ms(started, prepared, decided, ended)
+        return Result(logits, masks, masks.sum(axis=1, dtype=np.int64), probabilities, timings)
+
+    def full(self, images: Any) -> Result:
+        """The undropped network's own engine: the reference that speed-ups are measured against. Same input checks."""
+        started = perf_counter_ns()
+        inputs = self._inputs(images)
+        prepared = perf_counter_ns()
+        logits = _finite(self.session.get(FULL, self.session.run(FULL, self.session.put(FULL, inputs))))
+        ended = perf_counter_ns()
+        masks = np.ones((len(inputs), self.manifest.num_blocks), dtype=bool)
+        timings = _timings_ms(started, prepared, prepared, ended)
+        return Result(logits, masks, masks.sum(axis=1, dtype=np.int64), None, timings)
+
+    def warm_up(self, batch: int = 1) -> None:
+        """Run every part once at this batch size, so that no later call pays for first-time work."""
+        images = np.zeros((batch, *self.manifest.preprocess.size, 3), np.uint8)
+        for keep in (True, False):
+            self(images, masks=np.full((batch, self.manifest.num_blocks), keep))
+        self(images)
+        self.full(images)
+
+    def close(self) -> None:
+        """Free the engines. Closing twice is harmless."""
+        if not self._closed:
+            self._closed = True
+            self.session.close()
+
+    def __enter__(self) -> Orchestrator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _inputs(self, images: Any) -> NDArray[np.float32]:
+        if self._closed:
+            raise UsageError(f"orchestrator of {self.bundle.path}: used after close", remedy="load the bundle again")
+        return network_input(images, self.manifest.preprocess, self.manifest.max_batch)
+
+    def _decide(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], Masks]:
+        session = self.session
+        probabilities = session.get(POLICY, session.run(POLICY, session.put(POLICY, inputs)))
+        return probabilities, masks_from_probabilities(probabilities)
+
+    def _run_blocks(self, inputs: NDArray[np.float32], masks: Masks) -> NDArray[np.float32]:
+        plan = plan_batch(masks)
+        x: Tensor = self.session.put(STEM, inputs)
+        if plan.order is None:
+            return _finite(self.session.get(HEAD, self._executor.run(x, plan)))
+        sorted_logits = _finite(self.session.get(HEAD, self._executor.run(self.session.take(x, plan.order), plan)))
+        logits = np.empty_like(sorted_logits)
+        logits[plan.order] = sorted_logits
+        return logits
+
+
+def load(
+    bundle: str | Path | Bundle, *, threads: int | None = None, device: str | None = None, executor: str = "auto"
+) -> Orchestrator:
+    """Open a bundle for inference with the backend that it was built for.
+
+    ``threads``: threads that compute one call (None: the backend's choice, see ``orchestrator.threads``). ``device``:
+    None for the backend's default. ``executor``: ``auto`` or a name. Raises :class:`BundleError` for a damaged bundle,
+    :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
+    """
+    if threads is not None and (isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS):
+        raise UsageError("threads", got=threads, expected=f"1..{MAX_THREADS}")
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    defaults = RunOptions()
+    options = RunOptions(device=defaults.device if device is None else device, threads=threads)
+    session = get_backend(opened.manifest.backend).open(opened, options)
+    try:
+        return Orchestrator(opened, session, executor)
+    except BaseException:
+        session.close()
+        raise
+
+
+def _timings_ms(started: int, prepared: int, decided: int, ended: int) -> dict[str, float]:
+    return {
+        "preprocess": (prepared - started) / 1e6,
+        "policy": (decided - prepared) / 1e6,
+        "network": (ended - decided) / 1e6,
+        "total": (ended - started) / 1e6,
+    }
+
+
+def _finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A NaN would come out as class 0 with no sign of trouble."""
+    if not np.isfinite(logits).all():
+        raise BackendError("network: logits are not finite", remedy="check the input's range; run `bdexport verify`")
+    return logits
