@@ -54,10 +54,11 @@ class Preprocess:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1 or max(self.size) > 4096:
             raise InputError("preprocessing: image size", got=self.size, expected="height and width in 1..4096")
+        both = (self.mean, self.std)
         if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
-            raise InputError("preprocessing: mean/std", got=(self.mean, self.std), expected="three numbers each, std > 0")
-        if not np.isfinite([*self.mean, *self.std]).all():
-            raise InputError("preprocessing: mean/std", got=(self.mean, self.std), expected="finite numbers")
+            raise InputError("preprocessing: mean/std", got=both, expected="three numbers each, std > 0")
+        if not np.isfinite(both).all():
+            raise InputError("preprocessing: mean/std", got=both, expected="finite numbers")
         if self.resampling not in ("bilinear", "bicubic"):
             raise InputError("preprocessing: resampling", got=repr(self.resampling), expected="bilinear or bicubic")
 
