@@ -1,0 +1,47 @@
+# Every target sets up .venv by itself, once; change pyproject.toml or constraints.txt and it is brought up to date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# -qq: errors of pip's only, not its warnings.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: help install quickstart test lint test-gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart  train, build, verify and bench a small network here (about 5 minutes, nothing downloaded)"
+	@echo "make test        ruff, mypy --strict, pytest: what CI runs"
+	@echo "make lint        ruff and mypy only"
+	@echo "make test-gpu    the tests that need an NVIDIA GPU"
+	@echo "make clean       remove .venv and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; torch makes it take a few minutes)"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[build,cpu,dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	@$(BIN)/bdexport quickstart
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "formatting: run $(BIN)/ruff format ." >&2; exit 1; }
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/pytest -q
+
+test-gpu: $(STAMP)
+	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || \
+	  { echo "test-gpu: no NVIDIA GPU found (nvidia-smi lists none); nothing was tested" >&2; exit 1; }
+	@$(BIN)/pytest -q -m gpu
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
