@@ -1,0 +1,39 @@
+"""What every test gets: one thread per library, a cache of its own, and the fixtures that several tests use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read when the libraries are first imported, hence before any of them. The tests' networks are tiny: threads cost more
+# than they bring, and pools of several test processes fight.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test builds into an empty cache, and none touches the user's."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("BDEXPORT_CACHE", str(cache))
+    monkeypatch.delenv("BDEXPORT_DEBUG", raising=False)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout that is tested."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """A folder with public checkpoints and real data, where there is one; tests that need it are skipped elsewhere."""
+    folder = Path(os.environ.get("BDEXPORT_SHARED") or REPOSITORY.parent / "shared")
+    if not (folder / "checkpoints").is_dir():
+        pytest.skip(f"no folder with checkpoints and data at {folder}; set BDEXPORT_SHARED")
+    return folder
