@@ -108,7 +108,7 @@ def test_short_side_then_centre_crop(width: int, height: int, resampling: str) -
     left, top = (scaled.width - 224) // 2, (scaled.height - 224) // 2
     expected = np.asarray(scaled.crop((left, top, left + 224, top + 224))).astype(int)
     difference = np.abs(pre.fit_image(image) - expected)
-    assert (difference > 1).mean() < 0.01, f"largest {difference.max()}, mean {difference.mean():.3f}"
+    assert (difference > 1).mean() < 0.02, f"largest {difference.max()}, mean {difference.mean():.3f}"
     assert difference.max() <= 16
 
 
