@@ -1,0 +1,77 @@
+"""What a checkpoint holds, and the model that is built from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from bdexport.architecture import PolicySpec, ResNetSpec
+from bdexport.checkpoint.fitting import fit_own
+from bdexport.errors import CheckpointError
+from bdexport.models.pair import BlockDropNet
+from bdexport.preprocess import Preprocess
+
+Form = Literal["bdexport", "public-cifar", "torchvision", "blockdrop"]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Weights with everything that is needed to use them.
+
+    ``state``: float32 CPU tensors under the names of ``BlockDropNet.state_dict()`` (``network.stem.conv.weight``,
+    ``policy.fc.weight``), without the ``num_batches_tracked`` counters, which inference does not need, and without
+    ``policy.*`` when ``policy`` is None. ``training``: JSON object, how it was trained and with which result.
+    ``form``: the form of the file that it was read from. ``notes``: what loading assumed or left out, and why.
+    """
+
+    network: ResNetSpec
+    policy: PolicySpec | None
+    preprocess: Preprocess
+    class_names: tuple[str, ...]
+    state: dict[str, Tensor]
+    training: dict[str, Any] = field(default_factory=dict)
+    form: Form = "bdexport"
+    notes: tuple[str, ...] = ()
+
+
+def build_model(ckpt: Checkpoint, with_policy: bool = True) -> BlockDropNet:
+    """The networks with the checkpoint's weights, float32 on the CPU, in eval mode.
+
+    A checkpoint without a policy is refused with :class:`CheckpointError` unless ``with_policy=False`` says that the
+    policy is not needed or will be trained: the model then has a freshly initialised one (torch's global generator).
+    """
+    if ckpt.policy is None and with_policy:
+        raise CheckpointError(
+            f"this {ckpt.network.name} checkpoint has no policy network",
+            remedy="train one: bdexport train --base CHECKPOINT --out RUN",
+        )
+    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, ckpt.network.name)
+    model = BlockDropNet(ckpt.network, ckpt.policy)
+    model.load_state_dict(state, strict=False)  # fit_own has checked every key; only an absent policy's are missing
+    return model.eval()
+
+
+def describe(ckpt: Checkpoint) -> dict[str, Any]:
+    """What the checkpoint is, as a JSON object for people and programs."""
+    network = ckpt.network
+    return {
+        "form": ckpt.form,
+        "architecture": network.name,
+        "family": network.family,
+        "block": network.block,
+        "stages": list(network.stages),
+        "widths": list(network.widths),
+        "num_blocks": network.num_blocks,
+        "transitions": [block.index for block in network.blocks() if block.transition],
+        "shortcut": network.shortcut,
+        "dropped_transition": network.dropped_transition,
+        "num_classes": network.num_classes,
+        "class_names": list(ckpt.class_names),
+        "preprocess": ckpt.preprocess.to_json(),
+        "policy": ckpt.policy.to_json() if ckpt.policy is not None else None,
+        "weights": sum(tensor.numel() for tensor in ckpt.state.values()),
+        "training": ckpt.training,
+        "notes": list(ckpt.notes),
+    }

@@ -1,0 +1,47 @@
+"""Our own form: one .safetensors file, self-contained. ``docs/checkpoints.md`` is the specification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+
+from bdexport import files
+from bdexport.checkpoint.data import Checkpoint
+from bdexport.checkpoint.fitting import fit_own
+from bdexport.checkpoint.header import Header, header_from_text, header_to_text
+from bdexport.checkpoint.reading import HEADER_KEY, RawFile
+from bdexport.errors import CheckpointError
+
+
+def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
+    """Write ``ckpt`` to ``path`` (``.safetensors``), whole or not at all.
+
+    What would not load again is not written: raises :class:`CheckpointError` on weights that are not finite or do not
+    fit the specs, and on a configuration that the format does not allow; OutputError when the file cannot be written.
+    The same checkpoint always gives the same bytes.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: not a checkpoint's name", got=f"suffix {path.suffix!r}", expected=".safetensors"
+        )
+    text = header_to_text(Header(ckpt.network, ckpt.policy, ckpt.preprocess, ckpt.class_names, ckpt.training))
+    header_from_text(text, str(path))
+    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, str(path))
+    files.write_bytes(path, safetensors.torch.save(state, {HEADER_KEY: text}))
+
+
+def checkpoint_from_own(raw: RawFile) -> Checkpoint:
+    """Read our own form. Raises :class:`CheckpointError` naming the field or the tensor that is wrong."""
+    assert raw.header is not None
+    header = header_from_text(raw.header, str(raw.path))
+    return Checkpoint(
+        network=header.network,
+        policy=header.policy,
+        preprocess=header.preprocess,
+        class_names=header.class_names,
+        state=fit_own(raw.content, header.network, header.policy, str(raw.path)),
+        training=header.training,
+        form="bdexport",
+    )

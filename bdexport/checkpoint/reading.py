@@ -1,0 +1,161 @@
+"""Bytes on disk -> tensors by name. Code in a file is never run; every way to be no checkpoint has its own sentence.
+
+What a file is, is told from its first bytes, never from its name: ``.th``, ``.pt``, ``.pth``, ``.t7`` and
+``.pth.tar`` are all the same two torch forms (a zip archive since torch 1.6, a sequence of pickles before).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bdexport.errors import CheckpointError
+
+RUN_FILE = "model.safetensors"  # what a training run leaves in its folder
+HEADER_KEY = "bdexport"  # our entry in the metadata of a safetensors header
+ONLY_WEIGHTS = "save only the weights: torch.save(model.state_dict(), FILE)"
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """``content``: what the file holds, tensors by name, perhaps inside containers. ``header``: our JSON, if any."""
+
+    path: Path
+    content: Any
+    header: str | None = None
+
+
+def read_raw(path: Path) -> RawFile:
+    """Read a checkpoint file, or the one in a run folder. Raises :class:`CheckpointError` naming file and reason."""
+    try:
+        path = _file_of(path)
+        with open(path, "rb") as file:
+            start = file.read(512)
+        return _read_by_start(path, start)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file", remedy="check the path") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if (path / RUN_FILE).exists():
+        return path / RUN_FILE
+    if (path / "manifest.json").exists():
+        raise CheckpointError(f"{path}: this is a bundle", expected="a checkpoint file or a run folder")
+    raise CheckpointError(
+        f"{path}: a folder without {RUN_FILE}",
+        expected="a checkpoint file or the folder of a finished training run",
+        remedy="run the same bdexport train command again to finish a run that was cut off",
+    )
+
+
+def _read_by_start(path: Path, start: bytes) -> RawFile:
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty", remedy="copy or download it again")
+    if start.startswith(b"PK\x03\x04"):
+        _check_zip(path)
+        return RawFile(path, _read_torch(path))
+    if start.startswith(b"\x80"):
+        return RawFile(path, _read_torch(path))
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    raise CheckpointError(
+        f"{path}: not a checkpoint",
+        got=_kind_of(start),
+        expected="a .safetensors file or a file written by torch.save",
+    )
+
+
+def _kind_of(start: bytes) -> str:
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (run git lfs pull)"
+    if start.startswith(b"\x1f\x8b"):
+        return "a gzip archive (unpack it first)"
+    if start[257:262] == b"ustar":
+        return "a tar archive (unpack it first)"
+    text = start.decode(errors="replace").rstrip("\ufffd")  # the sample may end inside a character
+    if "\ufffd" in text or any(ord(character) < 32 and not character.isspace() for character in text):
+        return "a file of an unknown kind"
+    return "a text file"
+
+
+def _read_safetensors(path: Path) -> RawFile:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: damaged safetensors file ({_first_line(error)})", remedy="copy or download it again"
+        ) from error
+    return RawFile(path, tensors, metadata.get(HEADER_KEY))
+
+
+def _check_zip(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: truncated or damaged torch file", remedy="copy or download it again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: damaged zip archive ({error})", remedy="copy or download it again") from error
+    if "constants.pkl" in names:
+        raise CheckpointError(
+            f"{path}: a TorchScript program, which is code", expected="weights only", remedy=ONLY_WEIGHTS
+        )
+    if "data.pkl" not in names:
+        raise CheckpointError(f"{path}: a zip archive that holds no checkpoint", remedy="unpack it, if it is inside")
+
+
+def _read_torch(path: Path) -> Any:
+    # weights_only: torch's own unpickler, which builds tensors and plain containers and refuses every other global.
+    # It signals damage by many classes, whatever the broken bytes happen to hit; OSError is left to the caller.
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: truncated or damaged torch file ({type(error).__name__}: {_first_line(error)})",
+            remedy="copy or download it again",
+        ) from error
+
+
+def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    text = str(error)
+    wanted = re.search(r"GLOBAL ([\w.]+)", text)
+    if wanted is not None:
+        return CheckpointError(
+            f"{path}: refused, loading it would run code from the file: it asks for {wanted.group(1)}",
+            expected="weights only (tensors, numbers, text and plain containers)",
+            remedy=ONLY_WEIGHTS + " where you trust the file",
+        )
+    if "Invalid magic number" in text:
+        return CheckpointError(f"{path}: a pickle, but not one written by torch.save", remedy=ONLY_WEIGHTS)
+    return CheckpointError(
+        f"{path}: refused, not plain weights ({_reason(text)})",
+        expected="weights only (tensors, numbers, text and plain containers)",
+        remedy=ONLY_WEIGHTS + " where you trust the file",
+    )
+
+
+def _reason(text: str) -> str:
+    """The sentence that torch's unpickler itself said, out of the advice that torch.load wraps around it."""
+    match = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    return (match.group(1) if match else text).strip().splitlines()[0][:200]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0][:200]
