@@ -356,9 +356,12 @@ def file_entry(root: Path, path: Path) -> FileEntry:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into a staging folder, after checking that it can be read back as the same manifest."""
-    data = manifest.to_json()
-    # Through text, because that is what the reader will see: tuples become lists, NaN is refused.
-    if manifest_from_json(json.loads(json.dumps(data, allow_nan=False)), str(root)) != manifest:
+    try:
+        data = json.loads(json.dumps(manifest.to_json(), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        remedy = "check what training recorded"
+        raise BundleError(f"{root}: manifest is not plain JSON ({error})", remedy=remedy) from error
+    if manifest_from_json(data, str(root)).to_json() != data:
         raise BundleError(f"{root}: manifest does not survive being written", remedy="report this as a bug")
     write_json(root / MANIFEST, data)
 

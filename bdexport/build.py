@@ -1,0 +1,280 @@
+"""Checkpoint -> parts -> engines -> bundle. All of it happens in a folder beside the target, which takes the target's
+name only when everything is built and verified.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from bdexport import __version__
+from bdexport.backends import backend_class, get_backend
+from bdexport.backends.base import Backend, BuildOptions
+from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
+from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
+from bdexport.checkpoint.reading import RUN_FILE
+from bdexport.config import BuildConfig
+from bdexport.engine_cache import EngineCache, default_cache_folder, engine_key, engine_recipe
+from bdexport.errors import BuildError, OutputError, UsageError
+from bdexport.export import Progress, Specs, export_parts
+from bdexport.files import making_folder, sha256_file, write_bytes
+from bdexport.models.flops import count_flops
+from bdexport.models.pair import BlockDropNet
+from bdexport.partition import part_specs, transitions
+
+GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
+DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
+STATISTICS = "policy_statistics"  # of a checkpoint's training record; the manifest keeps it apart
+BUILT, REUSED, REBUILT = "built", "reused", "rebuilt"
+
+
+@dataclass(frozen=True)
+class BuiltBundle(Bundle):
+    """A bundle fresh from the build.
+
+    ``engines`` says for each part "built", "reused" (from the cache) or "rebuilt" (the cache's copy was damaged);
+    ``notes`` are choices and troubles on the way, each with its reason.
+    """
+
+    engines: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def count(self, outcome: str) -> int:
+        """How many engines were "built", "reused" or "rebuilt"."""
+        return Counter(self.engines.values())[outcome]
+
+
+def build_bundle(
+    checkpoint_path: str | Path,
+    out: str | Path | None = None,
+    *,
+    config: BuildConfig | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    cache_dir: str | Path | None = None,
+) -> BuiltBundle:
+    """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
+
+    ``progress(what, done, total)`` is called along the way. ``cache_dir``: the engine cache, default as
+    :func:`bdexport.engine_cache.default_cache_folder`. Raises UsageError, CheckpointError, ExportError, BuildError,
+    VerificationError or OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
+    """
+    config = config or BuildConfig()
+    backend = checked_backend(config)
+    path = Path(checkpoint_path)
+    if progress is not None:
+        progress("load", 0, 1)
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint)
+    return bundle_from_model(
+        model,
+        checkpoint,
+        Path(out) if out is not None else default_bundle_path(path),
+        backend,
+        config=config,
+        checkpoint_sha256=sha256_file(path / RUN_FILE if path.is_dir() else path),
+        overwrite=overwrite,
+        progress=progress,
+        cache=EngineCache(Path(cache_dir) if cache_dir is not None else default_cache_folder()),
+    )
+
+
+def bundle_from_model(
+    model: BlockDropNet,
+    checkpoint: Checkpoint,
+    out: Path,
+    backend: Backend,
+    *,
+    config: BuildConfig,
+    checkpoint_sha256: str,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    cache: EngineCache | None = None,
+) -> BuiltBundle:
+    """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
+    report: Progress = progress or (lambda _what, _done, _total: None)
+    with making_folder(out, overwrite) as staging:
+        specs = part_specs(model, checkpoint.preprocess)
+        graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
+        engines, outcomes, notes = _build_engines(graphs, staging / ENGINES, backend, config, model, cache, report)
+        parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
+        manifest = _manifest(out, model, checkpoint, backend, config, parts, checkpoint_sha256)
+        # The manifest is written last: a folder that a killed build leaves behind is no bundle.
+        verification = _verified(Bundle(staging, manifest), model, report)
+        write_manifest(staging, replace(manifest, verification=verification))
+    opened = open_bundle(out)
+    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes))
+
+
+def checked_backend(config: BuildConfig) -> Backend:
+    """The configured backend. Raises :class:`UsageError` for a name, precision, batch or job count that cannot be."""
+    offered = backend_class(config.backend).precisions
+    if config.precision not in offered:
+        expected = f"{' or '.join(offered)} (what {config.backend} offers)"
+        raise UsageError("unknown precision", got=repr(config.precision), expected=expected)
+    for name, value in (("--max-batch", config.max_batch), ("--jobs", config.jobs)):
+        if value is not None and value < 1:
+            raise UsageError(name, got=value, expected="at least 1")
+    return get_backend(config.backend)
+
+
+def default_bundle_path(checkpoint_path: Path) -> Path:
+    """``engines/<name>``: the run folder's name, or the checkpoint file's without its suffix."""
+    path = checkpoint_path.resolve()
+    if path.name == RUN_FILE:
+        path = path.parent
+    return DEFAULT_PARENT / (path.name if path.is_dir() else path.stem or path.name)
+
+
+# ---- engines ----------------------------------------------------------------------------------------------------
+
+
+def _build_engines(
+    graphs: Mapping[str, Path],
+    folder: Path,
+    backend: Backend,
+    config: BuildConfig,
+    model: BlockDropNet,
+    cache: EngineCache | None,
+    report: Progress,
+) -> tuple[dict[str, Path], dict[str, str], list[str]]:
+    """Engine files by part, what became of each (:class:`BuiltBundle`), and notes."""
+    folder.mkdir()
+    options = BuildOptions(config.precision, config.max_batch)
+    recipe = engine_recipe(backend, options)
+    notes: list[str] = []
+
+    def engine_of(part: str) -> tuple[Path, str]:
+        engine = folder / f"{part}{backend.engine_suffix}"
+        key = engine_key(recipe, graphs[part])
+        outcome = BUILT if cache is None else _from_cache(cache, key, engine, part, notes)
+        if outcome != REUSED:
+            backend.build_part(part, graphs[part], engine, options, model)
+            if not engine.is_file():
+                raise BuildError(f"{part} [{backend.name}]: the backend left no engine", expected=engine.name)
+            if cache is not None:
+                _to_cache(cache, key, engine, notes)
+        return engine, outcome
+
+    # Threads, not processes: backends build in native code, which leaves the interpreter free.
+    done: dict[str, tuple[Path, str]] = {}
+    with ThreadPoolExecutor(config.jobs) as pool:
+        futures = {pool.submit(engine_of, part): part for part in graphs}
+        try:
+            report("engines", 0, len(graphs))
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                report("engines", len(done), len(graphs))
+        except BaseException:  # a part that failed, or Ctrl-C: do not start the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    engines = {part: done[part][0] for part in graphs}
+    return engines, {part: done[part][1] for part in graphs}, notes
+
+
+def _from_cache(cache: EngineCache, key: str, engine: Path, part: str, notes: list[str]) -> str:
+    try:
+        data = cache.fetch(key)
+    except ValueError:
+        notes.append(f"engine cache: the copy of {part} was damaged and has been built again")
+        return REBUILT
+    except OSError as error:
+        _note_once(notes, f"engine cache: {cache.folder} cannot be read ({error.strerror}); engines were built")
+        return BUILT
+    if data is None:
+        return BUILT
+    write_bytes(engine, data)
+    return REUSED
+
+
+def _to_cache(cache: EngineCache, key: str, engine: Path, notes: list[str]) -> None:
+    try:
+        cache.store(key, engine.read_bytes())
+    except OutputError as error:  # the bundle does not need the cache, but its owner should know
+        reason = getattr(error.__cause__, "strerror", None) or error
+        _note_once(notes, f"engine cache: {cache.folder} cannot be written ({reason}); engines are not kept")
+
+
+def _note_once(notes: list[str], note: str) -> None:
+    if note not in notes:
+        notes.append(note)
+
+
+# ---- manifest ---------------------------------------------------------------------------------------------------
+
+
+def _part_entries(
+    staging: Path,
+    graphs: Mapping[str, Path],
+    engines: Mapping[str, Path],
+    specs: Specs,
+    model: BlockDropNet,
+    checkpoint: Checkpoint,
+) -> dict[str, PartEntry]:
+    flops = count_flops(model, checkpoint.preprocess.size).parts()
+    return {
+        part: PartEntry(
+            part,
+            file_entry(staging, graphs[part]),
+            file_entry(staging, engines[part]),
+            *specs[part],
+            flops[part],
+        )
+        for part in graphs
+    }
+
+
+def _manifest(
+    out: Path,
+    model: BlockDropNet,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    config: BuildConfig,
+    parts: dict[str, PartEntry],
+    checkpoint_sha256: str,
+) -> Manifest:
+    network = model.network.spec
+    training = {key: value for key, value in checkpoint.training.items() if key != STATISTICS}
+    return Manifest(
+        name=out.absolute().name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        architecture=network.name,
+        network=network.to_json(),
+        num_blocks=network.num_blocks,
+        transitions=transitions(model),
+        dropped_transition=network.dropped_transition,
+        preprocess=checkpoint.preprocess,
+        class_names=checkpoint.class_names,
+        backend=backend.name,
+        precision=config.precision,
+        max_batch=config.max_batch,
+        parts=parts,
+        versions=_tool_versions() | dict(backend.versions()),
+        fingerprint=backend.fingerprint(),
+        training=training,
+        policy_statistics=checkpoint.training.get(STATISTICS, {}),
+        checkpoint={"sha256": checkpoint_sha256, "form": checkpoint.form},
+        executor={"choice": "chain", "reason": "one engine per part; this bundle holds no fused paths"},
+    )
+
+
+def _verified(bundle: Bundle, model: BlockDropNet, report: Progress) -> dict[str, Any] | None:
+    return None
+
+
+def _tool_versions() -> dict[str, str]:
+    return {
+        "bdexport": __version__,
+        "onnx": onnx.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,187 @@
+"""Settings: the only defaults. One frozen dataclass per stage; the command line reads its defaults here.
+
+Each stage saves the resolved settings beside what it made. ``None`` means absent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Estimator = Literal["self_critical", "leave_one_out"]
+RewardKind = Literal["correct", "probability"]
+Optimiser = Literal["sgd", "adam"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Training of the base network itself: SGD with Nesterov momentum, one linear warm-up, cosine decay."""
+
+    epochs: int = 0
+    batch: int = 128
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 1.0
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Stochastic depth (Huang et al., ECCV 2016) before the policy is learned: each image runs a random mask.
+
+    Blocks of an ordinary network cannot be left out at all without loss, so that the policy's first rewards say
+    little; a network that has seen missing blocks tells it which ones an image needs.
+    """
+
+    epochs: int = 0
+    batch: int = 128
+    learning_rate: float = 0.02
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 0.25
+    keep_low: float = 0.2  # per image, the keep rate is uniform in [keep_low, keep_high]
+    keep_high: float = 1.0
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Curriculum learning of the policy on the frozen network (Algorithm 1, lines 3-13).
+
+    The paper opens one more block per epoch and goes on to ``epochs``. ``epoch_share`` is the share of the training
+    set that counts as one epoch here.
+    """
+
+    epochs: int = 20
+    batch: int = 256
+    learning_rate: float = 1e-3
+    epoch_share: float = 1.0
+    blocks_per_epoch: int = 1
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Joint finetuning (Algorithm 1, lines 14-16): policy loss plus cross-entropy of the sampled path."""
+
+    epochs: int = 20
+    batch: int = 128
+    optimiser: Optimiser = "sgd"
+    network_learning_rate: float = 0.02
+    policy_learning_rate: float = 3e-4
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 0.25
+    schedule: Literal["cosine", "step"] = "cosine"  # step: x0.1 for the last fifth, as in the paper
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How the policy learns, in both phases."""
+
+    wrong_prediction_penalty: float = 5.0  # gamma in the paper (Eqn. 3)
+    exploration_bound: float = 0.8  # alpha in the paper: s = alpha s + (1 - alpha)(1 - s), in training only
+    exploration_bound_end: float = 0.8  # reached linearly over finetuning
+    reward: RewardKind = "correct"
+    estimator: Estimator = "self_critical"
+    samples: int = 1  # masks drawn per image and step; leave_one_out needs at least 2
+    entropy_bonus: float = 0.0  # weight of the Bernoulli entropy of the open blocks, annealed to 0 over each phase
+    initial_keep_logit: float = 0.0  # bias of the policy's last layer at the start of the curriculum
+    target_blocks: float | None = None  # mean number of kept blocks that gamma is steered to; None: gamma is fixed
+    penalty_gain: float = 0.05  # how fast gamma follows: log gamma changes by gain x (target - used) / K each step
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training run, but for the data and the machine."""
+
+    preset: str = "cpu"
+    seed: int = 0
+    validation_share: float = 0.1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    distillation_weight: float = 0.0  # weight of the KL divergence to the undropped base network's softened outputs
+    distillation_temperature: float = 4.0
+    recalibrate_images: int = 10_000  # batch-norm statistics are re-estimated on this many greedy paths at the end
+    evaluation_batch: int = 500
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved settings as a JSON object."""
+        return asdict(self)
+
+
+def preset(name: str, num_blocks: int) -> TrainConfig:
+    """The settings called ``smoke``, ``cpu`` or ``paper`` for a network with K = ``num_blocks``. KeyError otherwise."""
+    return {"smoke": _smoke, "cpu": _cpu, "paper": _paper}[name](num_blocks)
+
+
+PRESETS = {
+    "smoke": "under a minute on digits: does it run at all",
+    "cpu": "about an hour on 2 cores for ResNet-32 on CIFAR-10",
+    "paper": "the paper's own schedule and estimator (days without a GPU)",
+}
+
+
+def _smoke(num_blocks: int) -> TrainConfig:
+    return replace(
+        _cpu(num_blocks),
+        preset="smoke",
+        adapt=AdaptConfig(epochs=1),
+        curriculum=CurriculumConfig(epochs=2, epoch_share=0.5, blocks_per_epoch=-(-num_blocks // 2)),
+        finetune=FinetuneConfig(epochs=2),
+        recalibrate_images=500,
+    )
+
+
+def _cpu(num_blocks: int) -> TrainConfig:
+    return TrainConfig(
+        preset="cpu",
+        distillation_weight=1.0,
+        adapt=AdaptConfig(epochs=8),
+        curriculum=CurriculumConfig(epochs=12, epoch_share=1 / 3, blocks_per_epoch=-(-num_blocks // 8)),
+        finetune=FinetuneConfig(epochs=20),
+        policy=PolicyConfig(
+            exploration_bound_end=0.95,
+            reward="probability",
+            initial_keep_logit=1.0,
+            target_blocks=round(0.45 * num_blocks, 2),
+        ),
+    )
+
+
+def _paper(num_blocks: int) -> TrainConfig:
+    return TrainConfig(
+        preset="paper",
+        curriculum=CurriculumConfig(epochs=5000, batch=2048, learning_rate=1e-4),
+        finetune=FinetuneConfig(
+            epochs=2000,
+            batch=256,
+            optimiser="adam",
+            network_learning_rate=1e-4,
+            policy_learning_rate=1e-4,
+            weight_decay=0.0,
+            warmup_epochs=0.0,
+            schedule="step",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What engines are built for. ``max_batch`` None: any batch, where the backend can."""
+
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+    max_batch: int | None = None
+    jobs: int = 1  # engines built at a time; backends that choose kernels by timing them want the machine to themselves
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """How images are held out where the data have no split of their own (see :mod:`bdexport.dataset.splits`).
+
+    The seed belongs to the data, not to a training run: all commands must hold out the same images.
+    """
+
+    validation_share: float = TrainConfig.validation_share
+    test_share: float = 0.1  # of an image folder without a test folder
+    seed: int = 0

@@ -1,0 +1,72 @@
+"""Engines that were built before, by what they were built from. Two engines of equal shape hold different weights:
+a key covers the graph's bytes with its weights, and never a path or a shape alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from bdexport import __version__
+from bdexport.backends.base import Backend, BuildOptions
+from bdexport.files import sha256_file, write_bytes
+
+CACHE_VARIABLE = "BDEXPORT_CACHE"
+
+
+def default_cache_folder() -> Path:
+    """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative values ignored.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "bdexport"
+
+
+def engine_recipe(backend: Backend, options: BuildOptions) -> str:
+    """Everything but the graph that an engine depends on: options, backend, its versions and code, the machine."""
+    recipe = {
+        "options": asdict(options),
+        "backend": backend.name,
+        "versions": dict(backend.versions()) | {"bdexport": __version__},
+        "fingerprint": backend.fingerprint(),
+        "code": sha256_file(Path(inspect.getfile(type(backend)))),
+    }
+    return json.dumps(recipe, sort_keys=True)
+
+
+def engine_key(recipe: str, graph: Path) -> str:
+    """SHA-256 over a recipe and the bytes of a graph file, weights included."""
+    return hashlib.sha256(f"{sha256_file(graph)}\n{recipe}".encode()).hexdigest()
+
+
+class EngineCache:
+    """Engines in a folder, one file per key: a line with the SHA-256 of the rest, then the engine.
+
+    Files appear whole or not at all, so several builds may share one folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "engines"
+
+    def path(self, key: str) -> Path:
+        """Where the engine of ``key`` is or would be."""
+        return self.folder / key[:2] / key
+
+    def fetch(self, key: str) -> bytes | None:
+        """The engine, or None where there is none. Raises ValueError for a damaged entry, OSError if unreadable."""
+        try:
+            digest, _, engine = self.path(key).read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(engine).hexdigest().encode() != digest:
+            raise ValueError(f"{self.path(key)} is damaged")
+        return engine
+
+    def store(self, key: str, engine: bytes) -> None:
+        """Keep an engine. Raises OutputError where the folder cannot be written."""
+        write_bytes(self.path(key), hashlib.sha256(engine).hexdigest().encode() + b"\n" + engine)
