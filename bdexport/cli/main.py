@@ -1,4 +1,4 @@
-"""The command ``bdexport``: the table of commands, and the one place where errors become a line and an exit code.
+"""The command ``bdexport``: the one place where errors become a line and an exit code.
 
 Exit codes: 0 done; 1 the job failed; 2 wrong usage; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM).
 """
@@ -8,28 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Annotated, Any
+from collections.abc import Sequence
 
-import typer
-
-from bdexport import __version__
+from bdexport.cli.app import DEBUG_VARIABLE, run_line
 from bdexport.cli.failures import INTERRUPTED, discard_stdout_if_broken, explain, terminable
-
-COMMANDS = {  # in the order of the work; each is the function of that name in bdexport/cli/<name>.py
-    "quickstart": "Train, build and bench a small network, nothing downloaded.",
-    "train": "Train a policy for a pretrained network; resumes if cut off.",
-    "evaluate": "Accuracy, block usage, FLOPs and masks of a checkpoint.",
-    "export": "Write a checkpoint's parts as ONNX graphs, nothing else.",
-    "build": "Build a bundle: graphs, engines and a manifest.",
-    "inspect": "Show what is in a bundle and check every hash.",
-    "verify": "Compare a bundle's parts and paths with the reference.",
-    "run": "Classify images: class, confidence, path taken, time.",
-    "bench": "Measure dynamic against full: latency, accuracy, usage.",
-    "doctor": "What is installed here, and how to get what is missing.",
-}
-DEBUG_VARIABLE = "BDEXPORT_DEBUG"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     with terminable() as terminated:
         try:
-            code = _run(arguments)
+            code = run_line(arguments)
             sys.stdout.flush()
         except BaseException as error:
             text, code = explain(error)
@@ -49,64 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = terminated.exit_code or INTERRUPTED
             _say("bdexport: terminated" if terminated.exit_code else "bdexport: interrupted")
     return code
-
-
-def build_app(chosen: str | None = None) -> typer.Typer:
-    """The Typer application with the ``chosen`` command imported and the others as a name and a line of help.
-
-    Commands import numpy and more: a command line pays for its own only, and ``bdexport --help`` for none.
-    """
-    app = typer.Typer(
-        help="Export a residual network with a BlockDrop policy block by block, and run only the blocks it keeps.",
-        epilog="Exit codes: 0 done, 1 the job failed, 2 wrong usage. See 'bdexport COMMAND --help' for a command.",
-        add_completion=False,
-        rich_markup_mode=None,  # plain help: half the start-up time, and nothing is cut off in a pipe
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    )
-    app.callback()(_global_options)
-    for name, summary in COMMANDS.items():
-        if name == chosen:
-            app.command(name, short_help=summary)(_command(name))
-        else:
-            app.command(name, help=summary, short_help=summary)(_not_loaded)
-    return app
-
-
-def _run(arguments: list[str]) -> int:
-    # Global options take no value, so that the first other word is the command.
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
-    app = build_app(chosen)
-    result = app(arguments or ["--help"], prog_name="bdexport", standalone_mode=False)
-    if not arguments:
-        return 2
-    return result if isinstance(result, int) else 0
-
-
-def _command(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(import_module(f"bdexport.cli.{name}"), name)
-    return function
-
-
-def _not_loaded() -> None:
-    raise AssertionError("a command that was not chosen cannot run")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"bdexport {__version__}")
-        raise typer.Exit
-
-
-def _global_options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help=f"Show the traceback of an error (also: {DEBUG_VARIABLE}=1).")
-    ] = False,
-) -> None:
-    """Both options act before this is called: ``--version`` in its callback, ``--debug`` in :func:`main`."""
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 import bdexport
+from bdexport.cli import app
 from bdexport.cli import main as cli
 from bdexport.cli.failures import explain
 from bdexport.errors import BdexportError, BundleError, OutputError, UsageError
@@ -41,7 +42,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         def doctor() -> NoReturn:
             raise error
 
-        monkeypatch.setattr(cli, "_command", lambda _name: doctor)
+        monkeypatch.setattr(app, "_command", lambda _name: doctor)
 
     return install
 
@@ -50,7 +51,7 @@ def test_help_names_every_command() -> None:
     """Oracle: the table COMMANDS, uncut."""
     done = call("--help")
     assert done.returncode == 0
-    for name, summary in cli.COMMANDS.items():
+    for name, summary in app.COMMANDS.items():
         assert f"{name} " in done.stdout
         assert summary in done.stdout
 
@@ -63,7 +64,7 @@ def test_help_imports_no_command() -> None:
     assert not slow & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
+@pytest.mark.parametrize("name", list(app.COMMANDS))
 def test_every_command_has_help_without_torch_or_onnx(name: str) -> None:
     """Oracle: exit code, the usage line, and sys.modules: help imports neither torch nor onnx."""
     code = (
@@ -153,7 +154,7 @@ def test_debug_shows_the_traceback(
     """Oracle: Python's traceback header above the same last line."""
     failing(OutputError("full"))
     if place == "environment":
-        monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+        monkeypatch.setenv(app.DEBUG_VARIABLE, "1")
     arguments = {"before": ["--debug", "doctor"], "after": ["doctor", "--debug"], "environment": ["doctor"]}[place]
     assert cli.main(arguments) == 1
     shown = capsys.readouterr().err
@@ -188,6 +189,7 @@ def test_a_signal_runs_cleanup(tmp_path: Path, number: signal.Signals, code: int
     script = f"""
 import sys, time
 from pathlib import Path
+from bdexport.cli import app
 from bdexport.cli import main as cli
 def doctor():
     try:
@@ -195,7 +197,7 @@ def doctor():
         time.sleep(30)
     finally:
         Path({str(cleaned)!r}).touch()
-cli._command = lambda name: doctor
+app._command = lambda name: doctor
 sys.exit(cli.main(["doctor"]))
 """
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as process:
@@ -238,7 +240,7 @@ def test_usage_errors_name_the_command(capsys: pytest.CaptureFixture[str], monke
         raise AssertionError(count)
 
     commands: dict[str, Any] = {"doctor": doctor}
-    monkeypatch.setattr(cli, "_command", commands.__getitem__)
+    monkeypatch.setattr(app, "_command", commands.__getitem__)
     assert cli.main(["doctor", "many"]) == 2
     shown = capsys.readouterr().err
     assert "(see 'bdexport doctor --help')" in shown
