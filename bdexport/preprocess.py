@@ -67,7 +67,7 @@ class Preprocess:
 
         Raises :class:`ImageError` for a colour space that Pillow cannot turn into RGB.
         """
-        image = _to_rgb(image)
+        image = to_rgb(image)
         height, width = self.size
         resampling = Image.Resampling[self.resampling.upper()]
         if self.resize_short is not None:
@@ -185,9 +185,10 @@ def _check_images(images: NDArray[np.uint8]) -> None:
         raise InputError("images: empty batch", got=images.shape, expected="at least one image of one pixel")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image (greyscale, palette, CMYK, alpha..) as RGB. Raises :class:`ImageError` where none is defined."""
     if image.mode.startswith(("I", "F")):
-        return _deep_grey_to_rgb(image)
+        return _deep_greyto_rgb(image)
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
         opaque.alpha_composite(image.convert("RGBA"))
@@ -198,7 +199,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(f"image of mode {image.mode}: cannot be converted to RGB ({error})") from error
 
 
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+def _deep_greyto_rgb(image: Image.Image) -> Image.Image:
     """Greyscale of more than 8 bits: 16-bit keeps its upper 8 bits.
 
     32-bit integers and floats do not say what white is: 1 (floats), 255 or 65535, the first that none exceeds.

@@ -1,0 +1,67 @@
+"""Data sets by name, split the same way wherever they are read: training, evaluation, calibration, bench.
+
+    cifar10, cifar100   the "python version" folders of the original distribution
+    folder              any tree of images with one sub-folder per class, with or without train/val/test above it
+    digits              scikit-learn's handwritten digits: real images that ship with a dependency
+
+A split depends on the data, ``validation_share`` and ``seed`` alone (see :mod:`bdexport.dataset.splits`). Use one seed
+for all commands; it is not the seed of the training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bdexport.config import DatasetConfig
+from bdexport.dataset.base import SPLITS, Dataset, check_classes
+from bdexport.dataset.cifar import CIFAR10, CIFAR100, load_cifar
+from bdexport.dataset.digits import load_digits
+from bdexport.dataset.folder import image_files, load_folder, load_images
+from bdexport.dataset.splits import SplitSettings
+from bdexport.errors import DatasetError, UsageError
+
+DATASETS = {
+    "cifar10": "CIFAR-10, python version (--data: the folder cifar-10-batches-py or its parent)",
+    "cifar100": "CIFAR-100, python version, fine labels (--data: the folder cifar-100-python or its parent)",
+    "folder": "images in one sub-folder per class, with or without train/, val/ and test/ above (--data: the folder)",
+    "digits": "scikit-learn's 1,797 handwritten digits; needs no --data",
+}
+
+__all__ = ["DATASETS", "SPLITS", "Dataset", "check_classes", "image_files", "load_dataset", "load_images"]
+
+
+def load_dataset(
+    name: str,
+    data_dir: Path | None = None,
+    split: str = "test",
+    *,
+    validation_share: float = DatasetConfig.validation_share,
+    seed: int = DatasetConfig.seed,
+    limit: int | None = None,
+) -> Dataset:
+    """One split of a data set: ``train``, ``validation`` (never part of ``train``) or ``test``.
+
+    ``limit`` keeps the first images (all of them when there are fewer). ``data_dir`` is not used by ``digits``.
+    Raises :class:`UsageError` for an unknown name or split or a missing ``data_dir``, and :class:`DatasetError`
+    naming the file for everything that is wrong with the data.
+    """
+    if name not in DATASETS:
+        raise UsageError("unknown data set", got=repr(name), expected=f"one of {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise UsageError("unknown split", got=repr(split), expected=f"one of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise UsageError("number of images", got=limit, expected="at least 1")
+    settings = SplitSettings(validation_share, seed)
+    dataset = load_digits(split, settings) if name == "digits" else _load_from(name, data_dir, split, settings)
+    return dataset if limit is None else dataset.first(limit)
+
+
+def _load_from(name: str, data_dir: Path | None, split: str, settings: SplitSettings) -> Dataset:
+    if data_dir is None:
+        raise UsageError(f"data set {name}: no folder given", remedy=f"pass --data DIR; {DATASETS[name]}")
+    data_dir = Path(data_dir)
+    if not data_dir.exists():
+        raise DatasetError(f"{data_dir}: no such folder", remedy="check the path given as --data")
+    if name == "folder":
+        return load_folder(data_dir, split, settings)
+    return load_cifar({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], data_dir, split, settings)

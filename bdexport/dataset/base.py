@@ -1,0 +1,131 @@
+"""What every reader returns: labelled images, either all in memory or read from their files when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.errors import DatasetError
+from bdexport.hardware import usable_cores
+from bdexport.preprocess import Preprocess, read_image, to_rgb
+
+SPLITS = ("train", "validation", "test")
+DECODERS = 8  # threads that decode image files, at most; Pillow lets go of the interpreter while it decodes
+
+Rows = slice | Sequence[int] | NDArray[np.intp]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split of a data set. ``labels`` are int64 (N,) and index ``class_names``.
+
+    ``source`` is uint8 RGB (N, h, w, 3), contiguous, or the N image files, which are decoded when they are asked for.
+    """
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    source: Pixels | tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, rows: Rows = slice(None)) -> Pixels | list[Pixels]:
+        """The given images as they are: uint8 (n, h, w, 3), or for files a list of (h, w, 3), each of its own size.
+
+        Files are RGB as :mod:`bdexport.preprocess` defines it. Raises :class:`ImageError` naming a damaged file.
+        """
+        if isinstance(self.source, np.ndarray):
+            return self.source[rows]
+        return [np.asarray(to_rgb(read_image(path))) for path in _pick(self.source, rows)]
+
+    def fitted(self, preprocess: Preprocess, rows: Rows = slice(None)) -> Pixels:
+        """The given images at the network's size: uint8 (n, H, W, 3). An array of that size is not touched.
+
+        Raises :class:`ImageError` naming a damaged file.
+        """
+        if isinstance(self.source, np.ndarray):
+            chosen = self.source[rows]
+            return preprocess.fit_array(chosen) if len(chosen) else np.empty((0, *preprocess.size, 3), np.uint8)
+        return fit_files(_pick(self.source, rows), preprocess)
+
+    def arrays(self, preprocess: Preprocess) -> Pixels:
+        """All images at the network's size: uint8 (N, H, W, 3); normalise them with ``preprocess.normalise``."""
+        return self.fitted(preprocess)
+
+    def batches(self, preprocess: Preprocess, batch: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """In order: preprocessed float32 (n, 3, H, W) and labels (n,), n = ``batch`` but for the last."""
+        for start in range(0, len(self), batch):
+            rows = slice(start, start + batch)
+            yield preprocess.normalise(self.fitted(preprocess, rows)), self.labels[rows]
+
+    def first(self, count: int) -> Dataset:
+        """The first ``count`` images, or all when there are fewer."""
+        return self.take(slice(count))
+
+    def take(self, rows: Rows) -> Dataset:
+        """The given images as a data set of their own."""
+        if isinstance(self.source, np.ndarray):
+            return replace(self, labels=self.labels[rows], source=np.ascontiguousarray(self.source[rows]))
+        return replace(self, labels=self.labels[rows], source=_pick(self.source, rows))
+
+
+def fit_files(paths: Sequence[Path], preprocess: Preprocess) -> Pixels:
+    """Image files decoded and fitted, several at a time: uint8 (n, H, W, 3). Raises :class:`ImageError`."""
+    fitted = np.empty((len(paths), *preprocess.size, 3), np.uint8)
+
+    def fill(row: int) -> None:
+        fitted[row] = preprocess.fit_image(read_image(paths[row]))
+
+    workers = min(DECODERS, usable_cores(), len(paths))
+    if workers < 2:
+        for row in range(len(paths)):
+            fill(row)
+        return fitted
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for _ in pool.map(fill, range(len(paths))):
+                pass
+        except BaseException:  # a damaged file, or Ctrl-C: what has not begun need not be decoded any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return fitted
+
+
+def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str] = ()) -> None:
+    """Raise :class:`DatasetError` unless labels mean to a model what they mean in ``dataset``.
+
+    The number of classes must be equal, and so must names and order, unless the model does not name its classes (no
+    names, or "0", "1", ..).
+    """
+    what = f"data set {dataset.name}: its classes are not the model's"
+    if len(dataset.class_names) != num_classes:
+        raise DatasetError(
+            what,
+            got=f"{len(dataset.class_names)} classes",
+            expected=f"{num_classes}",
+            remedy="choose the data set that the checkpoint was trained on",
+        )
+    if list(class_names) == [str(label) for label in range(num_classes)]:
+        return
+    for label, (theirs, ours) in enumerate(zip(dataset.class_names, class_names, strict=False)):
+        if theirs != ours:
+            raise DatasetError(
+                what,
+                got=f"label {label} is {theirs!r}",
+                expected=repr(ours),
+                remedy="use the class names and the order that the checkpoint was trained with",
+            )
+
+
+def _pick(paths: tuple[Path, ...], rows: Rows) -> tuple[Path, ...]:
+    if isinstance(rows, slice):
+        return paths[rows]
+    return tuple(paths[row] for row in np.arange(len(paths))[rows])

@@ -1,0 +1,171 @@
+"""Images in folders: one sub-folder per class, split by folders above them or by a seeded, stratified draw.
+
+    ROOT/cat/001.jpg            one tree: 80 % train, 10 % validation, 10 % test
+    ROOT/train/cat/001.jpg      train/, val/ (or validation/, valid/) and test/: used as they are; without val/,
+    ROOT/test/cat/002.jpg       validation is held out of train/
+
+Classes are the sub-folders in sorted order (of train/, where there is one). Below a class, images may lie at any depth.
+What starts with a dot, and files whose suffix is no image's, are ignored; an image that cannot be decoded is an error.
+Images stand in rounds over the classes (the first of each, the second of each, ..), so that the first n are of all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from bdexport.config import DatasetConfig
+from bdexport.dataset.base import SPLITS, Dataset, Pixels, fit_files
+from bdexport.dataset.splits import SplitSettings, split_rows
+from bdexport.errors import DatasetError, ImageError
+from bdexport.preprocess import Preprocess
+
+IMAGE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".gif", ".tif", ".tiff")
+    + (".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga")
+)
+SPLIT_FOLDERS = {
+    "train": "train",
+    "val": "validation",
+    "validation": "validation",
+    "valid": "validation",
+    "test": "test",
+}
+
+Samples = list[tuple[Path, int]]  # image file, label
+
+
+def load_folder(root: Path, split: str, settings: SplitSettings) -> Dataset:
+    """One split of an image folder; nothing is decoded yet. Raises :class:`DatasetError` naming the folder."""
+    if not root.is_dir():
+        raise DatasetError(f"{root}: not a folder", remedy="unpack an archive first and pass its folder")
+    parts = _split_folders(root)
+    if parts:
+        names, samples = _of_split_folders(root, parts, split, settings)
+    else:
+        names = _class_names(root)
+        samples = _drawn(_samples(root, names), split, DatasetConfig.test_share, settings)
+    if not samples:
+        raise DatasetError(f"{root}: no image is left for the {split} split", remedy="add images or split folders")
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    return Dataset("folder", split, names, labels, tuple(path for path, _ in samples))
+
+
+def image_files(paths: Path | Iterable[Path], *, recursive: bool = False) -> tuple[Path, ...]:
+    """The given files as they are, and the image files in the given folders, sorted by name.
+
+    Raises :class:`ImageError` for a path that does not exist and :class:`DatasetError` for a folder without images.
+    """
+    found: list[Path] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        path = Path(path)
+        if path.is_dir():
+            found += _images_below(path, recursive) or _no_images(path)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f"{path}: no such file", remedy="check the path")
+    return tuple(found)
+
+
+def load_images(
+    paths: Path | Iterable[Path], preprocess: Preprocess, *, recursive: bool = False
+) -> tuple[tuple[Path, ...], Pixels]:
+    """The files that :func:`image_files` finds and their pixels, uint8 (N, H, W, 3) at the network's size.
+
+    Raises :class:`ImageError` naming a file that cannot be decoded.
+    """
+    files = image_files(paths, recursive=recursive)
+    return files, fit_files(files, preprocess)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits, or nothing: a folder without sub-folders is a class that happens to be called so."""
+    parts: dict[str, Path] = {}
+    for folder in _folders(root):
+        split = SPLIT_FOLDERS.get(folder.name.casefold())
+        if split is None or not _folders(folder):
+            continue
+        if split in parts:
+            raise DatasetError(f"{root}: two folders for {split}", got=f"{parts[split].name} and {folder.name}")
+        parts[split] = folder
+    return parts
+
+
+def _of_split_folders(
+    root: Path, parts: dict[str, Path], split: str, settings: SplitSettings
+) -> tuple[tuple[str, ...], Samples]:
+    names = _class_names(parts.get("train") or next(iter(parts.values())))
+    if split in parts and (split != "train" or "validation" in parts):
+        return names, _samples(parts[split], names)
+    if split == "test" or "train" not in parts:
+        missing = "test" if split == "test" else "train"
+        raise DatasetError(f"{root}: no folder {missing}/ for the {split} split", got=f"{', '.join(sorted(parts))}")
+    return names, _drawn(_samples(parts["train"], names), split, None, settings)
+
+
+def _drawn(samples: Samples, split: str, test_share: float | None, settings: SplitSettings) -> Samples:
+    """The images that the seed gives to ``split``; no test images are drawn if ``test_share`` is None."""
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    shares = [settings.validation_share] if test_share is None else [test_share, settings.validation_share]
+    *test, validation, train = split_rows(labels, shares, settings.seed)
+    rows = dict(zip(SPLITS, (train, validation, *test), strict=False))[split]
+    return [samples[row] for row in rows]
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = tuple(path.name for path in _folders(folder))
+    if len(names) < 2:
+        raise DatasetError(
+            f"{folder}: too few classes",
+            got=f"{len(names)} sub-folders",
+            expected="at least 2, one for each class",
+            remedy="put the images of each class into a sub-folder of its own",
+        )
+    return names
+
+
+def _samples(folder: Path, names: tuple[str, ...]) -> Samples:
+    """Every image below the class folders, in rounds over the classes."""
+    unknown = [path.name for path in _folders(folder) if path.name not in names]
+    if unknown:
+        raise DatasetError(f"{folder}: class {unknown[0]!r} is not one of the training set's {len(names)}")
+    ranked = []
+    for label, name in enumerate(names):
+        if not (folder / name).is_dir():
+            continue  # a class of the training set need not occur in the others
+        images = _images_below(folder / name, recursive=True) or _no_images(folder / name)
+        ranked += [(position, label, path) for position, path in enumerate(images)]
+    return [(path, label) for _, label, path in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Sub-folders that are not hidden, sorted by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
+    except OSError as error:
+        _unreadable(error)
+
+
+def _images_below(folder: Path, recursive: bool) -> list[Path]:
+    """Image files by suffix, sorted by path; hidden files and folders are left out."""
+    found = []
+    for place, folders, files in os.walk(folder, onerror=_unreadable):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        visible = (name for name in files if not name.startswith("."))
+        found += [Path(place, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found, key=Path.as_posix)
+
+
+def _no_images(folder: Path) -> NoReturn:
+    raise DatasetError(f"{folder}: no image files in it", remedy="add images, or remove the folder")
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DatasetError(
+        f"{error.filename}: cannot be read ({error.strerror})", remedy="check its permissions"
+    ) from error
