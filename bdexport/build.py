@@ -17,6 +17,7 @@ import onnx
 import torch
 
 from bdexport import __version__
+from bdexport.architecture import Shortcut
 from bdexport.backends import backend_class, get_backend
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
@@ -58,22 +59,25 @@ def build_bundle(
     out: str | Path | None = None,
     *,
     config: BuildConfig | None = None,
+    arch: str | None = None,
+    shortcut: Shortcut | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
-    ``progress(what, done, total)`` is called along the way. ``cache_dir``: the engine cache, default as
-    :func:`bdexport.engine_cache.default_cache_folder`. Raises UsageError, CheckpointError, ExportError, BuildError,
-    VerificationError or OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
+    ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
+    ``cache_dir``: the engine cache, default as :func:`bdexport.engine_cache.default_cache_folder`. Raises UsageError,
+    CheckpointError, ExportError, BuildError, VerificationError or OutputError; after them, as after Ctrl-C, nothing is
+    left and an old bundle is as it was.
     """
     config = config or BuildConfig()
     backend = checked_backend(config)
     path = Path(checkpoint_path)
     if progress is not None:
         progress("load", 0, 1)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, arch=arch, shortcut=shortcut)
     model = build_model(checkpoint)
     return bundle_from_model(
         model,

@@ -1,0 +1,82 @@
+"""``bdexport export``: the parts of a checkpoint as ONNX graphs, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.stages import size_text, stages_of
+
+if TYPE_CHECKING:
+    from bdexport.architecture import Shortcut
+    from bdexport.checkpoint import Checkpoint
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, or a PyTorch file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the graphs, one file per part.")],
+    parts: Annotated[
+        str | None, typer.Option(help="Only these, e.g. policy,stem,block_00,head,full. Default: all.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
+    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write the table to this file ('-': stdout).")] = None,
+) -> None:
+    """Write every part as an ONNX graph of its own: batch norm folded, batch size free, weights inside."""
+    from bdexport.checkpoint import load_checkpoint
+
+    found = load_checkpoint(checkpoint, arch=arch, shortcut=cast("Shortcut | None", shortcut))
+    wanted = None if parts is None else [name.strip() for name in parts.split(",") if name.strip()]
+    rows = _write(found, out, wanted, overwrite)
+    result = {
+        "schema": "bdexport.export/1",
+        "checkpoint": checkpoint,
+        "out": out,
+        "architecture": found.network.name,
+        "parts": rows,
+    }
+    _print_table(result, json)
+    if json is not None:
+        write_json_result(json, result)
+
+
+def _write(found: Checkpoint, out: Path, wanted: list[str] | None, overwrite: bool) -> list[dict[str, Any]]:
+    import onnx
+
+    from bdexport.checkpoint import build_model
+    from bdexport.export import export_parts
+    from bdexport.files import making_folder
+    from bdexport.models.flops import count_flops
+    from bdexport.parts import POLICY
+
+    # A plain network has every part but the policy; those may be had without training one.
+    model = build_model(found, with_policy=wanted is None or POLICY in wanted)
+    flops = count_flops(model, found.preprocess.size).parts()
+    with progress() as bar, making_folder(out, overwrite) as staging:
+        files = export_parts(model, found.preprocess, staging, wanted, progress=stages_of(bar))
+        return [
+            {
+                "part": part,
+                "file": file.name,
+                "bytes": file.stat().st_size,
+                "nodes": len(onnx.load(file).graph.node),
+                "flops": flops[part],
+            }
+            for part, file in files.items()
+        ]
+
+
+def _print_table(result: dict[str, Any], json: str | None) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{result['architecture']}: {len(result['parts'])} parts in {result['out']}")
+    table.add_column("part")
+    for name in ("size", "nodes", "FLOPs"):
+        table.add_column(name, justify="right")
+    for row in result["parts"]:
+        table.add_row(row["part"], size_text(row["bytes"]), str(row["nodes"]), f"{row['flops']:.3e}")
+    table_console(json).print(table)

@@ -1,0 +1,162 @@
+"""``bdexport inspect``: what is in a bundle, whether every hash holds, and whether it can run here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.stages import size_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bdexport.bundle import Manifest
+
+SHOWN_MASKS = 10
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
+    json: Annotated[str | None, typer.Option(help="Write everything to this file ('-': stdout).")] = None,
+) -> None:
+    """Print a bundle's manifest, check the hash of every file, and say whether it can run on this machine."""
+    from bdexport.bundle import file_problems, read_manifest
+
+    manifest = read_manifest(bundle)
+    problems = file_problems(bundle, manifest)
+    here = runs_here(manifest)
+    out = table_console(json)
+    for table in (_overview(manifest), _parts(manifest), _policy(manifest)):
+        if table.row_count:
+            out.print(table)
+    count = len(manifest.files())
+    out.print(f"files: {len(problems)} damaged" if problems else f"files: all {count} hashes hold, nothing else there")
+    out.print(f"here: {'runs' if here['ok'] else 'does not run'} ({here['reason']})")
+    if json is not None:
+        integrity = {"ok": not problems, "problems": [str(problem) for problem in problems]}
+        result = {"schema": "bdexport.inspect/1", "bundle": bundle, "integrity": integrity, "here": here}
+        write_json_result(json, result | {"manifest": manifest.to_json()})
+    if problems:
+        raise problems[0]
+
+
+def runs_here(manifest: Manifest) -> dict[str, Any]:
+    """Whether the bundle's backend is available, and whether versions and machine are those it was built with.
+
+    ``{"ok", "reason", "differs": [..]}``: differences are told, but it is the backend that decides about them when it
+    loads the engines.
+    """
+    from bdexport.backends import BACKENDS, backend_class
+
+    if manifest.backend not in BACKENDS:
+        return {"ok": False, "reason": f"this bdexport has no backend {manifest.backend}", "differs": []}
+    backend = backend_class(manifest.backend)()
+    availability = backend.available()
+    if not availability.ok:
+        remedy = f"; {availability.remedy}" if availability.remedy else ""
+        return {"ok": False, "reason": f"{manifest.backend}: {availability.reason}{remedy}", "differs": []}
+    differs = [
+        f"{name} {version} here, built with {manifest.versions.get(name, 'none')}"
+        for name, version in backend.versions().items()
+        if manifest.versions.get(name) != version
+    ]
+    if backend.fingerprint() != manifest.fingerprint:
+        differs.append(f"machine is {backend.fingerprint()} here, built on {manifest.fingerprint}")
+    same = "same versions and machine as it was built with"
+    return {"ok": True, "reason": f"{manifest.backend} is available; {'; '.join(differs) or same}", "differs": differs}
+
+
+def _overview(manifest: Manifest) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"bundle {manifest.name}, format {manifest.format_version}", show_header=False)
+    crossing = ", ".join(map(str, manifest.transitions)) or "none"
+    pre = manifest.preprocess
+    geometry = f"short side to {pre.resize_short}, centre crop" if pre.resize_short else "scaled"
+    rows = {
+        "network": f"{manifest.architecture}, {manifest.num_blocks} blocks, {len(manifest.class_names)} classes",
+        "transitions": f"{crossing} (dropped: {manifest.dropped_transition})",
+        "engines": f"{manifest.backend}, {manifest.precision}, batch up to {manifest.max_batch or 'any'}",
+        "executor": _executor(manifest),
+        "preprocessing": f"RGB {pre.size[1]}x{pre.size[0]} ({geometry}, {pre.resampling}), "
+        f"mean {_numbers(pre.mean)}, std {_numbers(pre.std)}",
+        "classes": _classes(manifest.class_names),
+        "created": manifest.created,
+        "built with": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
+        "built on": " ".join(filter(None, (manifest.fingerprint, manifest.compute_capability))),
+        "checkpoint": f"{manifest.checkpoint['form']}, SHA-256 {manifest.checkpoint['sha256'][:16]}..",
+        "verified": _verified(manifest),
+        "trained": _trained(manifest),
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(name, text)
+    return table
+
+
+def _executor(manifest: Manifest) -> str:
+    executor = manifest.executor or {}
+    return f"{executor['choice']} ({executor['reason']})" if {"choice", "reason"} <= set(executor) else ""
+
+
+def _classes(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:12]) + (f", .. ({len(names)})" if len(names) > 12 else "")
+
+
+def _verified(manifest: Manifest) -> str:
+    return "no" if manifest.verification is None else _scalars(manifest.verification)
+
+
+def _trained(manifest: Manifest) -> str:
+    return _scalars(manifest.training)
+
+
+def _scalars(data: dict[str, Any], prefix: str = "") -> str:
+    """The plain values of a JSON object, nested ones by their dotted names; lists are left out."""
+    texts = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            texts.append(_scalars(value, f"{prefix}{key}."))
+        elif isinstance(value, float):
+            texts.append(f"{prefix}{key} {value:.4g}")
+        elif isinstance(value, str | int):
+            texts.append(f"{prefix}{key} {value}")
+    return ", ".join(filter(None, texts))
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:g}" for value in values)
+
+
+def _parts(manifest: Manifest) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{len(manifest.parts)} parts")
+    for name in ("part", "input", "output"):
+        table.add_column(name)
+    for name in ("FLOPs", "graph", "engine"):
+        table.add_column(name, justify="right")
+    for part in manifest.parts.values():
+        shapes = ["x".join(map(str, ("N", *spec.shape))) for spec in (part.input, part.output)]
+        sizes = ["-" if entry is None else size_text(entry.bytes) for entry in (part.graph, part.engine)]
+        table.add_row(part.name, *shapes, f"{part.flops:.3e}", *sizes)
+    return table
+
+
+def _policy(manifest: Manifest) -> Table:
+    """The masks that occur most, with their share of the images they were counted on."""
+    from rich.table import Table
+
+    statistics = manifest.policy_statistics
+    masks = statistics.get("masks", [])
+    title = f"policy: {len(masks)} most frequent masks on {statistics.get('images')} {statistics.get('split')} images"
+    table = Table(title=title)
+    for name in ("mask (block 0 first)", "blocks", "images", "share"):
+        table.add_column(name, justify="left" if name.startswith("mask") else "right")
+    for row in masks[:SHOWN_MASKS]:
+        share = row["count"] / statistics["images"]
+        table.add_row(row["mask"], str(row["mask"].count("1")), str(row["count"]), f"{100 * share:.1f} %")
+    return table
