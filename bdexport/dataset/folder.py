@@ -24,9 +24,9 @@ from bdexport.dataset.splits import SplitSettings, split_rows
 from bdexport.errors import DatasetError, ImageError
 from bdexport.preprocess import Preprocess
 
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".gif", ".tif", ".tiff")
-    + (".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".gif", ".tif", ".tiff"),
+    *(".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
 SPLIT_FOLDERS = {
     "train": "train",
