@@ -1,0 +1,32 @@
+"""The network on a CUDA device computes what it computes on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bdexport.architecture import resnet_spec
+from bdexport.models.pair import BlockDropNet
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def needs_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} cannot use a CUDA device here")
+
+
+def test_masked_forward_agrees_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the CPU's logits for the same weights, images and masks; TF32 off, since it keeps 10 bits only."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.manual_seed(0)
+    model = BlockDropNet(resnet_spec("resnet20")).eval()
+    images, masks = torch.randn(32, 3, 32, 32), torch.rand(32, 9) < 0.5
+    with torch.no_grad():
+        expected = model.network.forward_masked(images, masks)
+        model.cuda()
+        got = model.network.forward_masked(images.cuda(), masks.cuda()).cpu()
+    difference = (got - expected).abs()
+    assert difference.max() <= 1e-3 * expected.abs().max(), f"max {difference.max()}, mean {difference.mean()}"
