@@ -185,3 +185,13 @@ class DatasetConfig:
     validation_share: float = TrainConfig.validation_share
     test_share: float = 0.1  # of an image folder without a test folder
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """What ``bdexport quickstart`` trains on scikit-learn's digits, in minutes on two cores; and how it measures."""
+
+    arch: str = "resnet32"
+    preset: str = "smoke"
+    settings: tuple[str, ...] = ("pretrain.epochs=6", "policy.target_blocks=6")  # as ``train --set`` takes them
+    threads: int = 1
