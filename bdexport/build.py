@@ -79,6 +79,8 @@ def build_bundle(
         progress("load", 0, 1)
     checkpoint = load_checkpoint(path, arch=arch, shortcut=shortcut)
     model = build_model(checkpoint)
+    if progress is not None:
+        progress("load", 1, 1)
     return bundle_from_model(
         model,
         checkpoint,
@@ -265,7 +267,7 @@ def _manifest(
         versions=_tool_versions() | dict(backend.versions()),
         fingerprint=backend.fingerprint(),
         training=training,
-        policy_statistics=checkpoint.training.get(STATISTICS, {}),
+        policy_statistics=checkpoint.training.get(STATISTICS) or {},
         checkpoint={"sha256": checkpoint_sha256, "form": checkpoint.form},
         executor={"choice": "chain", "reason": "one engine per part; this bundle holds no fused paths"},
     )

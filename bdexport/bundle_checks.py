@@ -118,6 +118,13 @@ class Reader:
         value = self._take(key, rule, (int, type(None)), f"an integer, at least {minimum}, or null")
         return None if value is None else self.integer(key, rule, minimum)
 
+    def share(self, key: str) -> float:
+        """A number in 0..1."""
+        value: float = self._take(key, "R15", (int, float), "a number in 0..1")
+        if not 0 <= value <= 1:
+            raise rule_error("R15", f"{self.where}: {key}", got=value, expected="a number in 0..1")
+        return value
+
     def integers(self, key: str, rule: str) -> tuple[int, ...]:
         """A list of integers."""
         values = self.items(key, rule)
@@ -205,7 +212,7 @@ def check_chain(manifest: Manifest, where: str) -> None:
 
 
 def check_statistics(statistics: dict[str, Any], num_blocks: int, where: str) -> None:
-    """R15: policy statistics are empty, or a split, a number of images, and masks of K digits with their counts."""
+    """R15: policy statistics are empty, or hold a split, a number of images, and masks with their counts and shares."""
     if not statistics:
         return
     reader = Reader(statistics, f"{where}: policy_statistics")
@@ -218,6 +225,7 @@ def check_statistics(statistics: dict[str, Any], num_blocks: int, where: str) ->
             mask_from_text(item.text("mask", "R15"), num_blocks)
         except InputError as error:
             raise rule_error("R15", f"{item.where}: {error}") from error
+        item.share("share")
         total += item.integer("count", "R15", 1)
     if total > images:
         raise rule_error("R15", f"{reader.where}: masks", got=f"{total} counted", expected=f"at most {images} images")

@@ -34,7 +34,7 @@ def engine_recipe(backend: Backend, options: BuildOptions) -> str:
         "backend": backend.name,
         "versions": dict(backend.versions()) | {"bdexport": __version__},
         "fingerprint": backend.fingerprint(),
-        "code": sha256_file(Path(inspect.getfile(type(backend)))),
+        "code": _code_digest(Path(inspect.getfile(type(backend))).parent),
     }
     return json.dumps(recipe, sort_keys=True)
 
@@ -42,6 +42,12 @@ def engine_recipe(backend: Backend, options: BuildOptions) -> str:
 def engine_key(recipe: str, graph: Path) -> str:
     """SHA-256 over a recipe and the bytes of a graph file, weights included."""
     return hashlib.sha256(f"{sha256_file(graph)}\n{recipe}".encode()).hexdigest()
+
+
+def _code_digest(package: Path) -> str:
+    """SHA-256 over the backends' sources: a change in how engines are built must not meet engines from before it."""
+    digests = [f"{file.name} {sha256_file(file)}" for file in sorted(package.glob("*.py"))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 class EngineCache:
