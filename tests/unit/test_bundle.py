@@ -1,0 +1,126 @@
+"""Bundles are written and read back as the same thing; broken ones are in tests/malformed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import tiny_checkpoint_file
+
+from bdexport.build import build_bundle
+from bdexport.bundle import (
+    FORMAT_VERSION,
+    file_problems,
+    manifest_from_json,
+    open_bundle,
+    read_manifest,
+    write_manifest,
+)
+from bdexport.config import BuildConfig
+from bdexport.errors import BundleError
+from bdexport.files import sha256_file
+from bdexport.parts import part_names
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    checkpoint = tiny_checkpoint_file(folder / "tiny.safetensors")
+    return build_bundle(checkpoint, folder / "bundle", config=BuildConfig("null"), cache_dir=folder / "cache").path
+
+
+def test_round_trip(bundle_path: Path) -> None:
+    """Oracle: equality after going through JSON text."""
+    manifest = read_manifest(bundle_path)
+    assert manifest_from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert manifest.format_version == FORMAT_VERSION
+
+
+def test_manifest_describes_the_files(bundle_path: Path) -> None:
+    """Oracle: sizes and hashes taken from the folder itself."""
+    bundle = open_bundle(bundle_path)
+    assert tuple(bundle.manifest.parts) == part_names(3, [1])
+    on_disk = {file for file in bundle_path.rglob("*") if file.is_file()} - {bundle_path / "manifest.json"}
+    assert {bundle_path / entry.path for entry in bundle.manifest.files()} == on_disk
+    for part, entry in bundle.manifest.parts.items():
+        assert entry.graph is not None
+        assert sha256_file(bundle.graph(part)) == entry.graph.sha256
+        assert bundle.engine(part).stat().st_size == (entry.engine.bytes if entry.engine else 0)
+
+
+def test_every_damage_is_listed(bundle_path: Path, tmp_path: Path) -> None:
+    """Oracle: three files damaged in three ways give three problems, each naming its file."""
+    import shutil
+
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    (copy / "graphs/stem.onnx").unlink()
+    (copy / "graphs/head.onnx").write_bytes(b"x")
+    (copy / "extra").touch()
+    problems = [str(problem) for problem in file_problems(copy, read_manifest(copy))]
+    assert len(problems) == 3
+    for name in ("graphs/stem.onnx", "graphs/head.onnx", "extra"):
+        assert sum(str(copy / name) in problem for problem in problems) == 1
+
+
+def test_a_link_to_the_bundle_is_fine(bundle_path: Path, tmp_path: Path) -> None:
+    """Oracle: the written format: the folder itself may be reached through a link."""
+    (tmp_path / "link").symlink_to(bundle_path, target_is_directory=True)
+    assert open_bundle(tmp_path / "link").manifest == read_manifest(bundle_path)
+
+
+def test_relative_path(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same bundle by its absolute path, from inside and beside it."""
+    monkeypatch.chdir(bundle_path)
+    assert open_bundle(".").manifest == read_manifest(bundle_path)
+    monkeypatch.chdir(bundle_path.parent)
+    assert open_bundle(bundle_path.name).manifest == read_manifest(bundle_path)
+
+
+def test_parts_without_files(bundle_path: Path) -> None:
+    """Oracle: an absent engine, or part, is an error that names it."""
+    bundle = open_bundle(bundle_path)
+    stripped = replace(bundle.manifest.parts["stem"], engine=None)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, parts={**bundle.manifest.parts, "stem": stripped}))
+    with pytest.raises(BundleError, match="stem has no engine"):
+        bundle.engine("stem")
+    with pytest.raises(BundleError, match="no part 'block_99'"):
+        bundle.graph("block_99")
+
+
+@pytest.mark.parametrize("training", [{"loss": float("nan")}, {"model": object()}])
+def test_only_plain_json_is_written(bundle_path: Path, tmp_path: Path, training: dict[str, object]) -> None:
+    """Oracle: JSON has neither NaN nor objects; nothing is written."""
+    manifest = replace(read_manifest(bundle_path), training=training)
+    with pytest.raises(BundleError, match="not plain JSON"):
+        write_manifest(tmp_path, manifest)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_manifest_that_breaks_a_rule_is_not_written(bundle_path: Path, tmp_path: Path) -> None:
+    """Oracle: the reader's own checks, applied by the writer."""
+    manifest = replace(read_manifest(bundle_path), class_names=("only", "two"))
+    with pytest.raises(BundleError, match=r"\[R11\]"):
+        write_manifest(tmp_path, manifest)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_no_bundle_there(tmp_path: Path, name: str) -> None:
+    """Oracle: the path is named."""
+    (tmp_path / "file").write_text("hello")
+    with pytest.raises(BundleError, match=name):
+        open_bundle(tmp_path / name)
+
+
+def test_reading_needs_no_build_half(bundle_path: Path) -> None:
+    """Oracle: the modules that a fresh interpreter has loaded after opening a bundle."""
+    code = (
+        "import sys; from bdexport.bundle import open_bundle; open_bundle(sys.argv[1]);"
+        "print(sorted({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, bundle_path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
