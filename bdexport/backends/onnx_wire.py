@@ -1,0 +1,103 @@
+"""Just enough of ONNX's file format (protobuf) to link graphs without the onnx package, which a production box lacks.
+
+Field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3). A message is read as a
+list of (field number, value): int for a varint, bytes for anything with a length; fixed-size numbers do not occur at
+the levels that are read here (models, graphs, value infos).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+Fields = list[tuple[int, int | bytes]]
+
+MODEL_IR_VERSION, MODEL_GRAPH, MODEL_OPSET = 1, 7, 8
+GRAPH_NODE, GRAPH_NAME, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 3, 4, 5, 7
+ATTRIBUTE_NAME, ATTRIBUTE_GRAPH, ATTRIBUTE_TYPE, TYPE_GRAPH = 1, 6, 20, 5
+VALUE_NAME, VALUE_TYPE = 1, 2
+FLOAT, BOOL = 1, 9  # TensorProto.DataType
+
+
+def read_fields(data: bytes) -> Fields:
+    """The fields of one message in their order. Raises ValueError for bytes that are no such message."""
+    fields: Fields = []
+    position = 0
+    while position < len(data):
+        tag, position = _read_varint(data, position)
+        value, position = _read_varint(data, position)
+        if tag & 7 == 0:
+            fields.append((tag >> 3, value))
+        elif tag & 7 == 2 and position + value <= len(data):
+            fields.append((tag >> 3, data[position : position + value]))
+            position += value
+        else:
+            raise ValueError(f"not an ONNX message (tag {tag} at byte {position})")
+    return fields
+
+
+def message(fields: Iterable[tuple[int, int | bytes | str]]) -> bytes:
+    """The bytes of a message with these fields."""
+    parts: list[bytes] = []
+    for number, value in fields:
+        if isinstance(value, int):
+            parts += [_varint(number << 3), _varint(value)]
+        else:
+            data = value.encode() if isinstance(value, str) else value
+            parts += [_varint(number << 3 | 2), _varint(len(data)), data]
+    return b"".join(parts)
+
+
+def only(fields: Fields, number: int) -> bytes:
+    """The one length-delimited field of that number."""
+    found = [value for field, value in fields if field == number and isinstance(value, bytes)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} fields of number {number}, expected 1")
+    return found[0]
+
+
+def node(op: str, inputs: Sequence[str], output: str, attributes: Sequence[bytes] = (), domain: str = "") -> bytes:
+    """A NodeProto with one output, named after it."""
+    return message(
+        [(NODE_INPUT, name) for name in inputs]
+        + [(NODE_OUTPUT, output), (NODE_NAME, output), (NODE_OP, op)]
+        + [(NODE_ATTRIBUTE, attribute) for attribute in attributes]
+        + [(NODE_DOMAIN, domain)]
+    )
+
+
+def graph_attribute(name: str, graph: bytes) -> bytes:
+    """An AttributeProto that holds a graph."""
+    return message([(ATTRIBUTE_NAME, name), (ATTRIBUTE_GRAPH, graph), (ATTRIBUTE_TYPE, TYPE_GRAPH)])
+
+
+def tensor_info(name: str, dtype: int, shape: Sequence[int]) -> bytes:
+    """A ValueInfoProto of a tensor with fixed dimensions."""
+    dims = message((1, message([(1, size)])) for size in shape)
+    return message([(VALUE_NAME, name), (VALUE_TYPE, message([(1, message([(1, dtype), (2, dims)]))]))])
+
+
+def renamed_info(value_info: bytes, name: str) -> bytes:
+    """The same ValueInfoProto under another name."""
+    return message([(VALUE_NAME, name), (VALUE_TYPE, only(read_fields(value_info), VALUE_TYPE))])
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise ValueError("truncated ONNX message")
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
