@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,14 @@ def _file_of(path: Path) -> Path:
 def _read_by_start(path: Path, start: bytes) -> RawFile:
     if not start:
         raise CheckpointError(f"{path}: the file is empty", remedy="copy or download it again")
+    if start[8:9] == b"{":  # before the others: the eight bytes in front are a length and may begin like anything
+        return _read_safetensors(path)
     if start.startswith(b"PK\x03\x04"):
         _check_zip(path)
         return RawFile(path, _read_torch(path))
     if start.startswith(b"\x80"):
         return RawFile(path, _read_torch(path))
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         return _read_safetensors(path)
     raise CheckpointError(
         f"{path}: not a checkpoint",
@@ -102,13 +105,13 @@ def _read_safetensors(path: Path) -> RawFile:
 
 
 def _check_zip(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: truncated or damaged torch file", remedy="copy or download it again")
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: damaged zip archive ({error})", remedy="copy or download it again") from error
+    except OSError:
+        raise
+    except Exception as error:  # BadZipFile, and whatever class the broken bytes happen to hit
+        raise _damaged(path, error) from error
     if "constants.pkl" in names:
         raise CheckpointError(
             f"{path}: a TorchScript program, which is code", expected="weights only", remedy=ONLY_WEIGHTS
@@ -121,34 +124,48 @@ def _read_torch(path: Path) -> Any:
     # weights_only: torch's own unpickler, which builds tensors and plain containers and refuses every other global.
     # It signals damage by many classes, whatever the broken bytes happen to hit; OSError is left to the caller.
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols and old storages; what matters comes as an error
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from error
     except OSError:
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: truncated or damaged torch file ({type(error).__name__}: {_first_line(error)})",
-            remedy="copy or download it again",
-        ) from error
+        if "Invalid magic number" in str(error):
+            raise CheckpointError(
+                f"{path}: a pickle, but not one written by torch.save", remedy=ONLY_WEIGHTS
+            ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: truncated or damaged torch file ({type(error).__name__}: {_first_line(error)})",
+        remedy="copy or download it again",
+    )
 
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     text = str(error)
     wanted = re.search(r"GLOBAL ([\w.]+)", text)
+    if wanted is not None and _ends_with(path, wanted.group(1).rpartition(".")[2]):
+        return _damaged(path, EOFError("the file ends within a name"))
     if wanted is not None:
         return CheckpointError(
             f"{path}: refused, loading it would run code from the file: it asks for {wanted.group(1)}",
             expected="weights only (tensors, numbers, text and plain containers)",
             remedy=ONLY_WEIGHTS + " where you trust the file",
         )
-    if "Invalid magic number" in text:
-        return CheckpointError(f"{path}: a pickle, but not one written by torch.save", remedy=ONLY_WEIGHTS)
     return CheckpointError(
         f"{path}: refused, not plain weights ({_reason(text)})",
         expected="weights only (tensors, numbers, text and plain containers)",
         remedy=ONLY_WEIGHTS + " where you trust the file",
     )
+
+
+def _ends_with(path: Path, text: str) -> bool:
+    return path.read_bytes().endswith(text.encode())
 
 
 def _reason(text: str) -> str:
