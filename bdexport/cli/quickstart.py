@@ -1,4 +1,4 @@
-"""``bdexport quickstart``: the whole way on data that ships with a dependency, as the commands that anyone would give."""
+"""``bdexport quickstart``: the whole way on data that ships with a dependency, as the commands one would type."""
 
 from __future__ import annotations
 
@@ -54,10 +54,15 @@ def command_lines(out: Path, preset: str, threads: int) -> list[list[str]]:
 
 def summary(out: Path, seconds: float) -> dict[str, Any]:
     """What the steps left in ``out``, as one result."""
+    from bdexport.bundle import read_manifest
+
+    manifest = read_manifest(out / "bundle")
     bench = json_text.loads((out / "bench.json").read_text())
     verified = json_text.loads((out / "verify.json").read_text())
     return {
         "schema": "bdexport.quickstart/1",
+        "architecture": manifest.architecture,
+        "num_blocks": manifest.num_blocks,
         "seconds": round(seconds, 1),
         "run": out / "run",
         "bundle": out / "bundle",
