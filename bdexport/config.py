@@ -195,3 +195,39 @@ class QuickstartConfig:
     preset: str = "smoke"
     settings: tuple[str, ...] = ("pretrain.epochs=6", "policy.target_blocks=6")  # as ``train --set`` takes them
     threads: int = 1
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a backend's output may be from the reference's.
+
+    ``part``: of one part's largest value, that largest value's share. ``logits``: of the logits of a whole path, per
+    :attr:`VerifyConfig.logit_scale` of their largest value, and never less than this.
+    """
+
+    part: float
+    logits: float
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What ``bdexport verify`` compares."""
+
+    images: int = 8
+    random_masks: int = 100
+    frequent_masks: int = 20  # of those in the manifest's policy statistics
+    seed: int = 0
+    logit_scale: float = 100.0  # logits beyond it are compared relative to it: float32 has no more digits
+    tolerances: dict[str, Tolerance] = field(default_factory=lambda: {"fp32": Tolerance(part=1e-4, logits=1e-4)})
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """How ``bdexport bench`` measures."""
+
+    dataset: str = "cifar10"
+    split: str = "test"
+    images: int = 1000
+    batch: int = 1
+    rounds: int = 1  # how often every batch is measured
+    warmup_batches: int = 10

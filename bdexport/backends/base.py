@@ -56,9 +56,17 @@ class Session(Protocol):
     a tensor that one session made is given to no other.
     """
 
-    device: str
-    threads: int | None
-    notes: tuple[str, ...]  # choices made while loading, each with its reason
+    @property
+    def device(self) -> str:
+        """Where the engines run."""
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that compute one call; None where the device has no such notion."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Choices made while loading, each with its reason."""
 
     def put(self, part: str, array: NDArray[Any]) -> Tensor:
         """A host array in the manifest's layout -> the session's tensor, as input of ``part``; it may share memory."""
@@ -91,6 +99,7 @@ class Backend(Protocol):
     name: str
     precisions: tuple[str, ...]
     engine_suffix: str  # of engine files, with the dot
+    computes: bool  # False: the outputs mean nothing, and are not verified
 
     def available(self) -> Availability:
         """Can engines of this backend be loaded and run in this process? Never raises."""

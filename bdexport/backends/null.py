@@ -40,6 +40,7 @@ class NullBackend:
     name = "null"
     precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ".json"
+    computes = False
 
     def __init__(self, latency_ms: Mapping[str, float] | None = None, masks: Sequence[str] | None = None) -> None:
         self.latency_ms, self.masks = dict(latency_ms or {}), None if masks is None else list(masks)

@@ -52,6 +52,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ".onnx"
+    computes = True
 
     def available(self) -> Availability:
         """Whether onnxruntime can be imported."""

@@ -36,6 +36,7 @@ class TorchBackend:
     name = "torch"
     precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ".safetensors"
+    computes = True
 
     def available(self) -> Availability:
         """Whether torch and safetensors are installed."""

@@ -1,0 +1,339 @@
+"""Is what a bundle computes what its network computes? Parts and whole paths, compared with a reference session.
+
+The reference is the torch model at build time, and the bundle's own graphs, run without any optimisation, where there
+is no torch. Images are random pixels through the preprocessing; every part is given what the reference's parts before
+it make of them under random masks, since a part's error depends on the range of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.backends import get_backend
+from bdexport.backends.base import RunOptions, Session
+from bdexport.bundle import Bundle, Manifest
+from bdexport.config import Tolerance, VerifyConfig
+from bdexport.errors import UsageError, VerificationError
+from bdexport.parts import (
+    FULL,
+    HEAD,
+    KEEP_THRESHOLD,
+    POLICY,
+    STEM,
+    Masks,
+    block_part,
+    mask_from_text,
+    mask_to_text,
+    path_parts,
+    shortcut_part,
+)
+from bdexport.runtime.executors import Chain
+from bdexport.runtime.grouping import plan_batch
+
+if TYPE_CHECKING:
+    from bdexport.models.pair import BlockDropNet
+
+SCHEMA = "bdexport.verify/1"
+SMALLEST_TOLERANCE = 1e-6  # for outputs that are zero throughout
+Array = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest and mean absolute difference from the reference, and the reference's largest value."""
+
+    max_abs: float
+    mean_abs: float
+    scale: float
+
+
+def difference(got: Array, expected: Array) -> Difference:
+    """Compare two arrays of one shape; values that are not finite count as infinitely far away."""
+    gap = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+    if got.shape != expected.shape or not np.isfinite(gap).all():
+        return Difference(np.inf, np.inf, float(np.abs(expected).max()))
+    return Difference(float(gap.max()), float(gap.mean()), float(np.abs(expected).max()))
+
+
+def compare(
+    candidate: Session,
+    reference: Session,
+    manifest: Manifest,
+    *,
+    config: VerifyConfig | None = None,
+    reference_name: str = "reference",
+    images: NDArray[np.uint8] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare two sessions of one network; the result is a JSON object, ``ok`` says whether all held.
+
+    ``images`` (uint8 (N, h, w, 3)) replace the random ones. Raises :class:`UsageError` for a precision without a
+    tolerance.
+    """
+    config = config or VerifyConfig()
+    tolerance = _tolerance(config, manifest.precision)
+    comparison = _Comparison(candidate, reference, manifest, config, tolerance, images, progress)
+    parts, paths, policy = comparison.parts(), comparison.paths(), comparison.policy()
+    return {
+        "schema": SCHEMA,
+        "ok": all(entry["ok"] for entry in parts) and all(entry["ok"] for entry in paths),
+        "reference": reference_name,
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "images": len(comparison.inputs),
+        "seed": config.seed,
+        "tolerance": {"part": tolerance.part, "logits": tolerance.logits},
+        "parts": parts,
+        "worst_part": max(parts, key=_badness)["part"],
+        "paths": paths,
+        "worst_path": max(paths, key=_badness)["kind"],
+        "max_logit_difference": max(entry["max_abs"] for entry in paths),
+        "policy": policy,
+    }
+
+
+def verify_against_graphs(
+    bundle: Bundle,
+    *,
+    config: VerifyConfig | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The bundle's engines against its own graphs, run by ONNX Runtime with every optimisation off; needs no torch."""
+    from bdexport.backends.onnxruntime import open_graphs
+
+    get_backend("onnxruntime")  # the reference; says what to install where it is missing
+    with _opened(bundle, threads, device) as candidate, closing(open_graphs(bundle)) as reference:
+        return compare(candidate, reference, bundle.manifest, config=config, reference_name="graphs", progress=progress)
+
+
+def verify_against_model(
+    bundle: Bundle,
+    model: BlockDropNet,
+    *,
+    config: VerifyConfig | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The bundle's engines against the torch model that they are built from."""
+    from bdexport.backends.torch import session_from_model
+
+    with (
+        _opened(bundle, threads, device) as candidate,
+        closing(session_from_model(bundle.manifest, model)) as reference,
+    ):
+        return compare(candidate, reference, bundle.manifest, config=config, reference_name="torch", progress=progress)
+
+
+def require(report: dict[str, Any]) -> None:
+    """Raise :class:`VerificationError` naming the worst part or path of a report that is not ``ok``."""
+    if report["ok"]:
+        return
+    worst = max([*report["parts"], *report["paths"]], key=_badness)
+    name = worst.get("part") or f"path ({worst['kind']}, mask {worst['mask']})"
+    raise VerificationError(
+        f"{name} [{report['backend']}]: differs from {report['reference']}",
+        got=f"{worst['max_abs']:.2e} (mean {worst['mean_abs']:.2e})",
+        expected=f"at most {worst['tolerance']:.1e}",
+        remedy="do not use these engines; rebuild, and report it if it stays",
+    )
+
+
+def with_tolerance(config: VerifyConfig, precision: str, logits: float | None) -> VerifyConfig:
+    """``config`` with another tolerance for the logits; None leaves it alone."""
+    if logits is None:
+        return config
+    if not logits > 0:
+        raise UsageError("tolerance", got=logits, expected="a positive number")
+    changed = replace(_tolerance(config, precision), logits=logits)
+    return replace(config, tolerances=config.tolerances | {precision: changed})
+
+
+def random_images(count: int, size: tuple[int, int], seed: int) -> NDArray[np.uint8]:
+    """uint8 (count, height, width, 3): coarse random patches with noise on them, so that every scale is present."""
+    generator = np.random.default_rng(seed)
+    height, width = size
+    coarse = generator.integers(0, 256, (count, -(-height // 8), -(-width // 8), 3))
+    patches = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
+    return np.clip(patches + generator.normal(0, 24, patches.shape), 0, 255).astype(np.uint8)
+
+
+class _Comparison:
+    """One run of :func:`compare`."""
+
+    def __init__(
+        self,
+        candidate: Session,
+        reference: Session,
+        manifest: Manifest,
+        config: VerifyConfig,
+        tolerance: Tolerance,
+        images: NDArray[np.uint8] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.candidate, self.reference, self.manifest = candidate, reference, manifest
+        self.config, self.tolerance = config, tolerance
+        self.progress: Progress = progress or (lambda _what, _done, _total: None)
+        if images is None:
+            images = random_images(config.images, manifest.preprocess.size, config.seed)
+        self.inputs = manifest.preprocess(images)
+        if manifest.max_batch is not None:
+            self.inputs = self.inputs[: manifest.max_batch]
+        self.generator = np.random.default_rng(config.seed)
+
+    # ---- parts
+
+    def parts(self) -> list[dict[str, Any]]:
+        """One entry per part, in path order."""
+        names = list(self.manifest.parts)
+        entries: list[dict[str, Any]] = []
+        for part, got, expected in self._part_outputs():
+            self.progress("parts", len(entries), len(names))
+            found = difference(got, expected)
+            share = 1.0 if part == POLICY else found.scale
+            limit = self._logit_limit(found) if part == FULL else max(self.tolerance.part * share, SMALLEST_TOLERANCE)
+            entries.append({"part": part} | _entry(found, limit))
+        return sorted(entries, key=lambda entry: names.index(entry["part"]))
+
+    def _part_outputs(self) -> Iterator[tuple[str, Array, Array]]:
+        """Every part with the candidate's and the reference's output for the reference's input."""
+        for part in (POLICY, FULL):
+            yield part, *self._both(part, self.inputs)
+        got, x = self._both(STEM, self.inputs)
+        yield STEM, got, x
+        masks = self._random_masks(len(x))
+        masks[0] = True
+        for index in range(self.manifest.num_blocks):
+            got, kept = self._both(block_part(index), x)
+            yield block_part(index), got, kept
+            dropped = x
+            if index in self.manifest.transitions:
+                got, dropped = self._both(shortcut_part(index), x)
+                yield shortcut_part(index), got, dropped
+            x = np.where(masks[:, index, None, None, None], kept, dropped)
+        yield HEAD, *self._both(HEAD, x)
+
+    def _both(self, part: str, x: Array) -> tuple[Array, Array]:
+        got, expected = (
+            session.get(part, session.run(part, session.put(part, x))) for session in (self.candidate, self.reference)
+        )
+        return got, expected
+
+    # ---- paths
+
+    def paths(self) -> list[dict[str, Any]]:
+        """One entry per kind of mask, with the worst mask of its kind."""
+        entries: list[dict[str, Any]] = []
+        kinds = self._kinds()
+        total, done = sum(len(masks) for masks in kinds.values()), 0
+        for kind, masks in kinds.items():
+            rows = np.arange(len(masks)) % len(self.inputs)
+            got, expected = [], []
+            for row, mask in zip(rows, masks, strict=True):
+                self.progress("paths", done, total)
+                got.append(self._path(self.candidate, mask, self.inputs[row : row + 1]))
+                expected.append(self._path(self.reference, mask, self.inputs[row : row + 1]))
+                done += 1
+            reference = np.concatenate(expected)
+            entries.append(
+                {"kind": kind, "count": len(masks)} | self._path_entry(np.concatenate(got), reference, masks)
+            )
+            if kind == "random":
+                grouped = self._grouped(masks, rows)
+                entries.append(
+                    {"kind": "random, as batches", "count": len(masks)} | self._path_entry(grouped, reference, masks)
+                )
+        return entries
+
+    def _kinds(self) -> dict[str, Masks]:
+        blocks = self.manifest.num_blocks
+        texts = [item["mask"] for item in self.manifest.policy_statistics.get("masks", [])]
+        frequent = [mask_from_text(text, blocks) for text in texts[: self.config.frequent_masks]]
+        kinds = {
+            "all kept": np.ones((1, blocks), bool),
+            "all dropped": np.zeros((1, blocks), bool),
+            "most frequent": np.array(frequent, bool).reshape(-1, blocks),
+            "random": self._random_masks(self.config.random_masks),
+            "policy's own": self._probabilities(self.reference) >= KEEP_THRESHOLD,
+        }
+        return {kind: masks for kind, masks in kinds.items() if len(masks)}
+
+    def _random_masks(self, count: int) -> Masks:
+        """Every mask with a keep rate of its own, so that short paths and long ones occur."""
+        rates = self.generator.random((count, 1))
+        masks: Masks = self.generator.random((count, self.manifest.num_blocks)) < rates
+        return masks
+
+    def _path(self, session: Session, mask: Masks, x: Array) -> Array:
+        parts = path_parts(mask.tolist(), self.manifest.transitions)
+        return session.get(HEAD, session.run_path(parts, session.put(STEM, x)))
+
+    def _grouped(self, masks: Masks, rows: NDArray[np.intp]) -> Array:
+        """The candidate's logits when the same images and masks come as batches, regrouped per block."""
+        chain, size, logits = Chain(self.candidate, self.manifest), len(self.inputs), []
+        for start in range(0, len(masks), size):
+            plan = plan_batch(masks[start : start + size])
+            batch = self.inputs[rows[start : start + size]]
+            order = np.arange(len(batch)) if plan.order is None else plan.order
+            out = self.candidate.get(HEAD, chain.run(self.candidate.put(STEM, batch[order]), plan))
+            logits.append(out[np.argsort(order)])
+        return np.concatenate(logits)
+
+    def _path_entry(self, got: Array, expected: Array, masks: Masks) -> dict[str, Any]:
+        found = difference(got, expected)
+        worst = int(np.abs(got - expected).max(axis=1).argmax()) if got.shape == expected.shape else 0
+        return _entry(found, self._logit_limit(found)) | {"mask": mask_to_text(masks[worst])}
+
+    def _logit_limit(self, found: Difference) -> float:
+        return self.tolerance.logits * max(1.0, found.scale / self.config.logit_scale)
+
+    # ---- policy
+
+    def policy(self) -> dict[str, Any]:
+        """On how many images both sides decide alike. A probability within the tolerance of 0.5 may fall either way."""
+        got, expected = self._probabilities(self.candidate), self._probabilities(self.reference)
+        equal = ((got >= KEEP_THRESHOLD) == (expected >= KEEP_THRESHOLD)).all(axis=1)
+        margin = float(np.abs(expected - KEEP_THRESHOLD).min())
+        return {"images": len(equal), "masks_equal": int(equal.sum()), "smallest_margin": margin}
+
+    def _probabilities(self, session: Session) -> Array:
+        return session.get(POLICY, session.run(POLICY, session.put(POLICY, self.inputs)))
+
+
+def _entry(found: Difference, limit: float) -> dict[str, Any]:
+    return {
+        "max_abs": found.max_abs,
+        "mean_abs": found.mean_abs,
+        "scale": found.scale,
+        "tolerance": limit,
+        "ok": found.max_abs <= limit,
+    }
+
+
+def _badness(entry: dict[str, Any]) -> float:
+    badness: float = entry["max_abs"] / entry["tolerance"]
+    return badness
+
+
+def _tolerance(config: VerifyConfig, precision: str) -> Tolerance:
+    if precision not in config.tolerances:
+        known = ", ".join(config.tolerances)
+        raise UsageError("no tolerance is set for this precision", got=precision, expected=known)
+    return config.tolerances[precision]
+
+
+def _opened(bundle: Bundle, threads: int | None, device: str | None) -> closing[Session]:
+    backend = get_backend(bundle.manifest.backend)
+    if not backend.computes:
+        raise UsageError(f"{bundle.path}: backend {backend.name} computes nothing, so there is nothing to verify")
+    defaults = RunOptions()
+    return closing(backend.open(bundle, RunOptions(device=device or defaults.device, threads=threads)))
