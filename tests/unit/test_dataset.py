@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -448,6 +449,13 @@ def test_digits_validation_is_golden() -> None:
     validation = load_dataset("digits", None, "validation")
     content = validation.labels.astype("<i8").tobytes() + pixels(validation).tobytes()
     assert hashlib.sha256(content).hexdigest()[:16] == GOLDEN_DIGITS
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: Python's own refusal to import, told with the line that mends it."""
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DatasetError, match="scikit-learn cannot be imported .*; pip install scikit-learn"):
+        load_dataset("digits", None, "test")
 
 
 # ---- what a data set can do ----------------------------------------------------------------------------------------

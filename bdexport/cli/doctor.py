@@ -1,0 +1,65 @@
+"""``bdexport doctor``: what is installed here, what is missing or broken, and the line that mends it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.errors import BackendError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bdexport.doctor import Report
+
+STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+
+def doctor(
+    json: Annotated[str | None, typer.Option(help="Also write the result as JSON to this file ('-': stdout).")] = None,
+) -> None:
+    """Show what is installed and usable here, and how to get the rest.
+
+    What is missing is no failure: exit code 1 means that the core is broken or that no backend can run.
+    """
+    from bdexport.doctor import examine, packages
+
+    with progress() as bar:
+        stage = bar.add_task("looking at packages", total=len(packages()))
+        report = examine(lambda name: bar.update(stage, advance=1))
+    out = table_console(json)
+    out.print(findings_table(report))
+    for remedy, names in remedies(report).items():
+        out.print(f"{', '.join(names)}: {remedy}", soft_wrap=True)  # a command must stay in one piece
+    if json is not None:
+        write_json_result(json, report.to_json())
+    failure = report.failure()
+    if failure is not None and failure.group == "core":
+        raise BackendError(f"{failure.name} is {failure.state}: {failure.detail}", remedy=failure.remedy)
+    if failure is not None:
+        raise BackendError("no backend can run here", remedy=failure.remedy)
+
+
+def findings_table(report: Report) -> Table:
+    """One row for each finding: what, its group (the extra that installs it), state, version and remark."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="bdexport doctor")
+    for column in ("what", "part of", "state", "version", "remark"):
+        table.add_column(column, overflow="fold")
+    for found in report.findings:
+        state = Text(found.state, style=STYLES[found.state])
+        table.add_row(found.name, found.group, state, found.version or "", found.detail)
+    return table
+
+
+def remedies(report: Report) -> dict[str, list[str]]:
+    """Each line that mends something, with what it mends."""
+    lines: dict[str, list[str]] = {}
+    for found in report.findings:
+        if found.remedy is not None:
+            lines.setdefault(found.remedy, []).append(f"{found.name} {found.state}")
+    return lines
