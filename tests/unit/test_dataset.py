@@ -454,7 +454,7 @@ def test_digits_validation_is_golden() -> None:
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: Python's own refusal to import, told with the line that mends it."""
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DatasetError, match="scikit-learn cannot be imported .*; pip install scikit-learn"):
+    with pytest.raises(DatasetError, match=r"scikit-learn cannot be imported .*; pip install scikit-learn"):
         load_dataset("digits", None, "test")
 
 
