@@ -31,6 +31,7 @@ from bdexport.files import making_folder, sha256_file, write_bytes
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
+from bdexport.verify import require, verify_against_model
 
 GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
 DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
@@ -115,7 +116,7 @@ def bundle_from_model(
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, config, parts, checkpoint_sha256)
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
-        verification = _verified(Bundle(staging, manifest), model, report)
+        verification = _verified(Bundle(staging, manifest), model, backend, notes, report)
         write_manifest(staging, replace(manifest, verification=verification))
     opened = open_bundle(out)
     return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes))
@@ -273,8 +274,16 @@ def _manifest(
     )
 
 
-def _verified(bundle: Bundle, model: BlockDropNet, report: Progress) -> dict[str, Any] | None:
-    return None
+def _verified(
+    bundle: Bundle, model: BlockDropNet, backend: Backend, notes: list[str], report: Progress
+) -> dict[str, Any] | None:
+    """The report of comparing engines with torch, which holds; None, with a note, where there is nothing to compare."""
+    if not backend.computes:
+        notes.append(f"not verified: backend {backend.name} computes nothing")
+        return None
+    result = verify_against_model(bundle, model, progress=report)
+    require(result)
+    return result
 
 
 def _tool_versions() -> dict[str, str]:

@@ -77,8 +77,10 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
 
 
 def _summary(bundle: BuiltBundle, result: dict[str, Any]) -> str:
+    checked = result["verification"]
+    verified = "" if checked is None else f"; largest logit difference from torch {checked['max_logit_difference']:.1e}"
     engines = ", ".join(f"{count} {outcome}" for outcome, count in result["engines"].items() if count)
     return (
         f"{bundle.path}: {result['architecture']} for {result['backend']} {result['precision']}, "
-        f"{result['parts']} parts ({engines}), {size_text(result['bytes'])}, {result['seconds']:.1f} s"
+        f"{result['parts']} parts ({engines}), {size_text(result['bytes'])}, {result['seconds']:.1f} s{verified}"
     )

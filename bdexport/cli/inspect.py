@@ -13,7 +13,7 @@ from bdexport.cli.stages import size_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bdexport.bundle import Manifest
+    from bdexport.bundle import Bundle, Manifest
 
 SHOWN_MASKS = 10
 
@@ -23,17 +23,20 @@ def inspect(
     json: Annotated[str | None, typer.Option(help="Write everything to this file ('-': stdout).")] = None,
 ) -> None:
     """Print a bundle's manifest, check the hash of every file, and say whether it can run on this machine."""
-    from bdexport.bundle import file_problems, read_manifest
+    from bdexport.bundle import Bundle, file_problems, read_manifest
 
     manifest = read_manifest(bundle)
     problems = file_problems(bundle, manifest)
-    here = runs_here(manifest)
+    here = runs_here(Bundle(bundle, manifest), intact=not problems)
     out = table_console(json)
     for table in (_overview(manifest), _parts(manifest), _policy(manifest)):
         if table.row_count:
             out.print(table)
     count = len(manifest.files())
-    out.print(f"files: {len(problems)} damaged" if problems else f"files: all {count} hashes hold, nothing else there")
+    for problem in problems:
+        out.print(f"damaged: {problem}")
+    if not problems:
+        out.print(f"files: all {count} hashes hold, nothing else is there")
     out.print(f"here: {'runs' if here['ok'] else 'does not run'} ({here['reason']})")
     if json is not None:
         integrity = {"ok": not problems, "problems": [str(problem) for problem in problems]}
@@ -43,30 +46,26 @@ def inspect(
         raise problems[0]
 
 
-def runs_here(manifest: Manifest) -> dict[str, Any]:
-    """Whether the bundle's backend is available, and whether versions and machine are those it was built with.
+def runs_here(bundle: Bundle, intact: bool) -> dict[str, Any]:
+    """Whether the bundle's engines load on this machine, found by loading them: ``{"ok", "reason"}``.
 
-    ``{"ok", "reason", "differs": [..]}``: differences are told, but it is the backend that decides about them when it
-    loads the engines.
+    A damaged bundle (not ``intact``) is not loaded.
     """
-    from bdexport.backends import BACKENDS, backend_class
+    from bdexport.backends import get_backend
+    from bdexport.backends.base import RunOptions
+    from bdexport.errors import BackendError, UsageError
 
-    if manifest.backend not in BACKENDS:
-        return {"ok": False, "reason": f"this bdexport has no backend {manifest.backend}", "differs": []}
-    backend = backend_class(manifest.backend)()
-    availability = backend.available()
-    if not availability.ok:
-        remedy = f"; {availability.remedy}" if availability.remedy else ""
-        return {"ok": False, "reason": f"{manifest.backend}: {availability.reason}{remedy}", "differs": []}
-    differs = [
-        f"{name} {version} here, built with {manifest.versions.get(name, 'none')}"
-        for name, version in backend.versions().items()
-        if manifest.versions.get(name) != version
-    ]
-    if backend.fingerprint() != manifest.fingerprint:
-        differs.append(f"machine is {backend.fingerprint()} here, built on {manifest.fingerprint}")
-    same = "same versions and machine as it was built with"
-    return {"ok": True, "reason": f"{manifest.backend} is available; {'; '.join(differs) or same}", "differs": differs}
+    if not intact:
+        return {"ok": False, "reason": "damaged"}
+    try:
+        session = get_backend(bundle.manifest.backend).open(bundle, RunOptions())
+    except (BackendError, UsageError) as error:  # UsageError: a backend that this bdexport does not have
+        return {"ok": False, "reason": str(error)}
+    try:
+        threads = "" if session.threads is None else f", {session.threads} thread{'s' * (session.threads != 1)}"
+        return {"ok": True, "reason": f"{bundle.manifest.backend} on {session.device}{threads}; all engines load"}
+    finally:
+        session.close()
 
 
 def _overview(manifest: Manifest) -> Table:
@@ -75,11 +74,12 @@ def _overview(manifest: Manifest) -> Table:
     table = Table(title=f"bundle {manifest.name}, format {manifest.format_version}", show_header=False)
     crossing = ", ".join(map(str, manifest.transitions)) or "none"
     pre = manifest.preprocess
+    batch = "any batch" if manifest.max_batch is None else f"batches up to {manifest.max_batch}"
     geometry = f"short side to {pre.resize_short}, centre crop" if pre.resize_short else "scaled"
     rows = {
         "network": f"{manifest.architecture}, {manifest.num_blocks} blocks, {len(manifest.class_names)} classes",
         "transitions": f"{crossing} (dropped: {manifest.dropped_transition})",
-        "engines": f"{manifest.backend}, {manifest.precision}, batch up to {manifest.max_batch or 'any'}",
+        "engines": f"{manifest.backend}, {manifest.precision}, {batch}",
         "executor": _executor(manifest),
         "preprocessing": f"RGB {pre.size[1]}x{pre.size[0]} ({geometry}, {pre.resampling}), "
         f"mean {_numbers(pre.mean)}, std {_numbers(pre.std)}",
@@ -107,7 +107,11 @@ def _classes(names: tuple[str, ...]) -> str:
 
 
 def _verified(manifest: Manifest) -> str:
-    return "no" if manifest.verification is None else _scalars(manifest.verification)
+    report = manifest.verification
+    if report is None:
+        return "no"
+    shown = ("ok", "reference", "max_logit_difference", "worst_part", "images")
+    return _scalars({key.replace("_", " "): report[key] for key in shown if key in report})
 
 
 def _trained(manifest: Manifest) -> str:

@@ -12,7 +12,8 @@ TITLES = {
     "load": "loading the checkpoint",
     "export": "exporting parts as ONNX",
     "engines": "building engines",
-    "verify": "verifying against torch",
+    "parts": "verifying parts",
+    "paths": "verifying paths",
 }
 
 
