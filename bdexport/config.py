@@ -67,6 +67,7 @@ class FinetuneConfig:
     policy_learning_rate: float = 3e-4
     weight_decay: float = 5e-4
     warmup_epochs: float = 0.25
+    full_share: float = 0.0  # share of each batch that runs every block, so that the full network stays accurate
     schedule: Literal["cosine", "step"] = "cosine"  # step: x0.1 for the last fifth, as in the paper
 
 
@@ -83,6 +84,7 @@ class PolicyConfig:
     entropy_bonus: float = 0.0  # weight of the Bernoulli entropy of the open blocks, annealed to 0 over each phase
     initial_keep_logit: float = 0.0  # bias of the policy's last layer at the start of the curriculum
     target_blocks: float | None = None  # mean number of kept blocks that gamma is steered to; None: gamma is fixed
+    input_pool: int | None = None  # average-pool the policy's input so many times; None: as in the paper
     penalty_gain: float = 0.05  # how fast gamma follows: log gamma changes by gain x (target - used) / K each step
 
 
@@ -136,14 +138,18 @@ def _cpu(num_blocks: int) -> TrainConfig:
     return TrainConfig(
         preset="cpu",
         distillation_weight=1.0,
-        adapt=AdaptConfig(epochs=8),
-        curriculum=CurriculumConfig(epochs=12, epoch_share=1 / 3, blocks_per_epoch=-(-num_blocks // 8)),
-        finetune=FinetuneConfig(epochs=20),
+        pretrain=PretrainConfig(epochs=60),
+        adapt=AdaptConfig(epochs=4, batch=256, learning_rate=0.03),
+        curriculum=CurriculumConfig(epochs=8, epoch_share=0.25, blocks_per_epoch=-(-num_blocks // 5)),
+        finetune=FinetuneConfig(
+            epochs=10, batch=256, network_learning_rate=0.03, policy_learning_rate=5e-4, full_share=0.1
+        ),
         policy=PolicyConfig(
             exploration_bound_end=0.95,
             reward="probability",
             initial_keep_logit=1.0,
-            target_blocks=round(0.45 * num_blocks, 2),
+            target_blocks=round(0.5 * num_blocks, 2),
+            input_pool=2,
         ),
     )
 
@@ -151,6 +157,7 @@ def _cpu(num_blocks: int) -> TrainConfig:
 def _paper(num_blocks: int) -> TrainConfig:
     return TrainConfig(
         preset="paper",
+        pretrain=PretrainConfig(epochs=164),
         curriculum=CurriculumConfig(epochs=5000, batch=2048, learning_rate=1e-4),
         finetune=FinetuneConfig(
             epochs=2000,
@@ -231,3 +238,10 @@ class BenchConfig:
     batch: int = 1
     rounds: int = 1  # how often every batch is measured
     warmup_batches: int = 10
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How ``bdexport run`` times an image."""
+
+    timed_calls: int = 5  # after warm-up; the median is shown

@@ -86,12 +86,12 @@ class _Field:
     def wrong(self, expected: str) -> CheckpointError:
         return CheckpointError(self.where, got=shown(json.dumps(self.value), 60), expected=expected)
 
-    def object(self, *names: str) -> dict[str, _Field]:
-        """The fields of an object that has exactly these names."""
+    def object(self, *names: str, more: bool = False) -> dict[str, _Field]:
+        """The fields of an object that has exactly these names, or with ``more`` at least these."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
         missing = [name for name in names if name not in self.value]
-        unknown = [shown(name) for name in self.value if name not in names]
+        unknown = [shown(name) for name in self.value if name not in names and not more]
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown[:10])}"
             raise CheckpointError(self.where, got=problem, expected=f"the fields {', '.join(names)}")
@@ -216,7 +216,7 @@ def _training(field: _Field, network: ResNetSpec) -> dict[str, Any]:
 
 
 def _check_statistics(field: _Field, num_blocks: int) -> None:
-    fields = field.object("split", "images", "masks")
+    fields = field.object("split", "images", "masks", more=True)
     fields["split"].text()
     images = fields["images"].integer(1, 10**12)
     for item in fields["masks"].items(0, 10**7):

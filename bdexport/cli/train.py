@@ -1,0 +1,185 @@
+"""``bdexport train``: from a pretrained network (or nothing) to a network with a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bdexport.cli.console import console, err_console, progress, write_json_result
+from bdexport.config import PRESETS
+
+if TYPE_CHECKING:
+    from bdexport.config import TrainConfig
+    from bdexport.train.pipeline import TrainRequest
+
+PRESET_HELP = "Settings to start from: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()) + "."
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="RUN folder; an unfinished run there is resumed.")],
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    arch: Annotated[str | None, typer.Option(help="e.g. resnet32; recognised from --base when left out.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Checkpoint to start from; without it the base is trained.")] = None,
+    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "cpu",
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    base_only: Annotated[bool, typer.Option("--base-only", help="Train the base network and stop.")] = False,
+    pretrain_epochs: Annotated[int | None, typer.Option(help="Epochs for the base network itself.")] = None,
+    adapt_epochs: Annotated[int | None, typer.Option(help="Epochs of stochastic depth before the policy.")] = None,
+    curriculum_epochs: Annotated[int | None, typer.Option(help="Epochs of curriculum learning.")] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of joint finetuning.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images a step, in every phase.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Penalty of a wrong prediction (Eqn. 3).")] = None,
+    target_blocks: Annotated[float | None, typer.Option(help="Mean kept blocks that gamma is steered to.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Exploration bound, throughout.")] = None,
+    estimator: Annotated[str | None, typer.Option(help="self_critical (paper) or leave_one_out.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Masks drawn per image and step.")] = None,
+    reward: Annotated[str | None, typer.Option(help="correct (paper) or probability.")] = None,
+    distillation: Annotated[float | None, typer.Option(help="Weight of the undropped base as a teacher.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, e.g. finetune.batch=256; repeatable.")
+    ] = None,
+    json: Annotated[str | None, typer.Option(help="Write the training result to this file ('-': stdout).")] = None,
+) -> None:
+    """Train a BlockDrop policy: curriculum on the frozen network, then joint finetuning. Resumes RUN if cut off."""
+    from bdexport.checkpoint import load_checkpoint
+    from bdexport.train.pipeline import train as run_training
+
+    request, num_blocks = _request(out, dataset, data, arch, base, base_only, device, seed)
+    settings = {
+        "seed": seed,
+        "precision": precision,
+        "pretrain.epochs": pretrain_epochs,
+        "adapt.epochs": adapt_epochs,
+        "curriculum.epochs": curriculum_epochs,
+        "finetune.epochs": finetune_epochs,
+        **dict.fromkeys(("pretrain.batch", "adapt.batch", "curriculum.batch", "finetune.batch"), batch),
+        "policy.wrong_prediction_penalty": gamma,
+        "policy.target_blocks": target_blocks,
+        "policy.exploration_bound": alpha,
+        "policy.exploration_bound_end": alpha,
+        "policy.estimator": estimator,
+        "policy.samples": samples,
+        "policy.reward": reward,
+        "distillation_weight": distillation,
+    }
+    config = resolved_config(preset, num_blocks, settings, set_ or [])
+    path = run_training(request, config, ConsoleReporter())
+    training = load_checkpoint(path).training
+    console.print(f"{path}: {summary(training)}")
+    if json is not None:
+        write_json_result(json, {"schema": "bdexport.train/1", "checkpoint": path, "training": training})
+
+
+def resolved_config(preset: str, num_blocks: int, settings: dict[str, Any], assignments: list[str]) -> TrainConfig:
+    """The preset with every given (not None) setting and every ``--set`` applied. Raises UsageError."""
+    from bdexport import config
+    from bdexport.errors import UsageError
+    from bdexport.train.settings import with_assignments, with_setting
+
+    if preset not in PRESETS:
+        raise UsageError("preset", got=repr(preset), expected=f"one of {', '.join(PRESETS)}")
+    resolved = config.preset(preset, num_blocks)
+    for name, value in settings.items():
+        if value is not None:
+            resolved = with_setting(resolved, name, value)
+    return with_assignments(resolved, assignments)
+
+
+def _request(
+    out: Path,
+    dataset: str,
+    data: Path | None,
+    arch: str | None,
+    base: Path | None,
+    base_only: bool,
+    device: str,
+    seed: int | None,
+) -> tuple[TrainRequest, int]:
+    """Load data and base, and settle on a network."""
+    from bdexport.architecture import resnet_spec
+    from bdexport.checkpoint import load_checkpoint
+    from bdexport.dataset import load_dataset
+    from bdexport.errors import UsageError
+    from bdexport.preprocess import Preprocess
+    from bdexport.train.pipeline import TrainRequest
+
+    if base is None and arch is None:
+        raise UsageError("no network", expected="--arch NAME, --base CKPT or both")
+    splits = {split: load_dataset(dataset, data, split) for split in ("train", "validation")}
+    found = None if base is None else load_checkpoint(base, arch=arch)
+    if found is not None:
+        network, preprocess = found.network, found.preprocess
+    else:
+        assert arch is not None
+        network = resnet_spec(arch, num_classes=len(splits["train"].class_names))
+        preprocess = Preprocess() if network.family == "cifar" else Preprocess((224, 224), resize_short=256)
+    request = TrainRequest(
+        network=network,
+        preprocess=preprocess,
+        train=splits["train"],
+        validation=splits["validation"],
+        out=out,
+        initial=found,
+        base=None if base is None else base.name,
+        base_only=base_only,
+        device=device,
+    )
+    return request, network.num_blocks
+
+
+def summary(training: dict[str, Any]) -> str:
+    """One line: what the run reached on its validation split."""
+    validation = training["validation"]
+    text = f"validation accuracy {validation['full_accuracy']:.2f} % undropped"
+    if "policy" in validation:
+        policy = validation["policy"]
+        used = policy["blocks_used"]
+        text += (
+            f", {policy['accuracy']:.2f} % with {used['mean']:.1f} +- {used['std']:.1f} blocks, "
+            f"{policy['flops']['mean']:.3g} FLOPs, {policy['unique_masks']} unique masks"
+        )
+    return text
+
+
+class ConsoleReporter:
+    """A bar per epoch and one line when it is done."""
+
+    @contextmanager
+    def epoch(self, title: str, steps: int) -> Iterator[Callable[[], None]]:
+        """A progress bar over the epoch's steps."""
+        with progress() as bar:
+            task = bar.add_task(title, total=steps)
+            yield lambda: bar.update(task, advance=1)
+
+    def line(self, row: dict[str, Any]) -> None:
+        """The figures of one epoch."""
+        console.print(epoch_line(row))
+
+    def note(self, text: str) -> None:
+        """A choice with its reason, or a warning; on stderr."""
+        err_console.print(text)
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    """``finetune 3  loss 0.31  train 92.1 %  val 90.8 %  reward 0.61  blocks 6.8 +- 1.2  masks 143  gamma 2.1  88 s``."""
+    validation, learned = row["validation"], row["train"]
+    parts = [f"{row['phase']} {row['epoch']:<3}", f"loss {learned['loss']:.3f}"]
+    if "accuracy" in learned:
+        parts.append(f"train {learned['accuracy']:.2f} %")
+    parts.append(f"val {validation['accuracy']:.2f} %")
+    if "reward" in learned:
+        used = validation["blocks_used"]
+        parts += [
+            f"reward {learned['reward']:.3f}",
+            f"blocks {used['mean']:.2f} +- {used['std']:.2f}",
+            f"masks {validation['unique_masks']}",
+            f"gamma {row['penalty']:.2f}",
+        ]
+    return "  ".join([*parts, f"{row['seconds']:.0f} s", f"{row['images_per_s']:.0f} images/s"])

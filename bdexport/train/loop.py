@@ -1,0 +1,202 @@
+"""The loop around the phases: epochs, validation, metrics, the choice of the best model, saving and resuming."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from bdexport.errors import TrainingError
+from bdexport.evaluate import Outcome, keep_all, run_masks
+from bdexport.models.pair import BlockDropNet
+from bdexport.train.data import Augmentation, DeviceImages, steps_per_epoch
+from bdexport.train.phases import PHASES, Phase, Setting
+from bdexport.train.state import Best, RunState, Weights, generator_for, save_state
+
+BUDGET_TOLERANCE = 0.02  # of K: a model this little above the target still meets it
+
+
+class Reporter(Protocol):
+    """Where progress goes; the command line draws it, a library caller may ignore it."""
+
+    def epoch(self, title: str, steps: int) -> AbstractContextManager[Callable[[], None]]:
+        """Around one epoch; the yielded function is called after every step."""
+
+    def line(self, row: dict[str, Any]) -> None:
+        """One finished epoch."""
+
+    def note(self, text: str) -> None:
+        """A choice with its reason, or a warning."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The held-out split is never trained on; every choice is made on it."""
+
+    train: DeviceImages
+    validation: DeviceImages
+    augmentation: Augmentation
+
+
+def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
+    """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch."""
+    phases = [phase(setting) for phase in PHASES]
+    for index in range(state.phase, len(phases)):
+        phase = phases[index]
+        if phase.epochs > state.epoch:
+            _enter(phase, setting, state)
+        for epoch in range(state.epoch, phase.epochs):
+            setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
+            row = _train_epoch(phase, epoch, data, reporter)
+            row |= _validate(phase, setting, data)
+            _choose(phase, setting, state, row)
+            _remember(state, setting, phase, index, epoch + 1)
+            state.history.append(row)
+            save_state(run, state)
+            reporter.line(row)
+            _stop_on_collapse(phase, setting, row, reporter)
+        state.phase, state.epoch, state.optimisers = index + 1, 0, []
+        _remember_weights(state, setting)
+
+
+def _enter(phase: Phase, setting: Setting, state: RunState) -> None:
+    """Prepare a phase; the network as it is when BlockDrop's own phases begin becomes the teacher."""
+    if setting.teacher is None and phase.name != "pretrain" and setting.config.distillation_weight > 0:
+        setting.teacher = frozen_copy(setting.model)
+        state.teacher = _weights(setting.teacher)
+    phase.start()
+    for optimiser, saved in zip(phase.optimisers, state.optimisers, strict=False):
+        optimiser.load_state_dict(saved)
+
+
+def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporter) -> dict[str, Any]:
+    setting = phase.setting
+    steps = steps_per_epoch(len(data.train), phase.batch, phase.share)
+    sums: dict[str, float] = {}
+    images_seen = 0
+    started = time.perf_counter()
+    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator)
+    with reporter.epoch(f"{phase.name} {epoch + 1}/{phase.epochs}", steps) as advance:
+        for step, (images, labels) in enumerate(batches):
+            phase.at(epoch + step / steps)
+            for name, value in phase.step(images, labels).items():
+                sums[name] = sums.get(name, 0.0) + value
+            images_seen += len(labels)
+            advance()
+    seconds = time.perf_counter() - started
+    return {
+        "phase": phase.name,
+        "epoch": epoch + 1,
+        "train": {name: value / steps for name, value in sums.items()},
+        "penalty": setting.controller.penalty,
+        "open_blocks": phase.opened(epoch) if phase.uses_policy else None,
+        "seconds": round(seconds, 2),
+        "images_per_s": round(images_seen / seconds, 1),
+    }
+
+
+def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, Any]:
+    model = setting.model
+    strategy = model.masks if phase.uses_policy else keep_all(setting.num_blocks)
+    outcome = validation_outcome(setting, data.validation, strategy)
+    used = outcome.blocks_used
+    return {
+        "validation": {
+            "accuracy": outcome.accuracy,
+            "reward": _mean_reward(outcome, setting),
+            "blocks_used": {"mean": float(used.mean()), "std": float(used.std())},
+            "unique_masks": outcome.unique_masks,
+        }
+    }
+
+
+def validation_outcome(setting: Setting, images: DeviceImages, strategy: Any) -> Outcome:
+    """One pass over a split in eval mode, leaving each module's training mode as it was."""
+    model = setting.model
+    modes = {module: module.training for module in (model.network, model.policy)}
+    model.eval()
+    with setting.autocast():
+        outcome = run_masks(model, images.batches(setting.config.evaluation_batch), strategy)
+    for module, training in modes.items():
+        module.train(training)
+    return outcome
+
+
+def _mean_reward(outcome: Outcome, setting: Setting) -> float:
+    """Eqn. 3 with the configured gamma, mean over the split."""
+    usage = outcome.blocks_used / setting.num_blocks
+    penalty = setting.config.policy.wrong_prediction_penalty
+    return float(np.where(outcome.correct, 1 - usage**2, -penalty).mean())
+
+
+def _choose(phase: Phase, setting: Setting, state: RunState, row: dict[str, Any]) -> None:
+    """Keep the best finetuned model: within the block budget first, then by accuracy (without one: by reward)."""
+    if phase.name != "finetune":
+        return
+    figures = row["validation"]
+    target = setting.config.policy.target_blocks
+    if target is None:
+        score: tuple[float, ...] = (figures["reward"],)
+    else:
+        excess = figures["blocks_used"]["mean"] - target - BUDGET_TOLERANCE * setting.num_blocks
+        score = (1.0, figures["accuracy"]) if excess <= 0 else (0.0, -excess)
+    row["score"] = list(score)
+    if state.best is None or score > state.best.score:
+        state.best = Best(score, _weights(setting.model), {"epoch": row["epoch"], **figures})
+
+
+def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch: int) -> None:
+    _remember_weights(state, setting)
+    state.phase, state.epoch = index, epoch
+    state.optimisers = [optimiser.state_dict() for optimiser in phase.optimisers]
+
+
+def _remember_weights(state: RunState, setting: Setting) -> None:
+    state.model = _weights(setting.model)
+    state.penalty = setting.controller.penalty
+
+
+def _stop_on_collapse(phase: Phase, setting: Setting, row: dict[str, Any], reporter: Reporter) -> None:
+    """A policy that keeps everything or nothing saves nothing or is no network; one mask for all is mere pruning."""
+    if not phase.uses_policy:
+        return
+    figures = row["validation"]
+    mean, closed = figures["blocks_used"]["mean"], setting.num_blocks - (row["open_blocks"] or 0)
+    if phase.name == "finetune" and (mean >= setting.num_blocks or mean <= 0):
+        what = "keeps every block" if mean > 0 else "drops every block"
+        remedy = "lower --gamma or set --target-blocks" if mean > 0 else "raise --gamma or set --target-blocks"
+        raise TrainingError(f"the policy has collapsed: it {what} for every image; the last state is kept", remedy=remedy)
+    if figures["unique_masks"] == 1 and closed == 0 and phase.name == "finetune":
+        reporter.note(
+            "warning: the policy gives every image the same mask, which is a pruned network, not BlockDrop; "
+            "a longer curriculum, a larger --entropy-bonus or --estimator leave_one_out with more samples help"
+        )
+
+
+def frozen_copy(model: BlockDropNet) -> Any:
+    """The network as it is now, in eval mode, without gradients."""
+    from copy import deepcopy
+
+    return deepcopy(model.network).eval().requires_grad_(False)
+
+
+def _weights(module: nn.Module) -> Weights:
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def restore(state: RunState, setting: Setting) -> None:
+    """Put a loaded state's weights, teacher and gamma in place."""
+    setting.model.load_state_dict(state.model)
+    setting.controller.penalty = state.penalty
+    if state.teacher is not None:
+        teacher = frozen_copy(setting.model)
+        teacher.load_state_dict(state.teacher)
+        setting.teacher = teacher
+    torch.manual_seed(setting.config.seed)

@@ -1,0 +1,355 @@
+"""The phases of a run: pretrain, adapt, curriculum, finetune. Each knows its parameters, its schedule and one step.
+
+All phases share one shape, so that the loop (:mod:`bdexport.train.loop`) treats them alike: ``start`` prepares modules
+and optimisers, ``at`` sets what depends on progress, ``step`` learns from one batch and returns figures to average.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer
+
+from bdexport.config import Optimiser, TrainConfig
+from bdexport.errors import TrainingError
+from bdexport.models.pair import BlockDropNet
+from bdexport.models.resnet import ResNet
+from bdexport.train import rollout
+from bdexport.train.reward import PenaltyController, leave_one_out_advantage, reward
+
+
+@dataclass
+class Setting:
+    """What every phase works on. ``teacher`` is the frozen, undropped base network, or None."""
+
+    model: BlockDropNet
+    teacher: ResNet | None
+    config: TrainConfig
+    controller: PenaltyController
+    device: str
+    bf16: bool
+    generator: torch.Generator
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.model.network.blocks)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the run uses it."""
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
+
+
+class Phase:
+    """Common parts of all phases."""
+
+    name = ""
+    epochs = 0
+    batch = 128
+    share = 1.0
+    uses_policy = False
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.optimisers: list[Optimizer] = []
+        self.peak_rates: list[float] = []
+        self.warmup_epochs = 0.0
+
+    def start(self) -> None:
+        """Prepare modules and optimisers; called once per run of the phase, also on resuming."""
+        raise NotImplementedError
+
+    def opened(self, epoch: int) -> int:
+        """How many of the last blocks the policy decides in this epoch."""
+        return self.setting.num_blocks
+
+    def at(self, epoch: float) -> None:
+        """Set learning rates (and whatever else depends on progress) for a moment, in epochs from the phase's start."""
+        for optimiser, peak in zip(self.optimisers, self.peak_rates, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = peak * self.rate_factor(epoch)
+
+    def rate_factor(self, epoch: float) -> float:
+        """Linear warm-up, then cosine decay to zero."""
+        if epoch < self.warmup_epochs:
+            return (epoch + 1e-3) / self.warmup_epochs
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / max(1, self.epochs))))
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Learn from one batch; returns figures that the loop averages over the epoch."""
+        raise NotImplementedError
+
+    def _learn(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"{self.name}: the loss is {loss.item()}; the last good state is kept",
+                remedy="lower the learning rate, or use --precision fp32",
+            )
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimiser in self.optimisers:
+            optimiser.step()
+
+    def _classification_loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy plus, with a teacher, the softened KL divergence (Hinton et al., 2015)."""
+        loss = F.cross_entropy(logits.float(), labels)
+        weight, temperature = self.setting.config.distillation_weight, self.setting.config.distillation_temperature
+        if self.setting.teacher is None or weight == 0:
+            return loss
+        with torch.no_grad(), self.setting.autocast():
+            target = self.setting.teacher(images).float()
+        divergence = F.kl_div(
+            F.log_softmax(logits.float() / temperature, dim=1),
+            F.log_softmax(target / temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return loss + weight * temperature**2 * divergence
+
+
+class Pretrain(Phase):
+    """Train the base network itself, every block kept."""
+
+    name = "pretrain"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.pretrain
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+
+    def start(self) -> None:
+        config = self.setting.config.pretrain
+        _trainable(self.setting.model.network, True)
+        _trainable(self.setting.model.policy, False)
+        self.optimisers = [_sgd(self.setting.model.network, config.learning_rate, config.weight_decay)]
+        self.peak_rates = [config.learning_rate]
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        with self.setting.autocast():
+            logits = self.setting.model.network(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        self._learn(loss)
+        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
+
+
+class Adapt(Phase):
+    """Stochastic depth: each image runs a mask drawn at a keep rate of its own."""
+
+    name = "adapt"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.adapt
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+
+    def start(self) -> None:
+        config = self.setting.config.adapt
+        _trainable(self.setting.model.network, True)
+        _trainable(self.setting.model.policy, False)
+        self.optimisers = [_sgd(self.setting.model.network, config.learning_rate, config.weight_decay)]
+        self.peak_rates = [config.learning_rate]
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        config, setting = self.setting.config.adapt, self.setting
+        span = config.keep_high - config.keep_low
+        shape, device = (len(images), setting.num_blocks), images.device
+        rates = config.keep_low + span * torch.rand(len(images), 1, generator=setting.generator, device=device)
+        masks = torch.rand(shape, generator=setting.generator, device=device) < rates
+        with setting.autocast():
+            logits = setting.model.network.forward_masked(images, masks)
+        loss = self._classification_loss(logits, images, labels)
+        self._learn(loss)
+        used = masks.float().sum(dim=1).mean().item()
+        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels), "blocks_used": used}
+
+
+class PolicyPhase(Phase):
+    """What curriculum and finetuning share: sampling masks and the policy gradient."""
+
+    uses_policy = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.exploration_bound = setting.config.policy.exploration_bound
+        self.entropy_weight = setting.config.policy.entropy_bonus
+        self.now_open = setting.num_blocks
+
+    def at(self, epoch: float) -> None:
+        super().at(epoch)
+        self.now_open = self.opened(int(epoch))
+        self.entropy_weight = self.setting.config.policy.entropy_bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        with self.setting.autocast():
+            logits = self.setting.model.policy.logits(images)
+        return logits.float().sigmoid()
+
+    def _rewards(self, logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
+        kind = self.setting.config.policy.reward
+        return reward(logits.detach(), labels, masks, self.setting.controller.penalty, kind)
+
+    @torch.no_grad()
+    def _evaluated(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Logits under ``masks`` with frozen batch-norm statistics: a baseline must not leave a trace."""
+        network = self.setting.model.network
+        training = network.training
+        network.eval()
+        with self.setting.autocast():
+            logits = network.forward_masked(images, masks)
+        network.train(training)
+        return logits
+
+    def _policy_loss(self, probabilities: Tensor, masks: Tensor, advantages: Tensor) -> Tensor:
+        """REINFORCE (Eqn. 6) over masks (S, N, K) with advantages (S, N), minus the entropy bonus."""
+        sampled_from = rollout.bounded(probabilities, self.exploration_bound)
+        log_probability = rollout.log_probability(sampled_from, masks, self.now_open)
+        loss = -(advantages * log_probability).mean()
+        return loss - self.entropy_weight * rollout.entropy(probabilities, self.now_open)
+
+    def _sampled(self, probabilities: Tensor) -> Tensor:
+        config, setting = self.setting.config.policy, self.setting
+        sampled_from = rollout.bounded(probabilities, self.exploration_bound)
+        return rollout.sample_masks(sampled_from, self.now_open, config.samples, setting.generator)
+
+    def _advantages(
+        self, rewards: Tensor, probabilities: Tensor, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages (S, N) of sampled rewards (S, N), and the greedy masks (N, K) where they were run."""
+        greedy = rollout.greedy_masks(probabilities, self.now_open)
+        if self.setting.config.policy.estimator == "leave_one_out":
+            return leave_one_out_advantage(rewards), greedy
+        baseline = self._rewards(self._evaluated(images, greedy), labels, greedy)
+        return rewards - baseline, greedy
+
+
+class Curriculum(PolicyPhase):
+    """Algorithm 1, lines 3-13: the policy learns on the frozen network, opening blocks from the last one."""
+
+    name = "curriculum"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.curriculum
+        self.epochs, self.batch, self.share = config.epochs, config.batch, config.epoch_share
+
+    def start(self) -> None:
+        config = self.setting.config.curriculum
+        _trainable(self.setting.model.network, False)
+        _trainable(self.setting.model.policy, True)
+        self.optimisers = [Adam(self.setting.model.policy.parameters(), config.learning_rate)]
+        self.peak_rates = [config.learning_rate]
+
+    def opened(self, epoch: int) -> int:
+        return rollout.open_blocks(epoch, self.setting.num_blocks, self.setting.config.curriculum.blocks_per_epoch)
+
+    def rate_factor(self, epoch: float) -> float:
+        """Constant, as in the paper."""
+        return 1.0
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        probabilities = self._probabilities(images)
+        masks = self._sampled(probabilities)
+        rewards = torch.stack([self._rewards(self._evaluated(images, one), labels, one) for one in masks])
+        advantages, greedy = self._advantages(rewards, probabilities, images, labels)
+        loss = self._policy_loss(probabilities, masks, advantages)
+        self._learn(loss)
+        used = greedy.float().sum(dim=1).mean().item()
+        # While blocks are held open, usage cannot reach the target and gamma would only run away.
+        if self.now_open == self.setting.num_blocks:
+            self.setting.controller.update(used, self.setting.num_blocks)
+        return {"loss": loss.item(), "reward": rewards.mean().item(), "blocks_used": used}
+
+
+class Finetune(PolicyPhase):
+    """Algorithm 1, lines 14-16: network and policy learn together."""
+
+    name = "finetune"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.finetune
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+
+    def start(self) -> None:
+        config, model = self.setting.config.finetune, self.setting.model
+        _trainable(model.network, True)
+        _trainable(model.policy, True)
+        rates = (config.network_learning_rate, config.policy_learning_rate)
+        self.optimisers = [
+            _optimiser(config.optimiser, model.network, rates[0], config.weight_decay),
+            Adam(model.policy.parameters(), rates[1]),
+        ]
+        self.peak_rates = list(rates)
+
+    def at(self, epoch: float) -> None:
+        super().at(epoch)
+        config = self.setting.config.policy
+        progress = min(1.0, epoch / max(1, self.epochs))
+        span = config.exploration_bound_end - config.exploration_bound
+        self.exploration_bound = config.exploration_bound + span * progress
+
+    def rate_factor(self, epoch: float) -> float:
+        if self.setting.config.finetune.schedule == "step":
+            return 1.0 if epoch < 0.8 * self.epochs else 0.1
+        return super().rate_factor(epoch)
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        setting = self.setting
+        probabilities = self._probabilities(images)
+        masks = self._sampled(probabilities)
+        whole = int(setting.config.finetune.full_share * len(images))
+        run = masks[0].clone()
+        run[:whole] = True
+        with setting.autocast():
+            logits = setting.model.network.forward_masked(images, run)
+        others = [self._rewards(self._evaluated(images, one), labels, one) for one in masks[1:]]
+        rewards = torch.stack([self._rewards(logits, labels, masks[0]), *others])
+        advantages, greedy = self._advantages(rewards, probabilities, images, labels)
+        loss = self._classification_loss(logits, images, labels)
+        # Images that ran every block say nothing about the masks that were drawn for them.
+        learned = self._policy_loss(probabilities[whole:], masks[:, whole:], advantages[:, whole:])
+        self._learn(loss + learned)
+        used = greedy.float().sum(dim=1).mean().item()
+        setting.controller.update(used, setting.num_blocks)
+        return {
+            "loss": loss.item(),
+            "reward": rewards.mean().item(),
+            "accuracy": _accuracy(logits, labels),
+            "blocks_used": used,
+        }
+
+
+PHASES: tuple[type[Phase], ...] = (Pretrain, Adapt, Curriculum, Finetune)
+
+
+def _trainable(module: nn.Module, trainable: bool) -> None:
+    """Train mode with gradients, or eval mode (fixed batch-norm statistics) without."""
+    module.train(trainable)
+    module.requires_grad_(trainable)
+
+
+def _decayed(module: nn.Module) -> Iterable[dict[str, object]]:
+    """Weight decay on convolutions and linear weights only: batch norm and biases are not shrunk."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim <= 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _sgd(module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    return SGD(_decayed(module), learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+
+
+def _optimiser(kind: Optimiser, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    if kind == "sgd":
+        return _sgd(module, learning_rate, weight_decay)
+    return Adam(_decayed(module), learning_rate, weight_decay=weight_decay)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return 100.0 * (logits.argmax(dim=1) == labels).float().mean().item()

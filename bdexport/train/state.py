@@ -1,0 +1,114 @@
+"""What a run keeps on disk: resolved settings, the state to resume from, metrics, and the chosen model.
+
+    RUN/run.json           settings, network, data: what the run is; a resumed run must agree with it
+    RUN/state.pt           weights, optimisers, gamma, best model so far: written after every epoch, atomically
+    RUN/metrics.jsonl      one JSON object per epoch
+    RUN/tensorboard/       the same for TensorBoard, where it is installed
+    RUN/model.safetensors  the chosen model (see ``complete`` in its training result)
+
+Data order, augmentation and sampled masks of an epoch are drawn from a generator seeded by (seed, phase, epoch), so that
+an epoch that was cut off and starts again sees exactly what it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdexport.errors import TrainingError
+from bdexport.files import write_json, write_text, writing
+
+RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass
+class Best:
+    """The best model so far by the validation split; ``score`` compares as a tuple, larger is better."""
+
+    score: tuple[float, ...]
+    weights: Weights
+    figures: dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """Where a run stands: ``epoch`` epochs of phase ``phase`` are done."""
+
+    phase: int = 0
+    epoch: int = 0
+    model: Weights = field(default_factory=dict)
+    teacher: Weights | None = None
+    optimisers: list[dict[str, Any]] = field(default_factory=list)
+    penalty: float = 0.0
+    best: Best | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+
+def generator_for(seed: int, phase: int, epoch: int, device: str) -> torch.Generator:
+    """The random source of one epoch of one phase."""
+    generator = torch.Generator(device=device)
+    return generator.manual_seed((seed * 1_000_003 + phase * 10_007 + epoch) % 2**63)
+
+
+def save_state(run: Path, state: RunState) -> None:
+    """Write state and metrics; a crash in between leaves the older, consistent pair's state."""
+    best = state.best
+    blob = dict(vars(state)) | {"best": None if best is None else [list(best.score), best.weights, best.figures]}
+    with writing(run / STATE_FILE) as partial:
+        torch.save(blob, partial)
+    write_text(run / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in state.history))
+
+
+def load_state(run: Path) -> RunState | None:
+    """The saved state, or None where the run has not finished its first epoch. Damaged: :class:`TrainingError`."""
+    path = run / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        blob = torch.load(path, map_location="cpu", weights_only=True)
+        if blob["best"] is not None:
+            score, weights, figures = blob["best"]
+            blob["best"] = Best(tuple(score), weights, figures)
+        return RunState(**blob)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(
+            f"{path}: the run's state cannot be read ({first})", remedy="train into another folder, or delete this one"
+        ) from error
+
+
+def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
+    """Write ``description`` into a new run; for an existing one, check that nothing differs. True when it existed."""
+    path = run / RUN_FILE
+    if not path.exists():
+        if run.is_dir() and any(run.iterdir()):
+            raise TrainingError(f"{run}: the folder is not empty and holds no run", remedy="choose another --out")
+        write_json(path, description)
+        return False
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path}: unreadable ({error})", remedy="choose another --out") from error
+    differences = _differences(before, json.loads(json.dumps(description)))
+    if differences:
+        raise TrainingError(
+            f"{run}: holds a run with other settings: {'; '.join(differences)}",
+            remedy="repeat the settings it was started with to resume it, or choose another --out",
+        )
+    return True
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: list[str] = []
+        for key in sorted(before.keys() | now.keys()):
+            found += _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if before == now else [f"{name} was {before!r}, now {now!r}"]
