@@ -1,0 +1,131 @@
+"""Latency of dynamic inference and of the full network, batch by batch, in turn.
+
+Both calls start from the same uint8 images at the network's size, so both include normalisation and leave out decoding
+and scaling. They alternate, and so does which of them comes first: whatever else the machine does meets both alike.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.errors import UsageError
+from bdexport.parts import Masks
+from bdexport.runtime import Orchestrator, Result
+
+INPUT = "uint8 at the network's size; normalisation included, decoding and scaling not"
+Progress = Callable[[int, int], None]  # batches done, batches in all
+Times = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One side of a measurement. ``latency_ms``, ``policy_ms``, ``network_ms``: one value per timed batch.
+
+    ``latency_ms`` is a whole call; ``network_ms`` its engines without preprocessing and policy. ``correct`` (N,).
+    """
+
+    latency_ms: Times
+    policy_ms: Times
+    network_ms: Times
+    correct: NDArray[np.bool_]
+    masks: Masks
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Both sides on the same N images; ``batch`` images per call, ``rounds`` timed calls per batch and side."""
+
+    full: Series
+    dynamic: Series
+    batch: int
+    rounds: int
+    warmup_calls: int
+    images_not_timed: int  # the rest that fills no batch; it counts for accuracy only
+
+
+def measure(
+    orchestrator: Orchestrator,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    *,
+    batch: int = 1,
+    rounds: int = 1,
+    warmup_batches: int = 10,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Run and time ``images`` (uint8 (N, H, W, 3), fitted) in batches; garbage is not collected meanwhile.
+
+    Raises :class:`UsageError` for numbers below 1 or a batch larger than N, and whatever the orchestrator raises.
+    """
+    _check(batch, rounds, len(images))
+    starts = range(0, len(images) - batch + 1, batch)
+    full, dynamic = _Recorder(orchestrator.full), _Recorder(orchestrator)
+    with _without_garbage_collection():
+        for number in range(warmup_batches):
+            start = starts[number % len(starts)]
+            for side in (full, dynamic):
+                side.call(images[start : start + batch])
+        for turn in range(rounds * len(starts)):
+            if progress is not None:
+                progress(turn, rounds * len(starts))
+            start = starts[turn % len(starts)]
+            for side in (full, dynamic) if turn % 2 == 0 else (dynamic, full):
+                side.timed(images[start : start + batch], keep=turn < len(starts))
+    rest = starts[-1] + batch
+    for side in (full, dynamic):
+        if rest < len(images):
+            side.keep(side.call(images[rest:]))
+    return Measurement(full.series(labels), dynamic.series(labels), batch, rounds, warmup_batches, len(images) - rest)
+
+
+class _Recorder:
+    """One side: its call, the times, and the results of the first round."""
+
+    def __init__(self, call: Callable[[NDArray[np.uint8]], Result]) -> None:
+        self.call = call
+        self._times: list[tuple[float, float, float]] = []
+        self._classes: list[NDArray[np.int64]] = []
+        self._masks: list[Masks] = []
+
+    def timed(self, images: NDArray[np.uint8], keep: bool) -> None:
+        started = perf_counter_ns()
+        result = self.call(images)
+        elapsed = perf_counter_ns() - started
+        self._times.append((elapsed / 1e6, result.timings["policy"], result.timings["network"]))
+        if keep:
+            self.keep(result)
+
+    def keep(self, result: Result) -> None:
+        self._classes.append(result.classes)
+        self._masks.append(result.masks)
+
+    def series(self, labels: NDArray[np.int64]) -> Series:
+        latency, policy, network = np.array(self._times).T
+        correct = np.concatenate(self._classes) == labels
+        return Series(latency, policy, network, correct, np.concatenate(self._masks))
+
+
+def _check(batch: int, rounds: int, images: int) -> None:
+    if rounds < 1:
+        raise UsageError("rounds", got=rounds, expected="at least 1")
+    if not 1 <= batch <= images:
+        raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)")
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,132 @@
+"""``bdexport bench``: dynamic inference against the full network's engine, on a data set or a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.config import BenchConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bdexport.cli.console import StageProgress
+
+DEFAULT = BenchConfig()
+SECONDS_BETWEEN_UPDATES = 0.5
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")] = DEFAULT.dataset,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
+    images: Annotated[int, typer.Option(min=1, help="The first N images, or all if there are fewer.")] = DEFAULT.images,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = DEFAULT.batch,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that compute one call. Default: the backend's choice.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
+    executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls per batch.")] = DEFAULT.rounds,
+    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+) -> None:
+    """Latency, throughput, accuracy and block usage of dynamic inference against the full network, in turn."""
+    from bdexport.bench import bench_result, measure
+    from bdexport.dataset import check_classes, load_dataset
+    from bdexport.runtime import load
+
+    with load(bundle, threads=threads, device=device, executor=executor) as orchestrator, _quiet_progress() as bar:
+        chosen = load_dataset(dataset, data, split, limit=images)
+        check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
+        measurement = measure(
+            orchestrator,
+            chosen.arrays(orchestrator.manifest.preprocess),
+            chosen.labels,
+            batch=min(batch, len(chosen)),
+            rounds=rounds,
+            warmup_batches=DEFAULT.warmup_batches,
+            progress=_updates(bar),
+        )
+        result = bench_result(orchestrator, chosen, measurement)
+    out = table_console(json)
+    out.print(_table(result))
+    for line in _remarks(result, batch):
+        out.print(line, soft_wrap=True)
+    if json is not None:
+        write_json_result(json, result)
+
+
+def _quiet_progress() -> StageProgress:
+    """A bar without a thread of its own, which would take time from what is being measured."""
+    bar = progress()
+    bar.live.auto_refresh = False
+    return bar
+
+
+def _updates(bar: StageProgress) -> Callable[[int, int], None]:
+    """Redraw twice a second, between two timed calls."""
+    task = bar.add_task("measuring, dynamic and full in turn", total=None)
+    drawn = 0.0
+
+    def update(done: int, total: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn >= SECONDS_BETWEEN_UPDATES:
+            drawn = now
+            bar.update(task, completed=done, total=total)
+            bar.refresh()
+
+    return update
+
+
+def _table(result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    full, dynamic, speedup = result["full"], result["dynamic"], result["speedup"]
+    where = f"{result['dataset']['name']} {result['dataset']['split']}, {result['images']} images"
+    how = f"batch {result['batch']}, {result['backend']} {result['precision']} on {result['device']}"
+    threads = "" if result["threads"] is None else f", {result['threads']} thread{'s' * (result['threads'] != 1)}"
+    table = Table("", title=f"{result['architecture']}, {where}, {how}{threads}")
+    for name in ("full", "dynamic", "gain"):
+        table.add_column(name, justify="right")
+    used, flops, blocks = dynamic["blocks_used"], dynamic["flops"], result["num_blocks"]
+    points = dynamic["accuracy"] - full["accuracy"]
+    table.add_row("accuracy", f"{full['accuracy']:.2f} %", f"{dynamic['accuracy']:.2f} %", f"{points:+.2f} points")
+    table.add_row("blocks run", str(blocks), f"{used['mean']:.1f} +- {used['std']:.1f}", f"{used['mean'] / blocks:.0%}")
+    table.add_row(
+        "FLOPs", f"{full['flops']:.3e}", f"{flops['mean']:.3e} +- {flops['std']:.1e}", f"{speedup['flops']:.2f} x"
+    )
+    for name in ("mean", "p50", "p90", "p99"):
+        times = full["latency_ms"][name], dynamic["latency_ms"][name]
+        table.add_row(f"latency {name}", *(f"{time_ms:.3f} ms" for time_ms in times), f"{times[0] / times[1]:.2f} x")
+    rates = full["throughput_per_s"], dynamic["throughput_per_s"]
+    table.add_row("throughput", *(f"{rate:.1f} images/s" for rate in rates), f"{speedup['throughput']:.2f} x")
+    return table
+
+
+def _remarks(result: dict[str, Any], batch: int) -> list[str]:
+    """What the numbers are, and what they could be."""
+    dynamic, measured, spread = result["dynamic"], result["measured"], result["spread"]
+    machine = result["machine"]
+    lines = [
+        f"policy {dynamic['policy_ms']:.3f} ms; unique masks {dynamic['unique_masks']}; "
+        f"efficiency {result['efficiency']:.2f} (ideal {result['ideal_ms']:.3f} ms: policy engine + full engine x "
+        "share of its FLOPs)",
+        f"executor {result['executor']} ({result['executor_reason']})",
+        f"{measured['calls']} timed calls each, in turn, after {measured['warmup_calls']} for warm-up; "
+        f"standard deviation {spread['full']['std_ms']:.3f} / {spread['dynamic']['std_ms']:.3f} ms; "
+        f"{measured['input']}",
+        f"{machine['cpu']}, {machine['cores']} cores; "
+        + ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items())),
+    ]
+    if batch != result["batch"]:
+        lines.append(f"batch {batch} is more than there are images: measured with {result['batch']}")
+    elif measured["images_not_timed"]:
+        lines.append(f"the last {measured['images_not_timed']} images fill no batch: they count for accuracy only")
+    return lines

@@ -1,0 +1,122 @@
+"""``bdexport verify``: whether a bundle computes what its network computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.stages import stages_of
+from bdexport.config import VerifyConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from bdexport.bundle import Bundle
+
+DEFAULT = VerifyConfig()
+GRAPHS = "graphs"
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
+    reference: Annotated[
+        str, typer.Option(help="'graphs': the bundle's own ONNX, not optimised; or a checkpoint, run by torch.")
+    ] = GRAPHS,
+    masks: Annotated[int, typer.Option(min=0, help="Random masks to run as whole paths.")] = DEFAULT.random_masks,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random images and masks.")] = DEFAULT.seed,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference of a logit. Default: by the bundle's precision.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+) -> None:
+    """Compare every part and whole paths with the reference; exit code 1 if one differs by more than the tolerance."""
+    from bdexport.bundle import open_bundle
+    from bdexport.verify import require, verify_against_graphs, with_tolerance
+
+    opened = open_bundle(bundle)
+    config = with_tolerance(replace(DEFAULT, random_masks=masks, seed=seed), opened.manifest.precision, tolerance)
+    with progress() as bar:
+        report = stages_of(bar)
+        if reference == GRAPHS:
+            result = verify_against_graphs(opened, config=config, threads=threads, device=device, progress=report)
+        else:
+            result = _against_checkpoint(opened, Path(reference), config, threads, device, report)
+    result = {"schema": result["schema"], "bundle": bundle} | result
+    out = table_console(json)
+    out.print(_parts_table(result))
+    out.print(_paths_table(result))
+    policy = result["policy"]
+    out.print(
+        f"policy: the same mask for {policy['masks_equal']} of {policy['images']} images "
+        f"(the closest probability is {policy['smallest_margin']:.1e} from the threshold)"
+    )
+    verdict = "holds" if result["ok"] else "DIFFERS"
+    out.print(
+        f"{verdict}: largest logit difference {result['max_logit_difference']:.2e} from {result['reference']}; "
+        f"worst part {result['worst_part']}, worst paths {result['worst_path']}"
+    )
+    if json is not None:
+        write_json_result(json, result)
+    require(result)
+
+
+def _against_checkpoint(
+    bundle: Bundle,
+    path: Path,
+    config: VerifyConfig,
+    threads: int | None,
+    device: str | None,
+    report: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    from bdexport.checkpoint import build_model, load_checkpoint
+    from bdexport.errors import CheckpointError
+    from bdexport.verify import verify_against_model
+
+    checkpoint = load_checkpoint(path)
+    manifest = bundle.manifest
+    ours = (checkpoint.network.name, checkpoint.network.num_blocks, checkpoint.network.num_classes)
+    theirs = (manifest.architecture, manifest.num_blocks, len(manifest.class_names))
+    if ours != theirs:
+        names = ("{}, {} blocks, {} classes".format(*side) for side in (ours, theirs))
+        raise CheckpointError(f"{path}: not the network of {bundle.path}", got=next(names), expected=next(names))
+    model = build_model(checkpoint)
+    return verify_against_model(bundle, model, config=config, threads=threads, device=device, progress=report)
+
+
+def _parts_table(result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("part", title=f"parts against {result['reference']}, {result['images']} images")
+    _add_columns(table)
+    for entry in result["parts"]:
+        table.add_row(entry["part"], *_cells(entry))
+    return table
+
+
+def _paths_table(result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("paths", title=f"logits of whole paths against {result['reference']}")
+    table.add_column("masks", justify="right")
+    _add_columns(table)
+    for entry in result["paths"]:
+        table.add_row(entry["kind"], str(entry["count"]), *_cells(entry))
+    return table
+
+
+def _add_columns(table: Table) -> None:
+    for name in ("largest difference", "mean", "largest value", "tolerance", ""):
+        table.add_column(name, justify="right")
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    numbers = [f"{entry[name]:.2e}" for name in ("max_abs", "mean_abs", "scale", "tolerance")]
+    return [*numbers, "ok" if entry["ok"] else "DIFFERS"]
