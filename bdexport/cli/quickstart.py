@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json as json_text
 import shlex
+import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import STDOUT, err_console, table_console, write_json_result
+from bdexport.cli.app import run_line
+from bdexport.cli.console import STDOUT, table_console, write_json_result
 from bdexport.config import PRESETS, QuickstartConfig
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 DEFAULT = QuickstartConfig()
-DATASET = "digits"
+DATASET, RESULT = "digits", "result.json"
 
 
 def quickstart(
@@ -33,8 +39,8 @@ def quickstart(
     for line in command_lines(out, preset, threads):
         _step(line, json)
     result = summary(out, time.perf_counter() - began)
-    _print_table(result, json)
-    write_json_result(out / "result.json", result)
+    write_json_result(out / RESULT, result)
+    table_console(json).print(_table(result))
     if json is not None:
         write_json_result(json, result)
 
@@ -53,55 +59,46 @@ def command_lines(out: Path, preset: str, threads: int) -> list[list[str]]:
 
 
 def summary(out: Path, seconds: float) -> dict[str, Any]:
-    """What the steps left in ``out``, as one result."""
-    from bdexport.bundle import read_manifest
-
-    manifest = read_manifest(out / "bundle")
+    """What the steps left in ``out``, as one JSON object; ``seconds`` is what this call took."""
     bench = json_text.loads((out / "bench.json").read_text())
-    verified = json_text.loads((out / "verify.json").read_text())
     return {
         "schema": "bdexport.quickstart/1",
-        "architecture": manifest.architecture,
-        "num_blocks": manifest.num_blocks,
         "seconds": round(seconds, 1),
         "run": out / "run",
         "bundle": out / "bundle",
-        "verify": verified,
+        "verify": json_text.loads((out / "verify.json").read_text()),
         "bench": bench,
     }
 
 
 def _step(line: list[str], json: str | None) -> None:
     """Run one command in this process, exactly as if it had been typed; its failure is the quickstart's."""
-    from contextlib import nullcontext, redirect_stdout
-
-    from bdexport.cli.app import run_line
-
     table_console(json).print(f"\n$ bdexport {shlex.join(line)}", style="bold", soft_wrap=True)
-    with redirect_stdout(err_console.file) if json == STDOUT else nullcontext():
+    with redirect_stdout(sys.stderr) if json == STDOUT else nullcontext():
         code = run_line(line)
     if code:
         raise typer.Exit(code)
 
 
-def _print_table(result: dict[str, Any], json: str | None) -> None:
+def _table(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    bench, out = result["bench"], table_console(json)
-    full, dynamic, speedup = bench["full"], bench["dynamic"], bench["speedup"]
-    used, flops = dynamic["blocks_used"], dynamic["flops"]
-    blocks = result["num_blocks"]
-    table = Table(
-        "", "full", "dynamic", "", title=f"{DEFAULT.arch} on {DATASET}, batch 1, {bench['threads']} thread(s)"
-    )
-    table.add_row("accuracy", f"{full['accuracy']:.2f} %", f"{dynamic['accuracy']:.2f} %", "")
-    table.add_row("blocks run", str(blocks), f"{used['mean']:.1f} +- {used['std']:.1f}", f"{used['mean'] / blocks:.0%}")
-    table.add_row("FLOPs", f"{full['flops']:.3e}", f"{flops['mean']:.3e}", f"{speedup['flops']:.2f} x fewer")
-    table.add_row(
-        "mean latency",
-        f"{full['latency_ms']['mean']:.3f} ms",
-        f"{dynamic['latency_ms']['mean']:.3f} ms",
-        f"{speedup['latency_mean']:.2f} x faster",
-    )
-    out.print()
-    out.print(table)
+    bench, verified, out = result["bench"], result["verify"], result["bundle"].parent
+    full, dynamic = bench["full"], bench["dynamic"]
+    used, blocks = dynamic["blocks_used"], bench["num_blocks"]
+    table = Table(title=f"quickstart: {bench['architecture']} on {DATASET}", show_header=False)
+    rows = {
+        "mean latency, batch 1": f"{dynamic['latency_ms']['mean']:.3f} ms against {full['latency_ms']['mean']:.3f} ms "
+        f"of the full network: {bench['speedup']['latency_mean']:.2f} x",
+        "accuracy": f"{dynamic['accuracy']:.2f} % against {full['accuracy']:.2f} %, {bench['images']} held-out images",
+        "blocks run": f"{used['mean']:.1f} +- {used['std']:.1f} of {blocks} ({used['mean'] / blocks:.0%}), "
+        f"{dynamic['unique_masks']} unique masks",
+        "verified": f"largest logit difference {verified['max_logit_difference']:.1e}",
+        "trained network": str(result["run"]),
+        "bundle": str(result["bundle"]),
+        "result as JSON": str(out / RESULT),
+        "took": f"{result['seconds']:.0f} s",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
