@@ -1,0 +1,62 @@
+"""Bundles for tests of the run-time half: real parts of small networks, for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiny import SIZE, tiny_checkpoint
+
+from bdexport.backends import get_backend
+from bdexport.backends.base import Backend
+from bdexport.build import bundle_from_model
+from bdexport.bundle import Bundle
+from bdexport.config import BuildConfig
+from bdexport.models.pair import BlockDropNet
+from bdexport.parts import Masks
+
+
+def make_bundle(
+    folder: Path, model: BlockDropNet, backend: str | Backend = "onnxruntime", max_batch: int | None = None
+) -> Bundle:
+    """Build ``model``'s bundle at ``folder``, without a cache."""
+    chosen = get_backend(backend) if isinstance(backend, str) else backend
+    config = BuildConfig(backend=chosen.name, max_batch=max_batch)
+    built = bundle_from_model(
+        model, tiny_checkpoint(model), folder, chosen, config=config, checkpoint_sha256="0" * 64, overwrite=True
+    )
+    return Bundle(built.path, built.manifest)
+
+
+def pixels(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
+    """Random images uint8 (count, *size, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+
+
+def some_masks(count: int, num_blocks: int, seed: int = 0) -> Masks:
+    """Random masks (count, K); the first keeps everything, the second nothing."""
+    masks: Masks = np.random.default_rng(seed).random((count, num_blocks)) < 0.5
+    masks[:1], masks[1:2] = True, False
+    return masks
+
+
+def torch_logits(model: BlockDropNet, inputs: NDArray[np.float32], masks: Masks) -> NDArray[np.float32]:
+    """The oracle: ``forward_masked`` of the model that the bundle was built from."""
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model.network.forward_masked(torch.tensor(inputs), torch.tensor(masks)).numpy()
+    return logits
+
+
+def assert_close(got: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float = 1e-5) -> None:
+    """Equal within ``tolerance``; a failure prints the largest and the mean difference."""
+    gap = np.abs(got - expected)
+    assert gap.shape == expected.shape
+    assert gap.max() <= tolerance, f"largest difference {gap.max():.2e}, mean {gap.mean():.2e}"
+
+
+def rows(values: Iterable[int]) -> NDArray[np.intp]:
+    """Row numbers as the run time passes them."""
+    return np.array(list(values), dtype=np.intp)
