@@ -82,4 +82,4 @@ def _global_options(
         bool, typer.Option("--debug", help=f"Show the traceback of an error (also: {DEBUG_VARIABLE}=1).")
     ] = False,
 ) -> None:
-    """Both options act before this is called: ``--version`` in its callback, ``--debug`` in :mod:`bdexport.cli.main`."""
+    """Both options act before this: ``--version`` in its callback, ``--debug`` in :mod:`bdexport.cli.main`."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import assert_close, pixels, rows, some_masks, torch_logits
-from conftest import Case
+from contract_cases import Case
 
 import bdexport
 from bdexport.backends import get_backend
@@ -151,6 +151,7 @@ def test_the_policys_masks_are_the_models(case: Case) -> None:
     result = case.orchestrator(pixels(BATCH))
     with torch.no_grad():
         expected = case.model.policy(torch.tensor(inputs_of(case))).numpy()
+    assert result.probabilities is not None  # the policy ran
     assert_close(result.probabilities, expected, 1e-6)
     assert np.array_equal(result.masks, expected >= 0.5)
     assert_close(result.logits, torch_logits(case.model, inputs_of(case), result.masks))
@@ -201,7 +202,7 @@ def test_use_after_close_is_refused(case: Case) -> None:
 
 def test_a_device_that_is_not_there_is_named(case: Case) -> None:
     """Oracle: the contract: BackendError with the device and what there is."""
-    with pytest.raises(BackendError, match="'cuda:7'.*cpu"):
+    with pytest.raises(BackendError, match=r"'cuda:7'.*cpu"):
         bdexport.load(case.bundle, device="cuda:7")
 
 

@@ -22,7 +22,7 @@ TINY = QuickstartConfig(
 def test_leaves_a_run_a_bundle_and_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: the files that the last table names open; --json - leaves stdout to JSON; again gives the same network."""
+    """Oracle: the files that the last table names open; --json - leaves stdout to JSON; a second call agrees."""
     monkeypatch.setattr(command, "DEFAULT", TINY)
     out = tmp_path / "quick"
     assert main(["quickstart", "--out", str(out)]) == 0
