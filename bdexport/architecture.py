@@ -1,8 +1,9 @@
 """What a network looks like, as plain data: residual network and policy network, without torch.
 
 The specs here are what checkpoints store and what models are built from. Names follow He et al. (CVPR 2016):
-``resnet{6n+2}`` are the CIFAR networks (three stages of n basic blocks, 16/32/64 channels), ``resnet{18,34,50,101,152}``
-the ImageNet ones. ResNet-101 has stages [3, 4, 23, 3]; the "[3, 4, 20, 3]" in the BlockDrop paper is a misprint.
+``resnet{6n+2}`` are the CIFAR networks (three stages of n basic blocks, 16/32/64 channels),
+``resnet{18,34,50,101,152}`` the ImageNet ones. ResNet-101 has stages [3, 4, 23, 3]; the "[3, 4, 20, 3]" in the
+BlockDrop paper is a misprint.
 """
 
 from __future__ import annotations
@@ -102,9 +103,7 @@ class ResNetSpec:
                 stride = 2 if position == 0 and stage > 0 else 1
                 out_channels = width * self.expansion
                 transition = stride != 1 or in_channels != out_channels
-                specs.append(
-                    BlockSpec(len(specs), self.block, in_channels, width, out_channels, stride, transition)
-                )
+                specs.append(BlockSpec(len(specs), self.block, in_channels, width, out_channels, stride, transition))
                 in_channels = out_channels
         return tuple(specs)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
 
-METHODS = ("first-k", "random-k", "distribute-k")
+if TYPE_CHECKING:
+    from bdexport.architecture import Shortcut
 
 
 def evaluate(
@@ -22,7 +23,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Also a fixed mask: first-k, random-k, distribute-k or 0s and 1s; repeatable."),
     ] = None,
-    kept: Annotated[int | None, typer.Option(help="K of the fixed masks; default: the policy's mean, rounded up.")] = None,
+    kept: Annotated[
+        int | None, typer.Option(help="K of the fixed masks; default: the policy's mean, rounded up.")
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture, where it cannot be recognised.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
@@ -37,11 +40,15 @@ def evaluate(
     from bdexport.evaluate import evaluate_model
     from bdexport.train.data import DeviceImages
 
-    found = load_checkpoint(checkpoint, arch=arch, shortcut=shortcut)
+    found = load_checkpoint(
+        checkpoint,
+        arch=arch,
+        shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
+    )
     chosen = load_dataset(dataset, data, split, limit=images)
     check_classes(chosen, found.network.num_classes, found.class_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(found, with_policy=False).to(device=device, memory_format=torch.channels_last)
+    model = build_model(found, with_policy=False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, device)
     with progress() as bar:
         result = evaluate_model(
@@ -69,7 +76,8 @@ def _print_table(result: dict[str, Any], json: str | None) -> None:
     from rich.table import Table
 
     where = result["dataset"]
-    title = f"{result['architecture']}, {result['num_blocks']} blocks, {where['name']} {where['split']}, {where['images']} images"
+    network = f"{result['architecture']}, {result['num_blocks']} blocks"
+    title = f"{network}, {where['name']} {where['split']}, {where['images']} images"
     table = Table("", "accuracy", "blocks used", "FLOPs", "unique masks", title=title)
     full = result["full"]
     table.add_row("full", f"{full['accuracy']:.2f} %", f"{result['num_blocks']:.1f}", f"{full['flops']:.3e}", "1")

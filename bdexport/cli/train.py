@@ -168,7 +168,7 @@ class ConsoleReporter:
 
 
 def epoch_line(row: dict[str, Any]) -> str:
-    """``finetune 3  loss 0.31  train 92.1 %  val 90.8 %  reward 0.61  blocks 6.8 +- 1.2  masks 143  gamma 2.1  88 s``."""
+    """``finetune 3  loss 0.31  train 92.1 %  val 90.8 %  reward 0.61  blocks 6.8 +- 1.2  masks 143 ..``."""
     validation, learned = row["validation"], row["train"]
     parts = [f"{row['phase']} {row['epoch']:<3}", f"loss {learned['loss']:.3f}"]
     if "accuracy" in learned:

@@ -69,7 +69,7 @@ class AvgPoolShortcut(nn.Module):
 
 
 class OptionAShortcut(nn.Module):
-    """Every ``stride``-th pixel, missing channels as zeros, half of them before and half after (He et al., option A)."""
+    """Every ``stride``-th pixel, missing channels as zeros, half before and half after (He et al., option A)."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()

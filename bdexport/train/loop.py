@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from bdexport.train.data import Augmentation, DeviceImages, steps_per_epoch
 from bdexport.train.phases import PHASES, Phase, Setting
 from bdexport.train.state import Best, RunState, Weights, generator_for, save_state
 
+COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
 BUDGET_TOLERANCE = 0.02  # of K: a model this little above the target still meets it
 
 
@@ -61,7 +63,7 @@ def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path,
             state.history.append(row)
             save_state(run, state)
             reporter.line(row)
-            _stop_on_collapse(phase, setting, row, reporter)
+            _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
         _remember_weights(state, setting)
 
@@ -163,27 +165,36 @@ def _remember_weights(state: RunState, setting: Setting) -> None:
     state.penalty = setting.controller.penalty
 
 
-def _stop_on_collapse(phase: Phase, setting: Setting, row: dict[str, Any], reporter: Reporter) -> None:
-    """A policy that keeps everything or nothing saves nothing or is no network; one mask for all is mere pruning."""
-    if not phase.uses_policy:
+def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
+    """A policy that keeps everything saves nothing, one that keeps nothing is no network: end the run if it stays so.
+
+    One mask for all images is merely pruning, and only warned about.
+    """
+    if phase.name != "finetune":
         return
-    figures = row["validation"]
-    mean, closed = figures["blocks_used"]["mean"], setting.num_blocks - (row["open_blocks"] or 0)
-    if phase.name == "finetune" and (mean >= setting.num_blocks or mean <= 0):
-        what = "keeps every block" if mean > 0 else "drops every block"
-        remedy = "lower --gamma or set --target-blocks" if mean > 0 else "raise --gamma or set --target-blocks"
-        raise TrainingError(f"the policy has collapsed: it {what} for every image; the last state is kept", remedy=remedy)
-    if figures["unique_masks"] == 1 and closed == 0 and phase.name == "finetune":
+    num_blocks = phase.setting.num_blocks
+    rows = [row for row in state.history if row["phase"] == phase.name][-COLLAPSED_EPOCHS:]
+    means = [row["validation"]["blocks_used"]["mean"] for row in rows]
+    patience_over = len(rows) == COLLAPSED_EPOCHS or rows[-1]["epoch"] == phase.epochs
+    for extreme, what, remedy in ((num_blocks, "keeps", "lower"), (0, "drops", "raise")):
+        if means[-1] != extreme:
+            continue
+        text = f"the policy {what} every block for every image"
+        if patience_over and set(means) == {extreme}:
+            raise TrainingError(
+                f"{text}: it has collapsed; the last state is kept", remedy=f"{remedy} --gamma or set --target-blocks"
+            )
+        reporter.note(f"warning: {text}; {remedy} --gamma or set --target-blocks if it stays so")
+        return
+    if rows[-1]["validation"]["unique_masks"] == 1:
         reporter.note(
             "warning: the policy gives every image the same mask, which is a pruned network, not BlockDrop; "
-            "a longer curriculum, a larger --entropy-bonus or --estimator leave_one_out with more samples help"
+            "a longer curriculum, an entropy bonus (--set policy.entropy_bonus=0.02) or --estimator leave_one_out help"
         )
 
 
 def frozen_copy(model: BlockDropNet) -> Any:
     """The network as it is now, in eval mode, without gradients."""
-    from copy import deepcopy
-
     return deepcopy(model.network).eval().requires_grad_(False)
 
 

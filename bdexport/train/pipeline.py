@@ -208,9 +208,7 @@ def _kept_weights(model: BlockDropNet, with_policy: bool) -> Weights:
     }
 
 
-def _settle_batch_norm(
-    config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter
-) -> dict[str, Any]:
+def _settle_batch_norm(config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter) -> dict[str, Any]:
     """Re-estimate the statistics on greedy paths; keep them if the validation accuracy is not lower."""
     if config.recalibrate_images == 0:
         return {"recalibrated": False}

@@ -6,8 +6,8 @@
     RUN/tensorboard/       the same for TensorBoard, where it is installed
     RUN/model.safetensors  the chosen model (see ``complete`` in its training result)
 
-Data order, augmentation and sampled masks of an epoch are drawn from a generator seeded by (seed, phase, epoch), so that
-an epoch that was cut off and starts again sees exactly what it would have seen.
+Data order, augmentation and sampled masks of an epoch are drawn from a generator seeded by (seed, phase, epoch), so
+that an epoch that was cut off and starts again sees exactly what it would have seen.
 """
 
 from __future__ import annotations

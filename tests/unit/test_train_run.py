@@ -1,0 +1,254 @@
+"""A whole run on a tiny network and real digits: learning, resuming, refusing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bdexport.architecture import ResNetSpec
+from bdexport.checkpoint import load_checkpoint
+from bdexport.config import (
+    AdaptConfig,
+    CurriculumConfig,
+    FinetuneConfig,
+    PolicyConfig,
+    PretrainConfig,
+    TrainConfig,
+)
+from bdexport.dataset import load_dataset
+from bdexport.errors import TrainingError, UsageError
+from bdexport.preprocess import Preprocess
+from bdexport.train.pipeline import TrainRequest, train
+from bdexport.train.state import METRICS_FILE, STATE_FILE
+
+CONFIG = TrainConfig(
+    preset="smoke",
+    precision="fp32",
+    distillation_weight=0.5,
+    recalibrate_images=200,
+    pretrain=PretrainConfig(epochs=5, batch=32, learning_rate=0.1),
+    adapt=AdaptConfig(epochs=1, batch=64),
+    curriculum=CurriculumConfig(epochs=2, batch=64, blocks_per_epoch=2, epoch_share=0.3),
+    finetune=FinetuneConfig(epochs=2, batch=64),
+    policy=PolicyConfig(target_blocks=2.0, reward="probability"),
+)
+
+
+class CutError(Exception):
+    """Stands for the moment a run is killed."""
+
+
+class Recorder:
+    """Collects lines and notes; can end the run in the middle of an epoch."""
+
+    def __init__(self, cut_in: tuple[str, int] | None = None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.cut_in = cut_in
+
+    @contextmanager
+    def epoch(self, title: str, _steps: int) -> Iterator[Callable[[], None]]:
+        step = 0
+
+        def advance() -> None:
+            nonlocal step
+            step += 1
+            if self.cut_in is not None and title.startswith(self.cut_in[0]) and step == self.cut_in[1]:
+                raise CutError
+
+        yield advance
+
+    def line(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def request(out: Path, **changes: Any) -> TrainRequest:
+    """A network of three blocks on 12x12 digits."""
+    return replace(
+        TrainRequest(
+            network=ResNetSpec("cifar", "basic", (1, 1, 1), (8, 8, 16), "option_a", 10),
+            preprocess=Preprocess(size=(12, 12)),
+            train=load_dataset("digits", None, "train", limit=512),
+            validation=load_dataset("digits", None, "validation"),
+            out=out,
+            device="cpu",
+        ),
+        **changes,
+    )
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path).state
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
+    """A run from start to end."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    recorder = Recorder()
+    train(request(out), CONFIG, recorder)
+    return out, recorder
+
+
+def test_it_learns(straight: tuple[Path, Recorder]) -> None:
+    """Oracle: chance is 10 %; the base network learns, the policy drops blocks, and the record says so."""
+    out, recorder = straight
+    training = load_checkpoint(out).training
+    assert [row["phase"] for row in recorder.rows] == ["pretrain"] * 5 + ["adapt"] + ["curriculum"] * 2 + [
+        "finetune"
+    ] * 2
+    assert training["complete"]
+    assert training["validation"]["policy"]["accuracy"] > 30
+    assert 0 < training["validation"]["policy"]["blocks_used"]["mean"] < 3
+    assert sum(mask["count"] for mask in training["policy_statistics"]["masks"]) == 180
+    rows = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+    assert rows == recorder.rows
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "adapt", "curriculum 2", "finetune 2"])
+def test_a_run_cut_off_in_mid_epoch_ends_the_same(phase: str, straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: the uninterrupted run's weights and metrics, bit for bit (but for the clock)."""
+    out = tmp_path / "run"
+    with pytest.raises(CutError):
+        train(request(out), CONFIG, Recorder(cut_in=(phase, 2)))
+    recorder = Recorder()
+    train(request(out), CONFIG, recorder)
+    assert any("resuming" in note for note in recorder.notes)
+    expected, got = weights_of(straight[0]), weights_of(out)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import os, signal
+from test_train_run import CONFIG, Recorder, request
+from bdexport.train.pipeline import train
+class Killer(Recorder):
+    def line(self, row):
+        if row["phase"] == "curriculum": os.kill(os.getpid(), signal.SIGKILL)
+train(request(Path({out!r})), CONFIG, Killer())
+"""
+
+
+def test_kill_minus_nine(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: the uninterrupted run's weights, after a real SIGKILL of a real process."""
+    out = tmp_path / "run"
+    script = KILLED.format(tests=str(Path(__file__).parent), out=str(out))
+    killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "model.safetensors").exists()
+    train(request(out), CONFIG, Recorder())
+    expected, got = weights_of(straight[0]), weights_of(out)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_complete_run_is_left_alone(straight: tuple[Path, Recorder]) -> None:
+    """Oracle: the file does not change, and the note says why."""
+    out, _ = straight
+    before = (out / "model.safetensors").read_bytes()
+    recorder = Recorder()
+    train(request(out), CONFIG, recorder)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert any("complete already" in note for note in recorder.notes)
+
+
+def test_other_settings_are_named(straight: tuple[Path, Recorder]) -> None:
+    """Oracle: the error says which setting differs, and both values."""
+    changed = replace(CONFIG, finetune=replace(CONFIG.finetune, batch=32))
+    with pytest.raises(TrainingError, match=r"finetune\.batch was 64, now 32"):
+        train(request(straight[0]), changed, Recorder())
+
+
+def test_a_damaged_state_is_reported(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: TrainingError with the file's name, no traceback of torch."""
+    out = tmp_path / "run"
+    with pytest.raises(CutError):
+        train(request(out), CONFIG, Recorder(cut_in=("adapt", 1)))
+    state = out / STATE_FILE
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match=r"state\.pt: the run's state cannot be read"):
+        train(request(out), CONFIG, Recorder())
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    """Oracle: the stranger's file is still there alone."""
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(TrainingError, match="holds no run"):
+        train(request(tmp_path), CONFIG, Recorder())
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
+    """Oracle: the error names the phase and the remedy, and the state of the epoch before is still readable."""
+    out = tmp_path / "run"
+    wild = replace(CONFIG, adapt=replace(CONFIG.adapt, learning_rate=1e30, warmup_epochs=0.0))
+    with pytest.raises(TrainingError, match=r"adapt: the loss is .*lower the learning rate"):
+        train(request(out), wild, Recorder())
+    assert (out / STATE_FILE).is_file()
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_policy_that_drops_everything_stops_the_run(tmp_path: Path) -> None:
+    """Oracle: with no price on wrong predictions, dropping all is the optimum; that is no network."""
+    greedy = replace(
+        CONFIG,
+        policy=PolicyConfig(wrong_prediction_penalty=0.0, reward="correct", initial_keep_logit=-5.0),
+        curriculum=replace(CONFIG.curriculum, epochs=0),
+    )
+    with pytest.raises(TrainingError, match="drops every block"):
+        train(request(tmp_path / "run"), greedy, Recorder())
+
+
+def test_base_only_gives_a_checkpoint_without_policy(tmp_path: Path) -> None:
+    """Oracle: the loaded checkpoint, which then serves as a base."""
+    base = train(request(tmp_path / "base", base_only=True), CONFIG, Recorder())
+    found = load_checkpoint(base)
+    assert found.policy is None
+    recorder = Recorder()
+    second = train(request(tmp_path / "run", initial=found, base="base"), CONFIG, recorder)
+    assert recorder.rows[0]["phase"] == "adapt"
+    assert load_checkpoint(second).policy is not None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CONFIG, pretrain=PretrainConfig(epochs=0)),
+        replace(CONFIG, policy=replace(CONFIG.policy, estimator="leave_one_out", samples=1)),
+        replace(CONFIG, policy=replace(CONFIG.policy, target_blocks=4.0)),
+        replace(CONFIG, policy=replace(CONFIG.policy, exploration_bound=0.4)),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(config: TrainConfig, tmp_path: Path) -> None:
+    """Oracle: UsageError, and no run folder."""
+    with pytest.raises(UsageError):
+        train(request(tmp_path / "run"), config, Recorder())
+    assert not (tmp_path / "run").exists()
+
+
+def test_leave_one_out_runs(tmp_path: Path) -> None:
+    """Oracle: the run completes with two samples an image and no greedy baseline."""
+    config = replace(
+        CONFIG,
+        policy=replace(CONFIG.policy, estimator="leave_one_out", samples=2, entropy_bonus=0.01),
+        pretrain=replace(CONFIG.pretrain, epochs=1),
+    )
+    path = train(request(tmp_path / "run"), config, Recorder())
+    assert load_checkpoint(path).training["complete"]
