@@ -66,6 +66,13 @@ def node(op: str, inputs: Sequence[str], output: str, attributes: Sequence[bytes
     )
 
 
+def with_input(node: bytes, name: str, other: str) -> bytes:
+    """The same NodeProto, reading ``other`` where it reads ``name``."""
+    old, new = name.encode(), other.encode()
+    fields = read_fields(node)
+    return message((field, new if field == NODE_INPUT and value == old else value) for field, value in fields)
+
+
 def graph_attribute(name: str, graph: bytes) -> bytes:
     """An AttributeProto that holds a graph."""
     return message([(ATTRIBUTE_NAME, name), (ATTRIBUTE_GRAPH, graph), (ATTRIBUTE_TYPE, TYPE_GRAPH)])

@@ -1,18 +1,18 @@
-"""The parts' engines linked into one ONNX Runtime session: ``stem``, an ``If`` per block, ``head``.
+"""The parts' engines linked into one ONNX Runtime session: for all masks, with an ``If`` per block, or for one mask.
 
 Why one session: with more than one thread, every session has a thread pool of its own, and the pools of a chain of
 sessions spin against each other (ResNet-56, 2 threads, all blocks: 22 x the full network's time; 1.5 x without
 spinning). The process-wide pool that ONNX Runtime offers instead makes every later session of the host program fail
-unless it opts in. One session has one pool; an ``If`` costs about what a session call costs (all blocks kept,
-2 threads: 1.02 x full; ResNet-32 with 7 of 15 kept, one thread: 1.01 x the chain of sessions).
+unless it opts in. One session has one pool, and an ``If`` costs about what a session call costs (all blocks kept,
+2 threads: 1.02 x full).
 
 Linking happens when a bundle is opened, on bytes, since the run-time half has no onnx package: an engine's tensors
-are named so that nothing has to be renamed (:func:`input_name`, :func:`output_name`).
+are named so that little has to be renamed (:func:`input_name`, :func:`output_name`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from bdexport.backends import onnx_wire as wire
 from bdexport.parts import HEAD, STEM, block_part, shortcut_part
@@ -45,34 +45,55 @@ def output_name(part: str) -> str:
     return f"{part}/{OUTPUT}" if part.partition("_")[0] in ("block", "shortcut") else OUTPUT
 
 
-def link(engines: Mapping[str, bytes], num_blocks: int, transitions: frozenset[int]) -> bytes:
-    """One model from the engines' bytes by part name. Inputs: "x" and one ``keep_..`` per block; output: "y".
+class Linker:
+    """The engines of one network, taken apart. Raises ValueError for bytes that are no ONNX model of the form above."""
 
-    Raises ValueError for bytes that are no ONNX model of the expected form.
-    """
-    models = {part: wire.read_fields(data) for part, data in engines.items()}
-    graphs = {part: wire.read_fields(wire.only(model, wire.MODEL_GRAPH)) for part, model in models.items()}
-    body = [field for field in graphs[STEM] if field[0] in (wire.GRAPH_NODE, wire.GRAPH_INITIALIZER)]
-    for index in range(num_blocks):
-        after = input_name(HEAD) if index == num_blocks - 1 else activation_name(index + 1)
-        then = graphs[block_part(index)]
-        other = graphs[shortcut_part(index)] if index in transitions else _pass_on(then, index)
-        branches = [
-            wire.graph_attribute("then_branch", _without_inputs(then)),
-            wire.graph_attribute("else_branch", _without_inputs(other)),
-        ]
-        body.append((wire.GRAPH_NODE, wire.node("If", [keep_name(index)], after, branches)))
-    body += [field for field in graphs[HEAD] if field[0] in (wire.GRAPH_NODE, wire.GRAPH_INITIALIZER)]
-    keeps = [wire.tensor_info(keep_name(index), wire.BOOL, ()) for index in range(num_blocks)]
-    inputs = [wire.only(graphs[STEM], wire.GRAPH_INPUT), *keeps]
-    graph = wire.message(
-        [*body, (wire.GRAPH_NAME, "chain")]
-        + [(wire.GRAPH_INPUT, value) for value in inputs]
-        + [(wire.GRAPH_OUTPUT, wire.only(graphs[HEAD], wire.GRAPH_OUTPUT))]
-    )
-    header = [field for field in models[STEM] if field[0] == wire.MODEL_IR_VERSION]
-    opsets = dict.fromkeys(field for model in models.values() for field in model if field[0] == wire.MODEL_OPSET)
-    return wire.message([*header, *opsets, (wire.MODEL_GRAPH, graph)])
+    def __init__(self, engines: Mapping[str, bytes]) -> None:
+        models = {part: wire.read_fields(data) for part, data in engines.items()}
+        self._graphs = {part: wire.read_fields(wire.only(model, wire.MODEL_GRAPH)) for part, model in models.items()}
+        header = [field for field in models[STEM] if field[0] == wire.MODEL_IR_VERSION]
+        opsets = dict.fromkeys(field for model in models.values() for field in model if field[0] == wire.MODEL_OPSET)
+        self._header = [*header, *opsets]
+
+    def switched(self, num_blocks: int, transitions: frozenset[int]) -> bytes:
+        """One model for all masks. Inputs: "x" and one ``keep_..`` per block; output: "y"."""
+        body = _body(self._graphs[STEM])
+        for index in range(num_blocks):
+            after = input_name(HEAD) if index == num_blocks - 1 else activation_name(index + 1)
+            then = self._graphs[block_part(index)]
+            other = self._graphs[shortcut_part(index)] if index in transitions else _pass_on(then, index)
+            branches = [
+                wire.graph_attribute("then_branch", _without_inputs(then)),
+                wire.graph_attribute("else_branch", _without_inputs(other)),
+            ]
+            body.append((wire.GRAPH_NODE, wire.node("If", [keep_name(index)], after, branches)))
+        keeps = [wire.tensor_info(keep_name(index), wire.BOOL, ()) for index in range(num_blocks)]
+        return self._model(body + _body(self._graphs[HEAD]), keeps)
+
+    def path(self, parts: Sequence[str]) -> bytes:
+        """One model for one mask, its parts in a row. Input: "x"; output: "y"."""
+        body: wire.Fields = []
+        before = INPUT
+        for part in parts:
+            for number, value in _body(self._graphs[part]):
+                if number == wire.GRAPH_NODE and isinstance(value, bytes):
+                    value = wire.with_input(value, input_name(part), before)
+                body.append((number, value))
+            before = output_name(part)
+        return self._model(body, [])
+
+    def _model(self, body: wire.Fields, more_inputs: Sequence[bytes]) -> bytes:
+        inputs = [wire.only(self._graphs[STEM], wire.GRAPH_INPUT), *more_inputs]
+        graph = wire.message(
+            [*body, (wire.GRAPH_NAME, "chain")]
+            + [(wire.GRAPH_INPUT, value) for value in inputs]
+            + [(wire.GRAPH_OUTPUT, wire.only(self._graphs[HEAD], wire.GRAPH_OUTPUT))]
+        )
+        return wire.message([*self._header, (wire.MODEL_GRAPH, graph)])
+
+
+def _body(graph: wire.Fields) -> wire.Fields:
+    return [field for field in graph if field[0] in (wire.GRAPH_NODE, wire.GRAPH_INITIALIZER)]
 
 
 def _without_inputs(graph: wire.Fields) -> bytes:

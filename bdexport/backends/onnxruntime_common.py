@@ -1,0 +1,91 @@
+"""What building and running with ONNX Runtime share: session options, its exceptions, and its blocked layout."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from bdexport.backends import onnx_wire as wire
+from bdexport.errors import BackendError
+
+NCHWC_DOMAIN = "com.microsoft.nchwc"  # ONNX Runtime's operators on the blocked layout
+PART_PROPERTY, BLOCK_PROPERTY = "bdexport.part", "bdexport.channel_block"
+INPUT_PROPERTY, OUTPUT_PROPERTY = "bdexport.input", "bdexport.output"
+BLOCKED, PLAIN = "blocked", "plain"
+FAILURES = (
+    *("EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoaded"),
+    *("NoModel", "NoSuchFile", "NotImplemented", "RuntimeException"),
+)
+
+
+def session_options(threads: int, optimise: bool) -> Any:
+    """Options of one ONNX Runtime session. Errors come as exceptions, so its own log stays silent."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    # A pool that goes on spinning after its session's run takes the core from the next session's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def load_model(model: str | bytes, threads: int) -> Any:
+    import onnxruntime as ort
+
+    return ort.InferenceSession(model, session_options(threads, optimise=False), providers=["CPUExecutionProvider"])
+
+
+@lru_cache(maxsize=1)
+def failures() -> tuple[type[Exception], ...]:
+    """The exceptions of ONNX Runtime, which have no common base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(getattr(state, name) for name in FAILURES if hasattr(state, name))
+
+
+@lru_cache(maxsize=1)
+def channel_block() -> int:
+    """Channels per block in ONNX Runtime's blocked layout on this processor (16 with AVX-512, 8 with AVX2); 1: none.
+
+    Found by converting a small tensor: the value that follows the first pixel's block is the second pixel's first.
+    """
+    channels = 64
+    probe = wire.message(
+        [
+            (wire.GRAPH_NODE, wire.node("ReorderInput", ["x"], "y", domain=NCHWC_DOMAIN)),
+            (wire.GRAPH_NAME, "probe"),
+            (wire.GRAPH_INPUT, wire.tensor_info("x", wire.FLOAT, (1, channels, 1, 2))),
+            (wire.GRAPH_OUTPUT, wire.tensor_info("y", wire.FLOAT, (1, channels, 1, 2))),
+        ]
+    )
+    opsets = [
+        (wire.MODEL_OPSET, wire.message([(1, domain), (2, version)]))
+        for domain, version in (("", 17), (NCHWC_DOMAIN, 1))
+    ]
+    model = wire.message([(wire.MODEL_IR_VERSION, 8), (wire.MODEL_GRAPH, probe), *opsets])
+    pixels = np.tile(np.array([0, 1], np.float32), channels).reshape(1, channels, 1, 2)
+    try:
+        session = load_model(model, 1)
+        (blocked,) = session.run(["y"], {"x": pixels})
+    except failures():  # a build of ONNX Runtime without the blocked operators
+        return 1
+    return int(np.flatnonzero(blocked.ravel())[0])
+
+
+class Reported:
+    """Maps what ONNX Runtime raises. A class, since ``@contextmanager`` costs microseconds in every call."""
+
+    def __init__(self, part: str, what: str) -> None:
+        self._part, self._what = part, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and isinstance(error, (OSError, ValueError, *failures())):
+            raise BackendError(f"{self._part} [onnxruntime]: {self._what} ({' '.join(str(error).split())})") from error
