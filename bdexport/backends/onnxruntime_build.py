@@ -52,12 +52,12 @@ def build_engine(part: str, graph: Path, engine: Path, block: int) -> None:
     Raises :class:`BuildError` naming the part.
     """
     try:
-        model = onnx.load(graph)
+        model = _read_graph(graph)
         conv_from_pad(model)
         cut_in, cut_out = _blocked_ends(part, model, block)
         built = _cut(model, part, cut_in, cut_out) if cut_in or cut_out else _optimised(model, part)
         _name_ends(built, part)
-    except (OSError, DecodeError, ValueError, *failures()) as error:
+    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError, *failures()) as error:
         reason = " ".join(str(error).split())
         raise BuildError(f"{part} [onnxruntime]: cannot build from {graph} ({reason})") from error
     properties = {
@@ -68,6 +68,14 @@ def build_engine(part: str, graph: Path, engine: Path, block: int) -> None:
     }
     helper.set_model_props(built, properties)
     files.write_bytes(engine, built.SerializeToString(deterministic=True))
+
+
+def _read_graph(path: Path) -> onnx.ModelProto:
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    if len(model.graph.input) != 1 or len(model.graph.output) != 1:
+        raise ValueError(f"{len(model.graph.input)} inputs, {len(model.graph.output)} outputs, expected one of each")
+    return model
 
 
 def _blocked_ends(part: str, model: onnx.ModelProto, block: int) -> tuple[bool, bool]:
@@ -273,12 +281,12 @@ def _name_ends(model: onnx.ModelProto, part: str) -> None:
     names = {graph.input[0].name: input_name(part), graph.output[0].name: output_name(part), "": ""}
 
     def renamed(name: str) -> str:
-        return names.get(name, f"{part}/{name}")
+        return names.get(name, f"{part}:{name}")  # not "/", which the agreed names have
 
     for node in graph.node:
         node.input[:] = [renamed(name) for name in node.input]
         node.output[:] = [renamed(name) for name in node.output]
-        node.name = f"{part}/{node.name}"
+        node.name = f"{part}:{node.name}" if node.name else ""
     for tensor in graph.initializer:
         tensor.name = renamed(tensor.name)
     graph.input[0].name, graph.output[0].name = input_name(part), output_name(part)

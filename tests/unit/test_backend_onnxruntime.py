@@ -1,0 +1,290 @@
+"""The ONNX Runtime backend: engines, their layout, linking, and what they are bound to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from bundles import assert_close, make_bundle, pixels, some_masks
+from onnx import TensorProto, helper, numpy_helper
+
+import bdexport
+from bdexport.architecture import PolicySpec, ResNetSpec
+from bdexport.backends import get_backend
+from bdexport.backends.base import BuildOptions, RunOptions
+from bdexport.backends.onnxruntime import chosen_threads, open_graphs
+from bdexport.backends.onnxruntime_build import NotBlockedError, _without_guards, build_engine, conv_from_pad
+from bdexport.backends.onnxruntime_common import NCHWC_DOMAIN, channel_block
+from bdexport.backends.onnxruntime_session import PATH_BYTES, _from_blocked, _to_blocked, frequent_paths
+from bdexport.bundle import Bundle
+from bdexport.errors import BackendError, BuildError
+from bdexport.hardware import usable_cores
+from bdexport.models.pair import BlockDropNet
+from bdexport.parts import part_names, path_parts
+
+BLOCK = channel_block()
+needs_blocks = pytest.mark.skipif(BLOCK == 1, reason="this processor has no blocked layout in ONNX Runtime")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    torch.manual_seed(0)
+    network = ResNetSpec("cifar", "basic", (2, 2), (32, 64), "avgpool", num_classes=3)
+    model = BlockDropNet(network, PolicySpec("cifar", (1,), (16,), network.num_blocks)).eval()
+    return make_bundle(tmp_path_factory.mktemp("ort") / "bundle", model)
+
+
+def one_part(
+    nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], channels: int, out: int, size: int = 8
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "part",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", channels, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", out, size, size])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def run_model(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {session.get_inputs()[0].name: x})[0]
+    return result
+
+
+# ---- the blocked layout -------------------------------------------------------------------------------------------
+
+
+def test_layouts_convert_into_each_other() -> None:
+    """Property: the inverse undoes it, and channel c of a pixel lies c % block after its block's first."""
+    x = np.arange(2 * 32 * 3 * 5, dtype=np.float32).reshape(2, 32, 3, 5)
+    blocked = _to_blocked(x, 16)
+    assert np.array_equal(_from_blocked(blocked, 16), x)
+    assert np.array_equal(blocked.ravel()[:16], x[0, :16, 0, 0])
+
+
+@needs_blocks
+def test_the_channel_block_is_the_one_that_onnxruntime_uses() -> None:
+    """Oracle: ONNX Runtime's own conversion of a random tensor, undone with the block that was found."""
+    x = np.random.default_rng(0).standard_normal((2, 64, 8, 8)).astype(np.float32)
+    model = one_part([helper.make_node("ReorderInput", ["x"], ["y"], domain=NCHWC_DOMAIN)], {}, 64, 64)
+    model.opset_import.append(helper.make_opsetid(NCHWC_DOMAIN, 1))
+    assert np.array_equal(_from_blocked(run_model(model, x), BLOCK), x)
+
+
+@needs_blocks
+def test_no_conversion_is_left_between_parts(bundle: Bundle) -> None:
+    """Oracle: the engines' own nodes: images go in as NCHW and logits come out; nothing converts in between."""
+    for part in bundle.manifest.parts:
+        ops = [node.op_type for node in onnx.load(bundle.engine(part)).graph.node]
+        if part.startswith(("block", "shortcut", "stem")):
+            assert not {"ReorderInput", "ReorderOutput"} & set(ops), f"{part}: {ops}"
+
+
+@needs_blocks
+def test_a_part_that_does_not_block_is_wrapped(tmp_path: Path) -> None:
+    """Oracle: the graph itself, not optimised; an operator that ORT has no blocked kernel for stands at both ends."""
+    weight = np.random.default_rng(0).standard_normal((BLOCK, BLOCK, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Softsign", ["x"], ["a"]),
+        helper.make_node("Conv", ["a", "w"], ["b"], kernel_shape=[3, 3], pads=[1] * 4),
+        helper.make_node("Softsign", ["b"], ["y"]),
+    ]
+    model = one_part(nodes, {"w": weight}, BLOCK, BLOCK)
+    onnx.save(model, tmp_path / "graph.onnx")
+    build_engine("block_00", tmp_path / "graph.onnx", tmp_path / "engine.onnx", BLOCK)
+    x = np.random.default_rng(1).standard_normal((3, BLOCK, 8, 8)).astype(np.float32)
+    got = _from_blocked(run_model(onnx.load(tmp_path / "engine.onnx"), _to_blocked(x, BLOCK)), BLOCK)
+    assert_close(got, run_model(model, x))
+
+
+def test_guards_that_were_not_blocked_are_not_cut() -> None:
+    """Oracle: the contract: an exception that the caller answers with conversions, never a wrong graph."""
+    model = one_part([helper.make_node("Relu", ["x"], ["y"])], {}, 16, 16)
+    with pytest.raises(NotBlockedError):
+        _without_guards(model, cut_in=True, cut_out=False)
+
+
+# ---- shortcuts as convolutions ------------------------------------------------------------------------------------
+
+
+def pads(before: int, after: int) -> np.ndarray:
+    return np.array([0, before, 0, 0, 0, after, 0, 0], np.int64)
+
+
+SLICE = {
+    "s": np.array([0, 0], np.int64),
+    "e": np.array([np.iinfo(np.int64).max] * 2, np.int64),
+    "ax": np.array([2, 3], np.int64),
+    "st": np.array([2, 2], np.int64),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 4), (2, 2), (3, 0)])
+@pytest.mark.parametrize("down", ["slice", "pool", "none"])
+def test_padded_shortcuts_become_convolutions_of_the_same_values(down: str, before: int, after: int) -> None:
+    """Oracle: the graph before the rewriting, both run without optimisation."""
+    weights = {"p": pads(before, after)}
+    nodes = [helper.make_node("Pad", ["t" if down != "none" else "x", "p"], ["y"], name="pad")]
+    if down == "slice":
+        weights |= SLICE
+        nodes.insert(0, helper.make_node("Slice", ["x", "s", "e", "ax", "st"], ["t"]))
+    elif down == "pool":
+        nodes.insert(0, helper.make_node("AveragePool", ["x"], ["t"], kernel_shape=[2, 2], strides=[2, 2]))
+    model = one_part(nodes, weights, 4, 4 + before + after, 8 if down == "none" else 4)
+    x = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    expected = run_model(model, x)
+    conv_from_pad(model)
+    assert [node.op_type for node in model.graph.node] == ["Conv"]
+    assert_close(run_model(model, x), expected, 1e-6)
+
+
+@pytest.mark.parametrize("change", ["spatial", "wide", "mode"])
+def test_other_pads_are_left_alone(change: str) -> None:
+    """Oracle: the graph before: nothing may be rewritten that is no padded shortcut, or too wide to pay."""
+    channels = 160 if change == "wide" else 4
+    values = pads(0, channels)
+    if change == "spatial":
+        values[[2, 6]] = 1
+    inputs = ["x", "p", "v"] if change == "mode" else ["x", "p"]
+    weights = {"p": values} | ({"v": np.array(1.0, np.float32)} if change == "mode" else {})
+    model = one_part([helper.make_node("Pad", inputs, ["y"])], weights, channels, 2 * channels)
+    before = model.SerializeToString()
+    conv_from_pad(model)
+    assert model.SerializeToString() == before
+
+
+# ---- linking ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_way_of_running_a_path_agrees(bundle: Bundle, threads: int) -> None:
+    """Oracle: the graphs run part by part: frequent masks (linked), others (part by part or switched), batches."""
+    graphs = open_graphs(bundle)
+    with bdexport.load(bundle, threads=threads) as orchestrator:
+        session, manifest = orchestrator.session, bundle.manifest
+        inputs = manifest.preprocess(pixels(3))
+        frequent = [[digit == "1" for digit in item["mask"]] for item in manifest.policy_statistics["masks"]]
+        for mask in [*frequent, *some_masks(5, manifest.num_blocks).tolist()]:
+            parts = path_parts(mask, manifest.transitions)
+            for x in (inputs[:1], inputs):
+                got = session.get("head", session.run_path(parts, session.put("stem", x)))
+                assert_close(got, graphs.get("head", graphs.run_path(parts, graphs.put("stem", x))))
+
+
+def test_frequent_paths_are_the_frequent_masks(bundle: Bundle) -> None:
+    """Oracle: the manifest's statistics; weights beyond the limit are not loaded twice."""
+    sizes = dict.fromkeys(bundle.manifest.parts, 1)
+    expected = [path_parts(mask, bundle.manifest.transitions) for mask in ([True] * 4, [False] * 4)]
+    assert frequent_paths(bundle.manifest, sizes) == expected
+    assert frequent_paths(bundle.manifest, dict.fromkeys(sizes, PATH_BYTES)) == []
+
+
+def test_one_thread_means_no_pool(bundle: Bundle) -> None:
+    """Oracle: the operating system's list of this process's threads, before and after loading and running."""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("needs /proc")
+    code = f"""
+import os, bdexport, numpy, onnxruntime
+def count():
+    return len(os.listdir("/proc/self/task"))
+before = count()
+orchestrator = bdexport.load({str(bundle.path)!r}, threads=1)
+orchestrator(numpy.zeros((4, 24, 32, 3), numpy.uint8))
+print(count() - before)
+"""
+    environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "0"
+
+
+def test_default_threads_depend_on_the_networks_size() -> None:
+    """Oracle: the rule in words: small networks get one thread, large ones every core, a request is obeyed."""
+    assert chosen_threads(None, 10**8)[0] == 1
+    assert chosen_threads(None, 10**10)[0] == usable_cores()
+    assert chosen_threads(3, 10**8)[0] == 3
+
+
+# ---- what engines are bound to ------------------------------------------------------------------------------------
+
+
+def changed_manifest(bundle: Bundle, folder: Path, change: Callable[[dict[str, object]], object]) -> Path:
+    import shutil
+
+    copy = folder / "bundle"
+    shutil.copytree(bundle.path, copy)
+    data = json.loads((copy / "manifest.json").read_text())
+    change(data)
+    (copy / "manifest.json").write_text(json.dumps(data))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda data: data.update(fingerprint="z80 nchwc4"), ("z80 nchwc4", get_backend("onnxruntime").fingerprint())),
+        (lambda data: data["versions"].update(onnxruntime="1.2.3"), ("1.2.3", ort.__version__)),
+        (lambda data: data["versions"].pop("onnxruntime-engine"), ("onnxruntime-engine",)),
+    ],
+)
+def test_engines_for_another_machine_or_version_are_refused(
+    bundle: Bundle, tmp_path: Path, change: Callable[[dict[str, object]], object], names: tuple[str, ...]
+) -> None:
+    """Oracle: the contract: both sides are named, and the line that rebuilds."""
+    with pytest.raises(BackendError) as caught:
+        bdexport.load(changed_manifest(bundle, tmp_path, change))
+    assert all(name in str(caught.value) for name in (*names, "bdexport build"))
+
+
+def test_one_parts_engine_under_anothers_name_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    """Oracle: the contract: the part that an engine was built for is in it, whatever the file is called."""
+    import shutil
+
+    from bdexport.files import sha256_file
+
+    def swap(data: dict[str, object]) -> None:
+        parts = {part["name"]: part for part in data["parts"]}  # type: ignore[attr-defined]
+        parts["block_01"]["engine"] |= {key: parts["block_00"]["engine"][key] for key in ("sha256", "bytes")}
+
+    copy = changed_manifest(bundle, tmp_path, swap)
+    shutil.copy(copy / "engines" / "block_00.onnx", copy / "engines" / "block_01.onnx")
+    assert sha256_file(copy / "engines" / "block_01.onnx")
+    with pytest.raises(BackendError, match=r"block_01.*another part's engine.*block_00"):
+        bdexport.load(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx", b"\x08\x08:\x00"])
+def test_a_graph_that_is_none_cannot_be_built(tmp_path: Path, content: bytes) -> None:
+    """Oracle: the contract: BuildError naming the part, and no engine left behind."""
+    (tmp_path / "graph.onnx").write_bytes(content)
+    with pytest.raises(BuildError, match="block_03"):
+        get_backend("onnxruntime").build_part(
+            "block_03", tmp_path / "graph.onnx", tmp_path / "engine.onnx", BuildOptions()
+        )
+    assert not (tmp_path / "engine.onnx").exists()
+
+
+def test_a_precision_that_is_not_offered_is_refused(tmp_path: Path) -> None:
+    """Oracle: the contract."""
+    with pytest.raises(BuildError, match="int8"):
+        get_backend("onnxruntime").build_part("stem", tmp_path / "g", tmp_path / "e", BuildOptions(precision="int8"))
+
+
+def test_the_reference_holds_every_part(bundle: Bundle) -> None:
+    """Oracle: the list of parts."""
+    graphs, manifest = open_graphs(bundle), bundle.manifest
+    for part in part_names(manifest.num_blocks, manifest.transitions):
+        x = np.zeros((2, *manifest.parts[part].input.shape), np.float32)
+        manifest.parts[part].output.check(graphs.run(part, graphs.put(part, x)), part)
+    get_backend("onnxruntime").open(bundle, RunOptions()).close()
