@@ -127,9 +127,10 @@ def _smoke(num_blocks: int) -> TrainConfig:
     return replace(
         _cpu(num_blocks),
         preset="smoke",
-        adapt=AdaptConfig(epochs=1),
-        curriculum=CurriculumConfig(epochs=2, epoch_share=0.5, blocks_per_epoch=-(-num_blocks // 2)),
-        finetune=FinetuneConfig(epochs=2),
+        pretrain=PretrainConfig(epochs=4, batch=64, learning_rate=0.05),
+        adapt=AdaptConfig(epochs=1, batch=64),
+        curriculum=CurriculumConfig(epochs=2, batch=64, epoch_share=0.5, blocks_per_epoch=-(-num_blocks // 2)),
+        finetune=FinetuneConfig(epochs=2, batch=64),
         recalibrate_images=500,
     )
 
@@ -199,8 +200,20 @@ class QuickstartConfig:
     """What ``bdexport quickstart`` trains on scikit-learn's digits, in minutes on two cores; and how it measures."""
 
     arch: str = "resnet32"
-    preset: str = "smoke"
-    settings: tuple[str, ...] = ("pretrain.epochs=6", "policy.target_blocks=6")  # as ``train --set`` takes them
+    preset: str = "cpu"
+    settings: tuple[str, ...] = (  # as ``train --set`` takes them: 1,257 images make short epochs and small batches
+        "pretrain.epochs=10",
+        "pretrain.batch=64",
+        "pretrain.learning_rate=0.05",
+        "adapt.batch=64",
+        "curriculum.epochs=4",
+        "curriculum.batch=64",
+        "curriculum.epoch_share=1",
+        "curriculum.blocks_per_epoch=5",
+        "finetune.epochs=9",
+        "finetune.batch=64",
+        "policy.target_blocks=6",
+    )
     threads: int = 1
 
 
