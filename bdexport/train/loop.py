@@ -18,6 +18,7 @@ from bdexport.errors import TrainingError
 from bdexport.evaluate import Outcome, keep_all, run_masks
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import Augmentation, DeviceImages, steps_per_epoch
+from bdexport.train.events import EventLog
 from bdexport.train.phases import PHASES, Phase, Setting
 from bdexport.train.state import Best, RunState, Weights, generator_for, save_state
 
@@ -49,6 +50,16 @@ class TrainingData:
 
 def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
     """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch."""
+    events = EventLog(run, len(state.history))
+    try:
+        _run_phases(setting, data, state, run, reporter, events)
+    finally:
+        events.close()
+
+
+def _run_phases(
+    setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter, events: EventLog
+) -> None:
     phases = [phase(setting) for phase in PHASES]
     for index in range(state.phase, len(phases)):
         phase = phases[index]
@@ -62,6 +73,7 @@ def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path,
             _remember(state, setting, phase, index, epoch + 1)
             state.history.append(row)
             save_state(run, state)
+            events.add(row, len(state.history))
             reporter.line(row)
             _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []

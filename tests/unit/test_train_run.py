@@ -119,6 +119,17 @@ def test_it_learns(straight: tuple[Path, Recorder]) -> None:
     assert rows == recorder.rows
 
 
+def test_tensorboard_shows_the_same_figures(straight: tuple[Path, Recorder]) -> None:
+    """Oracle: TensorBoard's own reader against the rows that were reported."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out, recorder = straight
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("finetune/validation/accuracy")]
+    expected = [row["validation"]["accuracy"] for row in recorder.rows if row["phase"] == "finetune"]
+    assert shown == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("phase", ["pretrain", "adapt", "curriculum 2", "finetune 2"])
 def test_a_run_cut_off_in_mid_epoch_ends_the_same(phase: str, straight: tuple[Path, Recorder], tmp_path: Path) -> None:
     """Oracle: the uninterrupted run's weights and metrics, bit for bit (but for the clock)."""
