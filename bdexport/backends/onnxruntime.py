@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bdexport.bundle import Bundle
     from bdexport.models.pair import BlockDropNet
 
-ENGINE_FORMAT = "2"  # of what is in an engine file; part of every cache key, so raise it when building changes
+ENGINE_FORMAT = "3"  # of what is in an engine file; part of every cache key, so raise it when building changes
 # Below this, sharing one image between threads costs about what it saves (ResNet-56, 0.25 GFLOP, 2 threads: 1.3 x).
 FLOPS_WORTH_THREADS = 1_000_000_000
 
