@@ -250,6 +250,7 @@ class BenchConfig:
     images: int = 1000
     batch: int = 1
     rounds: int = 1  # how often every batch is measured
+    turn: int = 1  # timed calls of one side before it is the other's turn
     warmup_batches: int = 10
 
 

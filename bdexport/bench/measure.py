@@ -2,6 +2,8 @@
 
 Both calls start from the same uint8 images at the network's size, so both include normalisation and leave out decoding
 and scaling. They alternate, and so does which of them comes first: whatever else the machine does meets both alike.
+With ``turn`` above 1 each makes that many calls before it is the other's turn: alternating call by call has each side
+find the other's weights in the processor's caches, which whoever deploys one of the two does not see.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Measurement:
     batch: int
     rounds: int
     warmup_calls: int
+    turn: int
     images_not_timed: int  # the rest that fills no batch; it counts for accuracy only
 
 
@@ -58,13 +61,15 @@ def measure(
     batch: int = 1,
     rounds: int = 1,
     warmup_batches: int = 10,
+    turn: int = 1,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Run and time ``images`` (uint8 (N, H, W, 3), fitted) in batches; garbage is not collected meanwhile.
+    """Run and time ``images`` (uint8 (N, H, W, 3), fitted) in batches, ``turn`` calls of one side at a time.
 
-    Raises :class:`UsageError` for numbers below 1 or a batch larger than N, and whatever the orchestrator raises.
+    Garbage is not collected meanwhile. Raises :class:`UsageError` for numbers below 1 or a batch larger than N, and
+    whatever the orchestrator raises.
     """
-    _check(batch, rounds, len(images))
+    _check(batch, rounds, turn, len(images))
     starts = range(0, len(images) - batch + 1, batch)
     full, dynamic = _Recorder(orchestrator.full), _Recorder(orchestrator)
     with _without_garbage_collection():
@@ -72,17 +77,21 @@ def measure(
             start = starts[number % len(starts)]
             for side in (full, dynamic):
                 side.call(images[start : start + batch])
-        for turn in range(rounds * len(starts)):
+        calls = rounds * len(starts)
+        for number, begin in enumerate(range(0, calls, turn)):
             if progress is not None:
-                progress(turn, rounds * len(starts))
-            start = starts[turn % len(starts)]
-            for side in (full, dynamic) if turn % 2 == 0 else (dynamic, full):
-                side.timed(images[start : start + batch], keep=turn < len(starts))
+                progress(begin, calls)
+            for side in (full, dynamic) if number % 2 == 0 else (dynamic, full):
+                for call in range(begin, min(begin + turn, calls)):
+                    start = starts[call % len(starts)]
+                    side.timed(images[start : start + batch], keep=call < len(starts))
     rest = starts[-1] + batch
     for side in (full, dynamic):
         if rest < len(images):
             side.keep(side.call(images[rest:]))
-    return Measurement(full.series(labels), dynamic.series(labels), batch, rounds, warmup_batches, len(images) - rest)
+    return Measurement(
+        full.series(labels), dynamic.series(labels), batch, rounds, warmup_batches, turn, len(images) - rest
+    )
 
 
 class _Recorder:
@@ -112,9 +121,10 @@ class _Recorder:
         return Series(latency, policy, network, correct, np.concatenate(self._masks))
 
 
-def _check(batch: int, rounds: int, images: int) -> None:
-    if rounds < 1:
-        raise UsageError("rounds", got=rounds, expected="at least 1")
+def _check(batch: int, rounds: int, turn: int, images: int) -> None:
+    for name, value in (("rounds", rounds), ("turn", turn)):
+        if value < 1:
+            raise UsageError(name, got=value, expected="at least 1")
     if not 1 <= batch <= images:
         raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)")
 

@@ -84,6 +84,7 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
             "rounds": measurement.rounds,
             "calls": len(dynamic.latency_ms),
             "warmup_calls": measurement.warmup_calls,
+            "calls_per_turn": measurement.turn,
             "images_not_timed": measurement.images_not_timed,
         },
         "notes": list(orchestrator.session.notes),

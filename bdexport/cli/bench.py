@@ -34,6 +34,9 @@ def bench(
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls per batch.")] = DEFAULT.rounds,
+    turn: Annotated[
+        int, typer.Option(min=1, help="Timed calls of one side before it is the other's turn.")
+    ] = DEFAULT.turn,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Latency, throughput, accuracy and block usage of dynamic inference against the full network, in turn."""
@@ -51,6 +54,7 @@ def bench(
             batch=min(batch, len(chosen)),
             rounds=rounds,
             warmup_batches=DEFAULT.warmup_batches,
+            turn=turn,
             progress=_updates(bar),
         )
         result = bench_result(orchestrator, chosen, measurement)
@@ -119,7 +123,8 @@ def _remarks(result: dict[str, Any], batch: int) -> list[str]:
         f"efficiency {result['efficiency']:.2f} (ideal {result['ideal_ms']:.3f} ms: policy engine + full engine x "
         "share of its FLOPs)",
         f"executor {result['executor']} ({result['executor_reason']})",
-        f"{measured['calls']} timed calls each, in turn, after {measured['warmup_calls']} for warm-up; "
+        f"{measured['calls']} timed calls each, {measured['calls_per_turn']} at a turn, "
+        f"after {measured['warmup_calls']} for warm-up; "
         f"standard deviation {spread['full']['std_ms']:.3f} / {spread['dynamic']['std_ms']:.3f} ms; "
         f"{measured['input']}",
         f"{machine['cpu']}, {machine['cores']} cores; "

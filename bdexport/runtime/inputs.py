@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from bdexport.errors import InputError
 from bdexport.preprocess import Preprocess
 
-ACCEPTED = "uint8 (N, h, w, 3) or preprocessed float32 (N, 3, {height}, {width})"
+
+class _Accepted:
+    """What would do, as text; only an error needs it."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self._size = preprocess.size
+
+    def __str__(self) -> str:
+        return "uint8 (N, h, w, 3) or preprocessed float32 (N, 3, {}, {})".format(*self._size)
 
 
 def network_input(images: Any, preprocess: Preprocess, max_batch: int | None) -> NDArray[np.float32]:
@@ -20,8 +28,7 @@ def network_input(images: Any, preprocess: Preprocess, max_batch: int | None) ->
     or channel count, for values that are not finite, an empty batch and a batch beyond ``max_batch``.
     """
     array = _as_array(images)
-    height, width = preprocess.size
-    accepted = ACCEPTED.format(height=height, width=width)
+    accepted = _Accepted(preprocess)
     if array.ndim != 4:
         remedy = "add the batch axis: images[None]" if array.ndim == 3 else None
         raise InputError("images: wrong rank", got=f"{array.dtype} {array.shape}", expected=accepted, remedy=remedy)
@@ -33,7 +40,7 @@ def network_input(images: Any, preprocess: Preprocess, max_batch: int | None) ->
     if array.dtype == np.uint8:
         return _from_pixels(array, preprocess, accepted)
     if array.dtype == np.float32:
-        return _from_floats(array, (3, height, width), accepted)
+        return _from_floats(array, (3, *preprocess.size), accepted)
     raise InputError("images: wrong dtype", got=array.dtype, expected=accepted, remedy=_dtype_remedy(array))
 
 
@@ -45,13 +52,13 @@ def _as_array(images: Any) -> NDArray[Any]:
         raise InputError(f"images: not one array ({error})", remedy=remedy) from error
 
 
-def _from_pixels(array: NDArray[np.uint8], preprocess: Preprocess, accepted: str) -> NDArray[np.float32]:
+def _from_pixels(array: NDArray[np.uint8], preprocess: Preprocess, accepted: _Accepted) -> NDArray[np.float32]:
     if array.shape[3] != 3 or 0 in array.shape:
         raise InputError("images: wrong shape", got=f"uint8 {array.shape}", expected=accepted, remedy=_hint(array))
     return preprocess(array)
 
 
-def _from_floats(array: NDArray[np.float32], shape: tuple[int, ...], accepted: str) -> NDArray[np.float32]:
+def _from_floats(array: NDArray[np.float32], shape: tuple[int, ...], accepted: _Accepted) -> NDArray[np.float32]:
     if array.shape[1:] != shape:
         raise InputError("images: wrong shape", got=f"float32 {array.shape}", expected=accepted, remedy=_hint(array))
     if not np.isfinite(array).all():

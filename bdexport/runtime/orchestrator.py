@@ -16,7 +16,7 @@ from bdexport.backends.base import RunOptions, Session, Tensor
 from bdexport.bundle import Bundle, Manifest, open_bundle
 from bdexport.errors import BackendError, UsageError
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
-from bdexport.runtime.decide import checked_masks, masks_from_probabilities
+from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
 from bdexport.runtime.executors import choose_executor
 from bdexport.runtime.grouping import plan_batch
 from bdexport.runtime.inputs import network_input
@@ -28,16 +28,21 @@ MAX_THREADS = 1024
 class Result:
     """What one call gives, image by image in the order they were passed.
 
-    ``logits`` float32 (N, classes); ``masks`` bool (N, K), what ran; ``blocks_used`` int64 (N,); ``probabilities``
-    float32 (N, K), None where the policy did not run (masks forced, or the full engine); ``timings`` in ms:
-    ``preprocess``, ``policy``, ``network``, ``total``.
+    ``logits`` float32 (N, classes); ``masks`` bool (N, K), what ran; ``probabilities`` float32 (N, K), None where the
+    policy did not run (masks forced, or the full engine); ``timings`` in ms: ``preprocess``, ``policy``, ``network``,
+    ``total``. The rest is computed when it is asked for, and takes no time from the inference.
     """
 
     logits: NDArray[np.float32]
     masks: Masks
-    blocks_used: NDArray[np.int64]
     probabilities: NDArray[np.float32] | None
     timings: dict[str, float]
+
+    @property
+    def blocks_used(self) -> NDArray[np.int64]:
+        """Kept blocks, (N,)."""
+        used: NDArray[np.int64] = self.masks.sum(axis=1, dtype=np.int64)
+        return used
 
     @property
     def classes(self) -> NDArray[np.int64]:
@@ -102,7 +107,7 @@ class Orchestrator:
         logits = self._run_blocks(inputs, masks)
         ended = perf_counter_ns()
         timings = _timings_ms(started, prepared, decided, ended)
-        return Result(logits, masks, masks.sum(axis=1, dtype=np.int64), probabilities, timings)
+        return Result(logits, masks, probabilities, timings)
 
     def full(self, images: Any) -> Result:
         """The undropped network's own engine: the reference that speed-ups are measured against. Same input checks."""
@@ -113,7 +118,7 @@ class Orchestrator:
         ended = perf_counter_ns()
         masks = np.ones((len(inputs), self.manifest.num_blocks), dtype=bool)
         timings = _timings_ms(started, prepared, prepared, ended)
-        return Result(logits, masks, masks.sum(axis=1, dtype=np.int64), None, timings)
+        return Result(logits, masks, None, timings)
 
     def warm_up(self, batch: int = 1) -> None:
         """Run every part once at this batch size, so that no later call pays for first-time work."""
@@ -191,6 +196,6 @@ def _timings_ms(started: int, prepared: int, decided: int, ended: int) -> dict[s
 
 def _finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """A NaN would come out as class 0 with no sign of trouble."""
-    if not np.isfinite(logits).all():
+    if not all_finite(logits):
         raise BackendError("network: logits are not finite", remedy="check the input's range; run `bdexport verify`")
     return logits

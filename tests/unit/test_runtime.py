@@ -60,7 +60,7 @@ def test_a_large_confidence_does_not_overflow() -> None:
 
     logits = np.array([[1e30, 0.0], [-2000.0, -2001.0]], np.float32)
     none = np.zeros((2, 1), bool)
-    result = Result(logits, none, none.sum(axis=1), None, {})
+    result = Result(logits, none, None, {})
     assert result.confidence.tolist() == pytest.approx([1.0, 1 / (1 + np.exp(-1.0))])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bdexport.errors import BackendError, InputError
-from bdexport.runtime.decide import checked_masks, masks_from_probabilities
+from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
 from bdexport.runtime.grouping import plan_batch
 
 
@@ -22,6 +22,21 @@ def test_a_probability_that_is_no_number_is_an_error(value: float) -> None:
     """Oracle: the contract: a comparison with NaN would drop the block without a word."""
     with pytest.raises(BackendError, match="not finite"):
         masks_from_probabilities(np.array([[0.1, value]], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([1.0, -2.0], True),
+        ([3e38, 3e38, -3e38], True),
+        ([np.inf, 0.0], False),
+        ([np.inf, -np.inf], False),
+        ([0.0, np.nan], False),
+    ],
+)
+def test_finite_means_every_value(values: list[float], finite: bool) -> None:
+    """Oracle: numpy's isfinite, also where squares overflow."""
+    assert all_finite(np.array([values], np.float32)) is finite
 
 
 @pytest.mark.parametrize(
