@@ -67,6 +67,7 @@ class FinetuneConfig:
     policy_learning_rate: float = 3e-4
     weight_decay: float = 5e-4
     warmup_epochs: float = 0.25
+    policy_share: float = 1.0  # share of each batch that the policy learns from; the network learns from all of it
     full_share: float = 0.0  # share of each batch that runs every block, so that the full network stays accurate
     schedule: Literal["cosine", "step"] = "cosine"  # step: x0.1 for the last fifth, as in the paper
 
@@ -98,6 +99,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     distillation_weight: float = 0.0  # weight of the KL divergence to the undropped base network's softened outputs
     distillation_temperature: float = 4.0
+    # live: the teacher sees each augmented image; cached: it has seen each image once, as it is (a quarter less work)
+    distillation: Literal["live", "cached"] = "live"
     recalibrate_images: int = 10_000  # batch-norm statistics are re-estimated on this many greedy paths at the end
     evaluation_batch: int = 500
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -139,17 +142,24 @@ def _cpu(num_blocks: int) -> TrainConfig:
     return TrainConfig(
         preset="cpu",
         distillation_weight=1.0,
+        distillation="cached",
         pretrain=PretrainConfig(epochs=60),
         adapt=AdaptConfig(epochs=4, batch=256, learning_rate=0.03),
-        curriculum=CurriculumConfig(epochs=8, epoch_share=0.25, blocks_per_epoch=-(-num_blocks // 5)),
+        curriculum=CurriculumConfig(epochs=12, epoch_share=0.25, blocks_per_epoch=-(-num_blocks // 5)),
         finetune=FinetuneConfig(
-            epochs=10, batch=256, network_learning_rate=0.03, policy_learning_rate=5e-4, full_share=0.1
+            epochs=20,
+            batch=256,
+            network_learning_rate=0.05,
+            policy_learning_rate=5e-4,
+            policy_share=0.25,
+            full_share=0.1,
         ),
         policy=PolicyConfig(
-            exploration_bound_end=0.95,
+            wrong_prediction_penalty=1.0,
+            exploration_bound_end=0.98,
             reward="probability",
             initial_keep_logit=1.0,
-            target_blocks=round(0.5 * num_blocks, 2),
+            target_blocks=round(0.52 * num_blocks, 2),
             input_pool=2,
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,14 @@ class Augmentation:
 
 # A mirrored digit is another sign; a mirrored photograph is not another object.
 AUGMENTATION = {"digits": Augmentation(shift=2, flip=False)}
+
+
+class Batch(NamedTuple):
+    """What a phase learns from in one step; ``rows`` (B,) are the images' places in the split."""
+
+    images: Tensor  # float32 (B, 3, H, W), channels_last, augmented and normalised
+    labels: Tensor  # int64 (B,)
+    rows: Tensor  # int64 (B,)
 
 
 class DeviceImages:
@@ -49,14 +58,14 @@ class DeviceImages:
 
     def epoch(
         self, batch: int, share: float, augmentation: Augmentation, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """A shuffled, augmented pass over ``share`` of the images; the last, short batch is left out."""
         order = torch.randperm(len(self), generator=generator, device=generator.device)
         batch = min(batch, len(self))
         for step in range(steps_per_epoch(len(self), batch, share)):
             rows = order[step * batch : (step + 1) * batch].to(self.labels.device)
             images = augment(self.images[rows], augmentation, generator)
-            yield self._normalised(images), self.labels[rows]
+            yield Batch(self._normalised(images), self.labels[rows], rows)
 
     def _normalised(self, images: Tensor) -> Tensor:
         return (images.float() * self.scale - self.offset).permute(0, 3, 1, 2)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bdexport.errors import TrainingError
 from bdexport.evaluate import Outcome, keep_all, run_masks
@@ -64,7 +64,7 @@ def _run_phases(
     for index in range(state.phase, len(phases)):
         phase = phases[index]
         if phase.epochs > state.epoch:
-            _enter(phase, setting, state)
+            _enter(phase, setting, state, data)
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
             row = _train_epoch(phase, epoch, data, reporter)
@@ -80,11 +80,14 @@ def _run_phases(
         _remember_weights(state, setting)
 
 
-def _enter(phase: Phase, setting: Setting, state: RunState) -> None:
+def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData) -> None:
     """Prepare a phase; the network as it is when BlockDrop's own phases begin becomes the teacher."""
-    if setting.teacher is None and phase.name != "pretrain" and setting.config.distillation_weight > 0:
+    config = setting.config
+    if setting.teacher is None and phase.name != "pretrain" and config.distillation_weight > 0:
         setting.teacher = frozen_copy(setting.model)
         state.teacher = _weights(setting.teacher)
+    if setting.teacher is not None and setting.teacher_logits is None and config.distillation == "cached":
+        setting.teacher_logits = _all_logits(setting, data.train)
     phase.start()
     for optimiser, saved in zip(phase.optimisers, state.optimisers, strict=False):
         optimiser.load_state_dict(saved)
@@ -98,11 +101,11 @@ def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporte
     started = time.perf_counter()
     batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator)
     with reporter.epoch(f"{phase.name} {epoch + 1}/{phase.epochs}", steps) as advance:
-        for step, (images, labels) in enumerate(batches):
+        for step, batch in enumerate(batches):
             phase.at(epoch + step / steps)
-            for name, value in phase.step(images, labels).items():
+            for name, value in phase.step(batch).items():
                 sums[name] = sums.get(name, 0.0) + value
-            images_seen += len(labels)
+            images_seen += len(batch.labels)
             advance()
     seconds = time.perf_counter() - started
     return {
@@ -208,6 +211,15 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
 def frozen_copy(model: BlockDropNet) -> Any:
     """The network as it is now, in eval mode, without gradients."""
     return deepcopy(model.network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _all_logits(setting: Setting, images: DeviceImages) -> Tensor:
+    """The teacher's logits for every image as it is, float32 (N, C)."""
+    assert setting.teacher is not None
+    with setting.autocast():
+        logits = [setting.teacher(x).float() for x, _ in images.batches(setting.config.evaluation_batch)]
+    return torch.cat(logits)
 
 
 def _weights(module: nn.Module) -> Weights:

@@ -20,15 +20,21 @@ from bdexport.errors import TrainingError
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
 from bdexport.train import rollout
+from bdexport.train.data import Batch
 from bdexport.train.reward import PenaltyController, leave_one_out_advantage, reward
 
 
 @dataclass
 class Setting:
-    """What every phase works on. ``teacher`` is the frozen, undropped base network, or None."""
+    """What every phase works on.
+
+    ``teacher`` is the frozen, undropped base network, or None; ``teacher_logits`` are its outputs (N, C) for the
+    training images as they are, where they are cached.
+    """
 
     model: BlockDropNet
     teacher: ResNet | None
+    teacher_logits: Tensor | None
     config: TrainConfig
     controller: PenaltyController
     device: str
@@ -80,7 +86,7 @@ class Phase:
             return (epoch + 1e-3) / self.warmup_epochs
         return 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / max(1, self.epochs))))
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def step(self, batch: Batch) -> dict[str, float]:
         """Learn from one batch; returns figures that the loop averages over the epoch."""
         raise NotImplementedError
 
@@ -96,14 +102,13 @@ class Phase:
         for optimiser in self.optimisers:
             optimiser.step()
 
-    def _classification_loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    def _classification_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy plus, with a teacher, the softened KL divergence (Hinton et al., 2015)."""
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.float(), batch.labels)
         weight, temperature = self.setting.config.distillation_weight, self.setting.config.distillation_temperature
-        if self.setting.teacher is None or weight == 0:
+        target = self._taught(batch)
+        if target is None or weight == 0:
             return loss
-        with torch.no_grad(), self.setting.autocast():
-            target = self.setting.teacher(images).float()
         divergence = F.kl_div(
             F.log_softmax(logits.float() / temperature, dim=1),
             F.log_softmax(target / temperature, dim=1),
@@ -111,6 +116,16 @@ class Phase:
             log_target=True,
         )
         return loss + weight * temperature**2 * divergence
+
+    def _taught(self, batch: Batch) -> Tensor | None:
+        """The teacher's logits for the batch, (B, C), or None without a teacher."""
+        if self.setting.teacher_logits is not None:
+            return self.setting.teacher_logits[batch.rows]
+        if self.setting.teacher is None:
+            return None
+        with torch.no_grad(), self.setting.autocast():
+            taught: Tensor = self.setting.teacher(batch.images)
+        return taught.float()
 
 
 class Pretrain(Phase):
@@ -130,7 +145,8 @@ class Pretrain(Phase):
         self.optimisers = [_sgd(self.setting.model.network, config.learning_rate, config.weight_decay)]
         self.peak_rates = [config.learning_rate]
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def step(self, batch: Batch) -> dict[str, float]:
+        images, labels, _ = batch
         with self.setting.autocast():
             logits = self.setting.model.network(images)
         loss = F.cross_entropy(logits.float(), labels)
@@ -155,15 +171,16 @@ class Adapt(Phase):
         self.optimisers = [_sgd(self.setting.model.network, config.learning_rate, config.weight_decay)]
         self.peak_rates = [config.learning_rate]
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def step(self, batch: Batch) -> dict[str, float]:
         config, setting = self.setting.config.adapt, self.setting
+        images, labels, _ = batch
         span = config.keep_high - config.keep_low
         shape, device = (len(images), setting.num_blocks), images.device
         rates = config.keep_low + span * torch.rand(len(images), 1, generator=setting.generator, device=device)
         masks = torch.rand(shape, generator=setting.generator, device=device) < rates
         with setting.autocast():
             logits = setting.model.network.forward_masked(images, masks)
-        loss = self._classification_loss(logits, images, labels)
+        loss = self._classification_loss(logits, batch)
         self._learn(loss)
         used = masks.float().sum(dim=1).mean().item()
         return {"loss": loss.item(), "accuracy": _accuracy(logits, labels), "blocks_used": used}
@@ -252,7 +269,8 @@ class Curriculum(PolicyPhase):
         """Constant, as in the paper."""
         return 1.0
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def step(self, batch: Batch) -> dict[str, float]:
+        images, labels, _ = batch
         probabilities = self._probabilities(images)
         masks = self._sampled(probabilities)
         rewards = torch.stack([self._rewards(self._evaluated(images, one), labels, one) for one in masks])
@@ -299,23 +317,25 @@ class Finetune(PolicyPhase):
             return 1.0 if epoch < 0.8 * self.epochs else 0.1
         return super().rate_factor(epoch)
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        setting = self.setting
+    def step(self, batch: Batch) -> dict[str, float]:
+        setting, config = self.setting, self.setting.config.finetune
+        images, labels, _ = batch
         probabilities = self._probabilities(images)
         masks = self._sampled(probabilities)
-        whole = int(setting.config.finetune.full_share * len(images))
+        # The batch: images that run every block, images that the policy learns from, and the rest, on which only the
+        # network learns. Images that ran every block say nothing about the masks that were drawn for them.
+        whole = int(config.full_share * len(images))
+        judged = slice(whole, whole + max(1, int(config.policy_share * (len(images) - whole))))
         run = masks[0].clone()
         run[:whole] = True
         with setting.autocast():
             logits = setting.model.network.forward_masked(images, run)
-        others = [self._rewards(self._evaluated(images, one), labels, one) for one in masks[1:]]
-        rewards = torch.stack([self._rewards(logits, labels, masks[0]), *others])
-        advantages, greedy = self._advantages(rewards, probabilities, images, labels)
-        loss = self._classification_loss(logits, images, labels)
-        # Images that ran every block say nothing about the masks that were drawn for them.
-        learned = self._policy_loss(probabilities[whole:], masks[:, whole:], advantages[:, whole:])
-        self._learn(loss + learned)
-        used = greedy.float().sum(dim=1).mean().item()
+        loss = self._classification_loss(logits, batch)
+        rewards, policy_loss = self._judge(
+            logits[judged], images[judged], labels[judged], probabilities[judged], masks[:, judged]
+        )
+        self._learn(loss + policy_loss)
+        used = rollout.greedy_masks(probabilities, self.now_open).float().sum(dim=1).mean().item()
         setting.controller.update(used, setting.num_blocks)
         return {
             "loss": loss.item(),
@@ -323,6 +343,15 @@ class Finetune(PolicyPhase):
             "accuracy": _accuracy(logits, labels),
             "blocks_used": used,
         }
+
+    def _judge(
+        self, logits: Tensor, images: Tensor, labels: Tensor, probabilities: Tensor, masks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards (S, N) and the policy loss; ``logits`` (N, C) belong to the first of the masks (S, N, K)."""
+        others = [self._rewards(self._evaluated(images, one), labels, one) for one in masks[1:]]
+        rewards = torch.stack([self._rewards(logits, labels, masks[0]), *others])
+        advantages, _ = self._advantages(rewards, probabilities, images, labels)
+        return rewards, self._policy_loss(probabilities, masks, advantages)
 
 
 PHASES: tuple[type[Phase], ...] = (Pretrain, Adapt, Curriculum, Finetune)

@@ -140,7 +140,7 @@ def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool
     controller = PenaltyController(
         config.policy.wrong_prediction_penalty, config.policy.target_blocks, config.policy.penalty_gain
     )
-    return Setting(model, None, config, controller, device, bf16, generator_for(config.seed, 0, 0, device))
+    return Setting(model, None, None, config, controller, device, bf16, generator_for(config.seed, 0, 0, device))
 
 
 def _training_data(request: TrainRequest, device: str) -> TrainingData:

@@ -49,7 +49,7 @@ def test_an_epoch_visits_every_image_once() -> None:
     """Oracle: the labels are a permutation, whole batches only; a share of the set takes that many steps."""
     data = some_images(12)
     generator = torch.Generator().manual_seed(3)
-    labels = torch.cat([y for _, y in data.epoch(4, 1.0, Augmentation(), generator)])
+    labels = torch.cat([batch.labels for batch in data.epoch(4, 1.0, Augmentation(), generator)])
     assert sorted(labels.tolist()) == list(range(12))
     assert steps_per_epoch(12, 4, 0.5) == 1
     assert steps_per_epoch(3, 128, 1.0) == 1

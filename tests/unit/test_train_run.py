@@ -36,6 +36,7 @@ CONFIG = TrainConfig(
     preset="smoke",
     precision="fp32",
     distillation_weight=0.5,
+    distillation="cached",
     recalibrate_images=200,
     pretrain=PretrainConfig(epochs=5, batch=32, learning_rate=0.1),
     adapt=AdaptConfig(epochs=1, batch=64),
@@ -255,9 +256,11 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config: TrainCon
 
 
 def test_leave_one_out_runs(tmp_path: Path) -> None:
-    """Oracle: the run completes with two samples an image and no greedy baseline."""
+    """Oracle: the run completes with two samples an image, no greedy baseline, and a teacher that sees every batch."""
     config = replace(
         CONFIG,
+        distillation="live",
+        finetune=replace(CONFIG.finetune, policy_share=0.5, full_share=0.2),
         policy=replace(CONFIG.policy, estimator="leave_one_out", samples=2, entropy_bonus=0.01),
         pretrain=replace(CONFIG.pretrain, epochs=1),
     )
