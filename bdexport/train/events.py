@@ -22,7 +22,7 @@ class EventLog:
         if self.installed:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run / EVENTS_FOLDER), purge_step=done + 1)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(run / EVENTS_FOLDER), purge_step=done + 1)
 
     def add(self, row: dict[str, Any], step: int) -> None:
         """One epoch's figures; ``step`` counts the run's epochs from 1."""
