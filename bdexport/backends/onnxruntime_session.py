@@ -58,7 +58,7 @@ class OnnxRuntimeSession(ArrayRows):
         self._chain = _LinkedChain(manifest, files, threads) if linked else None
         if self._chain is not None:
             self.notes += (self._chain.note,)
-        self._in_turn = _PartsInTurn(self._parts, manifest)
+        self._in_turn: _PartsInTurn | None = _PartsInTurn(self._parts, manifest)
         self._pool = ThreadPoolExecutor(threads - 1, "bdexport") if threads > 1 else None
         self._closed = False
 
@@ -71,34 +71,39 @@ class OnnxRuntimeSession(ArrayRows):
         return tensor.copy() if block == 1 else _from_blocked(tensor, block)
 
     def run(self, part: str, x: Array) -> Array:
-        engine = self._part(part)
-        if self._pool is None or engine.threads > 1 or len(x) == 1:
+        engine, pool = self._part(part), self._pool
+        if pool is None or engine.threads > 1 or len(x) == 1:
             return engine.run(x)
         shares = np.array_split(x, min(self.threads, len(x)))
-        others = [self._pool.submit(engine.run, share) for share in shares[1:]]
+        try:
+            others = [pool.submit(engine.run, share) for share in shares[1:]]
+        except RuntimeError as error:  # another thread has closed the session in between
+            raise closed_error("onnxruntime") from error
         return np.concatenate([engine.run(shares[0]), *(other.result() for other in others)])
 
     def run_path(self, parts: Sequence[str], x: Array) -> Array:
+        chain, in_turn = self._chain, self._in_turn
         self._check_open()
-        logits = self._chain.run(parts, x) if self._chain is not None else None
+        logits = chain.run(parts, x) if chain is not None else None
         if logits is not None:
             return logits
-        if len(x) == 1 and parts[0] == STEM and parts[-1] == HEAD:
-            return self._in_turn(tuple(parts), x)
+        if in_turn is not None and len(x) == 1 and parts[0] == STEM and parts[-1] == HEAD:
+            return in_turn(tuple(parts), x)
         for part in parts:
             x = self.run(part, x)
         return x
 
     def close(self) -> None:
+        # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.
         self._closed = True
-        self._parts.clear()
-        self._chain = None
+        self._parts, self._chain, self._in_turn = {}, None, None
         if self._pool is not None:
             self._pool.shutdown()
 
     def _part(self, part: str) -> _Part:
+        parts = self._parts
         self._check_open()
-        return self._parts[part]
+        return parts[part]
 
     def _check_open(self) -> None:
         if self._closed:

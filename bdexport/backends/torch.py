@@ -110,10 +110,11 @@ class TorchSession(ArrayRows):
     def run(self, part: str, x: Array) -> Array:
         import torch
 
+        modules = self._modules
         if self._closed:
             raise closed_error("torch")
         with torch.inference_mode(), _reported(part):
-            out = self._modules[part](torch.from_numpy(x if x.flags.writeable else x.copy()))
+            out = modules[part](torch.from_numpy(x if x.flags.writeable else x.copy()))
         result: Array = out.contiguous().numpy()
         return result
 
@@ -124,7 +125,7 @@ class TorchSession(ArrayRows):
 
     def close(self) -> None:
         self._closed = True
-        self._modules.clear()
+        self._modules = {}  # not emptied: another thread's call may have begun
 
 
 @contextmanager

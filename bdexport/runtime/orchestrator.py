@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from time import perf_counter_ns
 from types import TracebackType
@@ -15,13 +16,14 @@ from bdexport.backends import get_backend
 from bdexport.backends.base import RunOptions, Session, Tensor
 from bdexport.bundle import Bundle, Manifest, open_bundle
 from bdexport.errors import BackendError, UsageError
+from bdexport.hardware import usable_cores
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
 from bdexport.runtime.executors import choose_executor
 from bdexport.runtime.grouping import plan_batch
 from bdexport.runtime.inputs import network_input
 
-MAX_THREADS = 1024
+LEAST_THREAD_LIMIT = 16  # may be asked for anywhere, so that a script runs on any machine
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,17 +174,29 @@ def load(
     None for the backend's default. ``executor``: ``auto`` or a name. Raises :class:`BundleError` for a damaged bundle,
     :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
     """
-    if threads is not None and (isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS):
-        raise UsageError("threads", got=threads, expected=f"1..{MAX_THREADS}")
+    _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     defaults = RunOptions()
-    options = RunOptions(device=defaults.device if device is None else device, threads=threads)
+    options = RunOptions(defaults.device if device is None else device, None if threads is None else int(threads))
     session = get_backend(opened.manifest.backend).open(opened, options)
     try:
         return Orchestrator(opened, session, executor)
     except BaseException:
         session.close()
         raise
+
+
+def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any) -> None:
+    if not isinstance(bundle, str | PathLike | Bundle):
+        raise UsageError("bundle", got=repr(bundle), expected="the path of a folder")
+    most = max(LEAST_THREAD_LIMIT, usable_cores())  # beyond the cores, threads only take time from each other
+    whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= most):
+        raise UsageError("threads", got=repr(threads), expected=f"a whole number in 1..{most}")
+    if device is not None and not (isinstance(device, str) and device):
+        raise UsageError("device", got=repr(device), expected="a name, or None for the backend's own choice")
+    if not isinstance(executor, str):
+        raise UsageError("executor", got=repr(executor), expected="a name")
 
 
 def _timings_ms(started: int, prepared: int, decided: int, ended: int) -> dict[str, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,11 +152,49 @@ def test_leaving_the_block_closes(bundle: Bundle) -> None:
         loaded(pixels(1))
 
 
-@pytest.mark.parametrize("threads", [0, -1, 5000, True])
+@pytest.mark.parametrize("threads", [0, -1, 1024, True, 1.5, "2"])
 def test_a_thread_count_that_cannot_be_is_refused(bundle: Bundle, threads: int) -> None:
-    """Oracle: the contract."""
+    """Oracle: the contract; 1024 spinning threads would stop a small machine."""
     with pytest.raises(UsageError, match="threads"):
         bdexport.load(bundle, threads=threads)
+
+
+@pytest.mark.parametrize(("name", "value"), [("device", ""), ("device", 3), ("executor", None)])
+def test_arguments_of_another_kind_are_refused(bundle: Bundle, name: str, value: Any) -> None:
+    """Oracle: the contract."""
+    with pytest.raises(UsageError, match=name):
+        bdexport.load(bundle, **{name: value})
+    nowhere: Any = 3
+    with pytest.raises(UsageError, match="bundle"):
+        bdexport.load(nowhere)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_closing_while_others_run_ends_their_calls_cleanly(bundle: Bundle, threads: int) -> None:
+    """Oracle: the contract: a call gives its result or the UsageError of a closed session, never anything else."""
+    ended: list[BaseException] = []
+    for _ in range(5):
+        loaded = bdexport.load(bundle, threads=threads)
+        loaded.warm_up()
+        begun = threading.Barrier(5)
+
+        def work(loaded: Orchestrator = loaded, begun: threading.Barrier = begun) -> None:
+            begun.wait()
+            try:
+                while True:
+                    loaded(pixels(3), masks=some_masks(3, 3))
+            except BaseException as error:
+                ended.append(error)
+
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        begun.wait()
+        loaded.close()
+        for worker in workers:
+            worker.join()
+    assert len(ended) == 20
+    assert {type(error) for error in ended} == {UsageError}
 
 
 def test_an_unknown_executor_lists_the_known_ones(bundle: Bundle) -> None:
