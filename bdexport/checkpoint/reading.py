@@ -108,6 +108,9 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
+            broken = archive.testzip()  # torch itself does not compare the checksums
+            if broken is not None:
+                raise zipfile.BadZipFile(f"{broken} has another checksum")
     except OSError:
         raise
     except Exception as error:  # BadZipFile, and whatever class the broken bytes happen to hit

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import console, err_console, progress, write_json_result
+from bdexport.cli.console import err_console, progress, table_console, write_json_result
 from bdexport.config import PRESETS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bdexport.checkpoint import Checkpoint
     from bdexport.config import TrainConfig
     from bdexport.train.pipeline import TrainRequest
 
@@ -51,7 +55,6 @@ def train(
     from bdexport.checkpoint import load_checkpoint
     from bdexport.train.pipeline import train as run_training
 
-    request, num_blocks = _request(out, dataset, data, arch, base, base_only, device, seed)
     settings = {
         "seed": seed,
         "precision": precision,
@@ -69,10 +72,18 @@ def train(
         "policy.reward": reward,
         "distillation_weight": distillation,
     }
+    found, num_blocks = _base(base, arch)
     config = resolved_config(preset, num_blocks, settings, set_ or [])
-    path = run_training(request, config, ConsoleReporter())
+    request = replace(
+        _request(dataset, data, config.validation_share, arch, found, out),
+        base=None if base is None else base.name,
+        base_only=base_only,
+        device=device,
+    )
+    shown = table_console(json)
+    path = run_training(request, config, ConsoleReporter(shown))
     training = load_checkpoint(path).training
-    console.print(f"{path}: {summary(training)}")
+    shown.print(f"{path}: {summary(training)}")
     if json is not None:
         write_json_result(json, {"schema": "bdexport.train/1", "checkpoint": path, "training": training})
 
@@ -92,46 +103,47 @@ def resolved_config(preset: str, num_blocks: int, settings: dict[str, Any], assi
     return with_assignments(resolved, assignments)
 
 
-def _request(
-    out: Path,
-    dataset: str,
-    data: Path | None,
-    arch: str | None,
-    base: Path | None,
-    base_only: bool,
-    device: str,
-    seed: int | None,
-) -> tuple[TrainRequest, int]:
-    """Load data and base, and settle on a network."""
+def _base(base: Path | None, arch: str | None) -> tuple[Checkpoint | None, int]:
+    """The checkpoint to start from, if any, and the network's number of blocks."""
     from bdexport.architecture import resnet_spec
     from bdexport.checkpoint import load_checkpoint
-    from bdexport.dataset import load_dataset
     from bdexport.errors import UsageError
+
+    if base is not None:
+        found = load_checkpoint(base, arch=arch)
+        return found, found.network.num_blocks
+    if arch is None:
+        raise UsageError("no network", expected="--arch NAME, --base CKPT or both")
+    return None, resnet_spec(arch).num_blocks
+
+
+def _request(
+    dataset: str, data: Path | None, validation_share: float, arch: str | None, found: Checkpoint | None, out: Path
+) -> TrainRequest:
+    """Load the data, and settle on a network for it."""
+    from bdexport.architecture import resnet_spec
+    from bdexport.dataset import load_dataset
     from bdexport.preprocess import Preprocess
     from bdexport.train.pipeline import TrainRequest
 
-    if base is None and arch is None:
-        raise UsageError("no network", expected="--arch NAME, --base CKPT or both")
-    splits = {split: load_dataset(dataset, data, split) for split in ("train", "validation")}
-    found = None if base is None else load_checkpoint(base, arch=arch)
+    splits = {
+        split: load_dataset(dataset, data, split, validation_share=validation_share)
+        for split in ("train", "validation")
+    }
     if found is not None:
         network, preprocess = found.network, found.preprocess
     else:
         assert arch is not None
         network = resnet_spec(arch, num_classes=len(splits["train"].class_names))
         preprocess = Preprocess() if network.family == "cifar" else Preprocess((224, 224), resize_short=256)
-    request = TrainRequest(
+    return TrainRequest(
         network=network,
         preprocess=preprocess,
         train=splits["train"],
         validation=splits["validation"],
         out=out,
         initial=found,
-        base=None if base is None else base.name,
-        base_only=base_only,
-        device=device,
     )
-    return request, network.num_blocks
 
 
 def summary(training: dict[str, Any]) -> str:
@@ -149,7 +161,10 @@ def summary(training: dict[str, Any]) -> str:
 
 
 class ConsoleReporter:
-    """A bar per epoch and one line when it is done."""
+    """A bar per epoch and, on ``out``, one line when it is done."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
 
     @contextmanager
     def epoch(self, title: str, steps: int) -> Iterator[Callable[[], None]]:
@@ -160,7 +175,7 @@ class ConsoleReporter:
 
     def line(self, row: dict[str, Any]) -> None:
         """The figures of one epoch."""
-        console.print(epoch_line(row))
+        self.out.print(epoch_line(row))
 
     def note(self, text: str) -> None:
         """A choice with its reason, or a warning; on stderr."""

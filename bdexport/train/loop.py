@@ -20,7 +20,7 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import Augmentation, DeviceImages, steps_per_epoch
 from bdexport.train.events import EventLog
 from bdexport.train.phases import PHASES, Phase, Setting
-from bdexport.train.state import Best, RunState, Weights, generator_for, save_state
+from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
 
 COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
 BUDGET_TOLERANCE = 0.02  # of K: a model this little above the target still meets it
@@ -65,6 +65,8 @@ def _run_phases(
         phase = phases[index]
         if phase.epochs > state.epoch:
             _enter(phase, setting, state, data)
+        if state.epoch > 0:  # resumed: what ended the run by collapse ends it again
+            _stop_on_collapse(phase, state, reporter)
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
             row = _train_epoch(phase, epoch, data, reporter)
@@ -72,8 +74,8 @@ def _run_phases(
             _choose(phase, setting, state, row)
             _remember(state, setting, phase, index, epoch + 1)
             state.history.append(row)
+            events.add(row, len(state.history))  # before the state: what a crash leaves in between is purged
             save_state(run, state)
-            events.add(row, len(state.history))
             reporter.line(row)
             _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
@@ -190,16 +192,15 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
     num_blocks = phase.setting.num_blocks
     rows = [row for row in state.history if row["phase"] == phase.name][-COLLAPSED_EPOCHS:]
     means = [row["validation"]["blocks_used"]["mean"] for row in rows]
-    patience_over = len(rows) == COLLAPSED_EPOCHS or rows[-1]["epoch"] == phase.epochs
-    for extreme, what, remedy in ((num_blocks, "keeps", "lower"), (0, "drops", "raise")):
+    steered = phase.setting.config.policy.target_blocks is not None
+    for extreme, what, way in ((num_blocks, "keeps", "lower"), (0, "drops", "raise")):
         if means[-1] != extreme:
             continue
         text = f"the policy {what} every block for every image"
-        if patience_over and set(means) == {extreme}:
-            raise TrainingError(
-                f"{text}: it has collapsed; the last state is kept", remedy=f"{remedy} --gamma or set --target-blocks"
-            )
-        reporter.note(f"warning: {text}; {remedy} --gamma or set --target-blocks if it stays so")
+        remedy = f"{way} --gamma" + (", or learn for more epochs" if steered else " or set --target-blocks")
+        if len(rows) == COLLAPSED_EPOCHS and set(means) == {extreme}:
+            raise TrainingError(f"{text}: it has collapsed; the last state is kept", remedy=remedy)
+        reporter.note(f"warning: {text}; {remedy} if it stays so")
         return
     if rows[-1]["validation"]["unique_masks"] == 1:
         reporter.note(
@@ -227,11 +228,17 @@ def _weights(module: nn.Module) -> Weights:
 
 
 def restore(state: RunState, setting: Setting) -> None:
-    """Put a loaded state's weights, teacher and gamma in place."""
-    setting.model.load_state_dict(state.model)
+    """Put a loaded state's weights, teacher and gamma in place. Weights that do not fit: :class:`TrainingError`."""
+    try:
+        setting.model.load_state_dict(state.model)
+        if state.teacher is not None:
+            teacher = frozen_copy(setting.model)
+            teacher.load_state_dict(state.teacher)
+            setting.teacher = teacher
+    except (RuntimeError, TypeError, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        raise TrainingError(
+            f"the run's {STATE_FILE} does not fit its network ({first})", remedy="train into another folder"
+        ) from error
     setting.controller.penalty = state.penalty
-    if state.teacher is not None:
-        teacher = frozen_copy(setting.model)
-        teacher.load_state_dict(state.teacher)
-        setting.teacher = teacher
     torch.manual_seed(setting.config.seed)

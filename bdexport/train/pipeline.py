@@ -27,6 +27,7 @@ from bdexport.train.loop import Reporter, TrainingData, restore, run_phases, val
 from bdexport.train.phases import Setting
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.reward import PenaltyController
+from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
     MODEL_FILE,
     RunState,
@@ -61,16 +62,16 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter) -> Pat
     config = _checked(request, config)
     device, device_reason = _device(request.device)
     bf16, bf16_reason = _precision(config, device)
+    setting = _setting(request, config, device, bf16)
     resumed = agree_on_run(request.out, _description(request, config))
     reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
-    setting = _setting(request, config, device, bf16)
     state = load_state(request.out)
     if state is None:
         state = RunState(penalty=setting.controller.penalty)
     else:
         restore(state, setting)
         reporter.note(f"resuming {request.out}: {len(state.history)} epochs are done")
-    if state.finished:
+    if state.finished and (request.out / MODEL_FILE).is_file():
         reporter.note(f"{request.out} is complete already")
         return request.out / MODEL_FILE
     if resumed and not state.history:
@@ -83,6 +84,9 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter) -> Pat
 
 def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     """Settle phases that the request rules out, and refuse what cannot work."""
+    check_ranges(config)
+    if request.base_only and request.initial is not None:
+        raise UsageError("--base-only with --base: nothing to train", remedy="leave one of them out")
     for split in (request.train, request.validation):
         check_classes(split, request.network.num_classes, split.class_names)
     if request.base_only:
@@ -136,11 +140,25 @@ def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool
         model.policy = PolicyNet(_policy_spec(request, config))
         with torch.no_grad():
             model.policy.fc.bias.fill_(config.policy.initial_keep_logit)
+    _check_size(model, request.preprocess)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     controller = PenaltyController(
         config.policy.wrong_prediction_penalty, config.policy.target_blocks, config.policy.penalty_gain
     )
     return Setting(model, None, None, config, controller, device, bf16, generator_for(config.seed, 0, 0, device))
+
+
+def _check_size(model: BlockDropNet, preprocess: Preprocess) -> None:
+    """Both networks halve the image, the policy after pooling it; not every size can be divided like that."""
+    try:
+        count_flops(model, preprocess.size)
+    except RuntimeError as error:
+        height, width = preprocess.size
+        raise UsageError(
+            f"images of {height}x{width} pixels cannot be halved as often as the networks halve them",
+            got=f"a policy that pools its input by {model.policy.spec.input_pool} first",
+            remedy="choose another pooling, e.g. --set policy.input_pool=1",
+        ) from error
 
 
 def _training_data(request: TrainRequest, device: str) -> TrainingData:

@@ -1,33 +1,71 @@
-"""Settings from names: ``--set finetune.batch=256`` and the like, checked against the dataclasses' own types."""
+"""Settings from names: ``--set finetune.batch=256`` and the like, checked against their types and ranges."""
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from bdexport.config import TrainConfig
 from bdexport.errors import UsageError
 
 Settings = TypeVar("Settings")
 
+ANY = float("inf")
+RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not listed is anything from 0 on
+    "seed": (0, 2**63 - 1),  # what torch's generators take
+    "distillation_temperature": (0.01, 1000),
+    "evaluation_batch": (1, ANY),
+    "pretrain.batch": (1, ANY),
+    "adapt.batch": (1, ANY),
+    "adapt.keep_low": (0, 1),
+    "adapt.keep_high": (0, 1),
+    "curriculum.batch": (1, ANY),
+    "curriculum.epoch_share": (0, 1),
+    "curriculum.blocks_per_epoch": (1, ANY),
+    "finetune.batch": (1, ANY),
+    "finetune.policy_share": (0, 1),
+    "finetune.full_share": (0, 0.99),  # the policy learns nothing from images that run every block
+    "policy.samples": (1, 1000),
+    "policy.input_pool": (1, 16),
+    "policy.initial_keep_logit": (-100, 100),
+    "policy.wrong_prediction_penalty": (0, 1e6),
+}
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Raise :class:`UsageError` naming the first number that no run can work with."""
+    for path, (low, high) in RANGES.items():
+        group, _, name = path.rpartition(".")
+        value = getattr(getattr(config, group) if group else config, name)
+        if value is not None and not low <= value <= high:
+            raise UsageError(path, got=value, expected=f"at least {low:g}" if high == ANY else f"{low:g} to {high:g}")
+    if config.adapt.keep_low > config.adapt.keep_high:
+        raise UsageError("adapt.keep_low", got=config.adapt.keep_low, expected="at most adapt.keep_high")
+
 
 def with_setting(settings: Settings, path: str, value: Any) -> Settings:
     """``settings`` with one named field changed; ``path`` is dotted, ``value`` a text or a value of the right type."""
+    return _with_field(settings, path, value, path)
+
+
+def _with_field(settings: Settings, path: str, value: Any, whole: str) -> Settings:
+    """:func:`with_setting` at one level; ``whole`` is the name as it was given, for messages."""
     assert is_dataclass(settings)
     assert not isinstance(settings, type)
     head, _, rest = path.partition(".")
     names = [field.name for field in fields(settings)]
     if head not in names:
-        raise UsageError("unknown setting", got=repr(path), expected=f"one of {', '.join(names)}")
+        raise UsageError("unknown setting", got=repr(whole), expected=f"one of {', '.join(names)}")
     current = getattr(settings, head)
     if is_dataclass(current):
         if not rest:
             inner = ", ".join(f"{head}.{field.name}" for field in fields(current))
             raise UsageError("not one setting but a group", got=repr(path), expected=f"one of {inner}")
-        return replace(settings, **{head: with_setting(current, rest, value)})
+        return replace(settings, **{head: _with_field(current, rest, value, whole)})
     if rest:
-        raise UsageError("unknown setting", got=repr(path))
+        raise UsageError("unknown setting", got=repr(whole), expected=head)
     kind = get_type_hints(type(settings))[head]
-    return replace(settings, **{head: _converted(path, value, kind)})
+    return replace(settings, **{head: _converted(whole, value, kind)})
 
 
 def with_assignments(settings: Settings, assignments: list[str]) -> Settings:
@@ -36,6 +74,8 @@ def with_assignments(settings: Settings, assignments: list[str]) -> Settings:
         path, equals, value = assignment.partition("=")
         if not equals:
             raise UsageError("--set", got=repr(assignment), expected="NAME=VALUE, e.g. finetune.batch=256")
+        if path.strip() == "preset":
+            raise UsageError("--set preset", got=repr(value), remedy="choose a preset with --preset")
         settings = with_setting(settings, path.strip(), value.strip())
     return settings
 
@@ -53,8 +93,9 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         converted = wanted(value)
     except (TypeError, ValueError):
         raise UsageError(path, got=repr(value), expected=wanted.__name__) from None
-    # initial_keep_logit alone may be negative; every other number is a count, a rate or a weight.
-    lowest = -100.0 if path.endswith("initial_keep_logit") else 0.0
-    if isinstance(converted, float | int) and not lowest <= converted < float("inf"):
-        raise UsageError(path, got=repr(value), expected="a finite number, not negative")
+    # A number is a count, a rate or a weight, but for those that RANGES lets be negative.
+    lowest = min(0.0, RANGES.get(path, (0.0, ANY))[0])
+    if isinstance(converted, float | int) and not lowest <= converted < ANY:
+        expected = "a finite number, not negative" if lowest == 0 else f"a finite number, at least {lowest:g}"
+        raise UsageError(path, got=repr(value), expected=expected)
     return converted

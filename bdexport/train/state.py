@@ -85,10 +85,13 @@ def load_state(run: Path) -> RunState | None:
 
 
 def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
-    """Write ``description`` into a new run; for an existing one, check that nothing differs. True when it existed."""
+    """Write ``description`` into a new run; for an existing one, check that nothing differs. True when it existed.
+
+    A run that has not finished its first epoch has nothing to lose, and takes the new description.
+    """
     path = run / RUN_FILE
     if not path.exists():
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and not all(_is_leftover(entry) for entry in run.iterdir()):
             raise TrainingError(f"{run}: the folder is not empty and holds no run", remedy="choose another --out")
         write_json(path, description)
         return False
@@ -97,12 +100,20 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({error})", remedy="choose another --out") from error
     differences = _differences(before, json.loads(json.dumps(description)))
+    if differences and not any((run / name).exists() for name in (STATE_FILE, MODEL_FILE)):
+        write_json(path, description)
+        return False
     if differences:
         raise TrainingError(
             f"{run}: holds a run with other settings: {'; '.join(differences)}",
             remedy="repeat the settings it was started with to resume it, or choose another --out",
         )
     return True
+
+
+def _is_leftover(entry: Path) -> bool:
+    """What a kill in the middle of a write leaves (see :func:`bdexport.files.writing`)."""
+    return entry.name.startswith(".") and entry.name.endswith(".partial")
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -143,6 +143,19 @@ def test_damaged_safetensors_header(tmp_path: Path, content: bytes) -> None:
     assert "damaged safetensors file" in refused(tmp_path / "model.safetensors")
 
 
+def test_a_flipped_bit_in_the_weights_is_seen(tmp_path: Path, state: dict[str, Any]) -> None:
+    """Oracle: the zip archive's own checksums, which torch.load does not compare: it would load other weights."""
+    path = tmp_path / "flipped.pt"
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in refused(path)
+    assert "checksum" in refused(path)
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before-1.6"])
 def test_scrambled_torch_file(tmp_path: Path, state: dict[str, Any], old: bool) -> None:
     """Oracle: whatever 60 overwritten bytes hit, the result is a checkpoint or a CheckpointError, nothing else."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,71 @@ def test_other_settings_are_named(straight: tuple[Path, Recorder]) -> None:
         train(request(straight[0]), changed, Recorder())
 
 
+def test_a_run_without_a_finished_epoch_takes_other_settings(tmp_path: Path) -> None:
+    """Oracle: what out-of-memory advises, the same line with a smaller batch; nothing is lost by it."""
+    out = tmp_path / "run"
+    with pytest.raises(CutError):
+        train(request(out), CONFIG, Recorder(cut_in=("pretrain", 1)))
+    smaller = replace(CONFIG, finetune=replace(CONFIG.finetune, batch=32))
+    with pytest.raises(CutError):
+        train(request(out), smaller, Recorder(cut_in=("adapt", 1)))
+    assert json.loads((out / "run.json").read_text())["settings"]["finetune"]["batch"] == 32
+    with pytest.raises(TrainingError, match=r"finetune\.batch was 32, now 64"):
+        train(request(out), CONFIG, Recorder())
+
+
+def test_what_a_kill_left_of_the_first_file_is_no_stranger(tmp_path: Path) -> None:
+    """Oracle: a kill while run.json was being written leaves only its partial file; the same line goes on."""
+    (tmp_path / ".run.json.x1y2.partial").write_text("{")
+    with pytest.raises(CutError):
+        train(request(tmp_path), CONFIG, Recorder(cut_in=("pretrain", 1)))
+
+
+def test_a_model_that_is_gone_is_written_again(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: the bytes that were there before."""
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    before = weights_of(out)
+    (out / "model.safetensors").unlink()
+    train(request(out), CONFIG, Recorder())
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(out).items())
+
+
+def test_a_state_of_another_network_is_reported(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: TrainingError that names the file, not torch's RuntimeError."""
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    blob = torch.load(out / STATE_FILE, weights_only=True)
+    blob["model"].pop("network.head.fc.bias")
+    torch.save(blob, out / STATE_FILE)
+    with pytest.raises(TrainingError, match=r"state\.pt does not fit"):
+        train(request(out), CONFIG, Recorder())
+
+
+def test_a_crash_before_the_state_is_saved_leaves_no_epoch_twice_or_out_of_tensorboard(tmp_path: Path) -> None:
+    """Oracle: TensorBoard's own reader shows each epoch of metrics.jsonl once, after two crashes around the save."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    config = replace(CONFIG, pretrain=replace(CONFIG.pretrain, epochs=3))
+    for name in ("write_text", "writing"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"bdexport.train.state.{name}", _crash)
+            with pytest.raises(CutError):
+                train(request(out, base_only=True), config, Recorder())
+    train(request(out, base_only=True), config, Recorder())
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("pretrain/validation/accuracy")]
+    rows = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+    expected = [(step, pytest.approx(row["validation"]["accuracy"])) for step, row in enumerate(rows, 1)]
+    assert shown == expected
+    assert len(rows) == 3
+
+
+def _crash(*_: object) -> None:
+    raise CutError
+
+
 def test_a_damaged_state_is_reported(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
     """Oracle: TrainingError with the file's name, no traceback of torch."""
     out = tmp_path / "run"
@@ -218,14 +284,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_pa
 
 
 def test_a_policy_that_drops_everything_stops_the_run(tmp_path: Path) -> None:
-    """Oracle: with no price on wrong predictions, dropping all is the optimum; that is no network."""
+    """Oracle: with no price on wrong predictions, dropping all is the optimum; resuming does not change that."""
     greedy = replace(
         CONFIG,
         policy=PolicyConfig(wrong_prediction_penalty=0.0, reward="correct", initial_keep_logit=-5.0),
         curriculum=replace(CONFIG.curriculum, epochs=0),
+        finetune=replace(CONFIG.finetune, epochs=3),
     )
-    with pytest.raises(TrainingError, match="drops every block"):
-        train(request(tmp_path / "run"), greedy, Recorder())
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="drops every block"):
+            train(request(tmp_path / "run"), greedy, Recorder())
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_short_run_that_keeps_everything_is_warned_about(tmp_path: Path) -> None:
+    """Oracle: too few epochs to tell, so that the model is written; the note says what to do."""
+    short = replace(
+        CONFIG,
+        pretrain=replace(CONFIG.pretrain, epochs=1),
+        curriculum=replace(CONFIG.curriculum, epochs=0),
+        finetune=replace(CONFIG.finetune, epochs=1),
+        policy=replace(CONFIG.policy, initial_keep_logit=5.0),
+    )
+    recorder = Recorder()
+    assert train(request(tmp_path / "run"), short, recorder).is_file()
+    assert any("keeps every block" in note and "more epochs" in note for note in recorder.notes)
 
 
 def test_base_only_gives_a_checkpoint_without_policy(tmp_path: Path) -> None:
@@ -234,6 +317,8 @@ def test_base_only_gives_a_checkpoint_without_policy(tmp_path: Path) -> None:
     found = load_checkpoint(base)
     assert found.policy is None
     recorder = Recorder()
+    with pytest.raises(UsageError, match="nothing to train"):
+        train(request(tmp_path / "run", initial=found, base="base", base_only=True), CONFIG, recorder)
     second = train(request(tmp_path / "run", initial=found, base="base"), CONFIG, recorder)
     assert recorder.rows[0]["phase"] == "adapt"
     assert load_checkpoint(second).policy is not None
@@ -246,6 +331,8 @@ def test_base_only_gives_a_checkpoint_without_policy(tmp_path: Path) -> None:
         replace(CONFIG, policy=replace(CONFIG.policy, estimator="leave_one_out", samples=1)),
         replace(CONFIG, policy=replace(CONFIG.policy, target_blocks=4.0)),
         replace(CONFIG, policy=replace(CONFIG.policy, exploration_bound=0.4)),
+        replace(CONFIG, policy=replace(CONFIG.policy, input_pool=5)),
+        replace(CONFIG, evaluation_batch=0),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(config: TrainConfig, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from bdexport.config import PRESETS, TrainConfig, preset
 from bdexport.errors import UsageError
-from bdexport.train.settings import with_assignments
+from bdexport.train.settings import RANGES, check_ranges, with_assignments
 
 
 def test_assignments_reach_nested_fields_with_their_types() -> None:
@@ -30,12 +30,54 @@ def test_assignments_reach_nested_fields_with_their_types() -> None:
         "finetune.batch=-1",
         "policy.wrong_prediction_penalty=nan",
         "seed.x=1",
+        "preset=paper",
     ],
 )
 def test_nonsense_is_refused(assignment: str) -> None:
     """Oracle: UsageError for each."""
     with pytest.raises(UsageError):
         with_assignments(TrainConfig(), [assignment])
+
+
+def test_a_refused_value_is_named_in_full() -> None:
+    """Oracle: the name as it was typed; the one number that may be negative has its own lower end."""
+    with pytest.raises(UsageError, match=r"^finetune\.batch: got '-1'"):
+        with_assignments(TrainConfig(), ["finetune.batch=-1"])
+    with pytest.raises(UsageError, match=r"^policy\.initial_keep_logit: .*at least -100"):
+        with_assignments(TrainConfig(), ["policy.initial_keep_logit=nan"])
+    assert with_assignments(TrainConfig(), ["policy.initial_keep_logit=-3"]).policy.initial_keep_logit == -3
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "seed=99999999999999999999",
+        "distillation_temperature=0",
+        "evaluation_batch=0",
+        "adapt.batch=0",
+        "adapt.keep_high=2",
+        "adapt.keep_high=0.1",  # below keep_low
+        "curriculum.epoch_share=3",
+        "curriculum.blocks_per_epoch=0",
+        "finetune.full_share=1",
+        "policy.samples=0",
+        "policy.input_pool=0",
+        "policy.wrong_prediction_penalty=1e300",
+    ],
+)
+def test_numbers_that_no_run_can_work_with_are_refused(assignment: str) -> None:
+    """Oracle: each of them ended a run in an internal error or a loss that is not a number."""
+    config = with_assignments(TrainConfig(), [assignment])
+    with pytest.raises(UsageError, match=assignment.partition(".")[0].partition("=")[0]):
+        check_ranges(config)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_are_in_range(name: str) -> None:
+    """Oracle: every listed name is a setting, and every preset passes."""
+    for num_blocks in (3, 15, 54):
+        check_ranges(preset(name, num_blocks))
+    assert all(with_assignments(TrainConfig(), [f"{path}=1"]) for path in RANGES)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

@@ -1,0 +1,47 @@
+"""``bdexport train`` as a command: what it prints where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bdexport.cli.main import main
+
+TINY = [
+    *("train", "--arch", "resnet8", "--dataset", "digits", "--preset", "smoke", "--base-only", "--device", "cpu"),
+    *("--pretrain-epochs", "1", "--batch", "256", "--set", "validation_share=0.5"),
+]
+
+
+def test_json_on_stdout_is_nothing_but_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: json.loads takes the whole of stdout; the lines for a person are on stderr."""
+    assert main([*TINY, "--out", str(tmp_path / "run"), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["schema"] == "bdexport.train/1"
+    assert "pretrain 1" in err
+    assert "validation accuracy" in err
+    # Of the 1,437 digits that are not test, the asked-for half is held out.
+    assert result["training"]["dataset"]["validation"] in range(700, 915)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "0"], "pretrain.batch: got 0, expected at least 1"),
+        (["--set", "preset=paper"], "--preset"),
+        (["--base", "nowhere.th"], "nowhere.th: no such file"),
+        (["--arch", "resnet9"], "unknown architecture"),
+    ],
+)
+def test_a_wrong_request_leaves_no_run(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: one line on stderr, exit code 1 or 2, and no folder."""
+    assert main([*TINY, "--out", str(tmp_path / "run"), *words]) in (1, 2)
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
