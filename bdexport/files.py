@@ -85,23 +85,38 @@ def making_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             for file in sorted(staging.rglob("*")):
                 if file.is_file():
                     _sync(file)
-            _swap(staging, path)
+            if overwrite:
+                _swap(staging, path)
+            else:
+                _claim(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def _claim(staging: Path, path: Path) -> None:
+    """Give ``staging`` the name ``path``, which must be free or an empty folder: another may have been faster."""
+    try:
+        os.rename(staging, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        remedy = "choose another name, or pass --overwrite to replace it"
+        raise OutputError(f"{path}: has been made by somebody else meanwhile", remedy=remedy) from error
+
+
 def _swap(staging: Path, path: Path) -> None:
+    """Give ``staging`` the name ``path``; whatever happens on the way (Ctrl-C included), one of the two is there."""
     if not path.exists():
         os.rename(staging, path)
         return
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    os.rename(path, old)
     try:
+        os.rename(path, old)
         os.rename(staging, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:
