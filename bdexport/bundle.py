@@ -19,6 +19,7 @@ from bdexport.bundle_checks import (
     check_sha256,
     check_statistics,
     parse_document,
+    reason,
     rule_error,
 )
 from bdexport.errors import BundleError, InputError
@@ -227,8 +228,10 @@ def _read_preprocess(reader: Reader) -> Preprocess:
     data = reader.mapping("preprocess", "R6")
     try:
         preprocess = preprocess_from_json(data)
-    except (KeyError, TypeError, ValueError, IndexError, InputError) as error:
-        raise rule_error("R6", f"{reader.where}: preprocess ({type(error).__name__}: {error})", got=data) from error
+    except (KeyError, TypeError, ValueError, OverflowError, InputError) as error:
+        raise rule_error(
+            "R6", f"{reader.where}: preprocess ({type(error).__name__}: {reason(error)})", got=data
+        ) from error
     if preprocess.to_json() != data:
         raise rule_error("R6", f"{reader.where}: preprocess", got=data, expected=preprocess.to_json())
     return preprocess
@@ -287,7 +290,7 @@ def _read_tensor(reader: Reader, key: str, name: str) -> TensorSpec:
     try:
         spec = tensor_spec_from_json(data)
     except (KeyError, TypeError, ValueError) as error:
-        raise rule_error("R11", f"{reader.where}: {key} ({error})", got=data) from error
+        raise rule_error("R11", f"{reader.where}: {key} ({reason(error)})", got=data) from error
     if spec.name != name or spec.dtype != DTYPE or spec.to_json() != data:
         raise rule_error("R11", f"{reader.where}: {key}", got=data, expected=f"name {name!r}, dtype {DTYPE!r}, a shape")
     return spec
@@ -319,12 +322,14 @@ def file_problems(root: Path, manifest: Manifest) -> list[BundleError]:
 def file_problem(root: Path, entry: FileEntry) -> BundleError | None:
     """What is wrong with one file of a bundle: missing, a link, another size, another SHA-256; None when it holds."""
     path = root / entry.path
-    links = [part for part in (path, *path.parents) if part != root and root in part.parents and part.is_symlink()]
-    if links:
-        return rule_error("R12", f"{links[0]}: a symbolic link", expected="a regular file or folder", remedy=REBUILD)
-    if not path.is_file():
-        return rule_error("R12", f"{path}: missing from the bundle", expected="a regular file", remedy=REBUILD)
     try:
+        links = [part for part in (path, *path.parents) if part != root and root in part.parents and part.is_symlink()]
+        if links:
+            return rule_error(
+                "R12", f"{links[0]}: a symbolic link", expected="a regular file or folder", remedy=REBUILD
+            )
+        if not path.is_file():
+            return rule_error("R12", f"{path}: missing from the bundle", expected="a regular file", remedy=REBUILD)
         size = path.stat().st_size
         if size != entry.bytes:
             return rule_error("R13", f"{path}: changed", got=f"{size} bytes", expected=entry.bytes, remedy=REBUILD)

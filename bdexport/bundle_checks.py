@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from datetime import datetime
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from bdexport.bundle import Manifest
 
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_DEPTH = 64  # of objects and lists in each other; far from where Python's recursion ends
+MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly (RFC 8259, section 6), and a float holds
+SHOWN_CHARACTERS = 200
 _MISSING = object()
 _RESERVED = re.compile(r'[\\:*?"<>|\x00-\x1f]')  # not allowed in file names on one system or another
 
@@ -25,10 +29,19 @@ def rule_error(
     rule: str, what: str, *, got: object = None, expected: object = None, remedy: str | None = None
 ) -> BundleError:
     """A :class:`BundleError` that names the rule of ``docs/bundle-format.md`` that is broken."""
-    text = repr(got) if isinstance(got, dict | list | tuple) else got
-    if isinstance(text, str) and len(text) > 200:
-        text = text[:200] + ".."
-    return BundleError(f"{what} [{rule}]", got=text, expected=expected, remedy=remedy)
+    return BundleError(f"{what} [{rule}]", got=_clipped(got), expected=_clipped(expected), remedy=remedy)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, of a length that fits into a line."""
+    return str(_clipped(" ".join(str(error).split())))
+
+
+def _clipped(value: object) -> object:
+    if value is None:
+        return None
+    text = repr(value) if isinstance(value, dict | list | tuple) else str(value)
+    return text[:SHOWN_CHARACTERS] + ".." if len(text) > SHOWN_CHARACTERS else text
 
 
 def parse_document(path: Path) -> Any:
@@ -37,7 +50,10 @@ def parse_document(path: Path) -> Any:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
         text = path.read_bytes().decode("utf-8")
-        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        data = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_number
+        )
+        _check_depth(data)
         json.dumps(data, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair, which nothing can print
         return data
     except (ValueError, RecursionError) as error:
@@ -52,6 +68,26 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated:
         raise ValueError(f"key {repeated[0]!r} occurs twice")
     return dict(pairs)
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"a number beyond the range of a double: {text[:20]}")
+    return number
+
+
+def _check_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    if any(isinstance(value, dict | list) for value in level):
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -105,11 +141,11 @@ class Reader:
             raise rule_error("R4", f"{self.where}: {key}", got=repr(value), expected="ISO 8601 with an offset from UTC")
         return value
 
-    def integer(self, key: str, rule: str, minimum: int, maximum: int | None = None) -> int:
+    def integer(self, key: str, rule: str, minimum: int, maximum: int = MAX_INTEGER) -> int:
         """An integer within bounds."""
-        span = f"an integer, at least {minimum}" if maximum is None else f"an integer in {minimum}..{maximum}"
+        span = f"an integer in {minimum}..{maximum}"
         value: int = self._take(key, rule, (int,), span)
-        if value < minimum or (maximum is not None and value > maximum):
+        if not minimum <= value <= maximum:
             raise rule_error(rule, f"{self.where}: {key}", got=value, expected=span)
         return value
 

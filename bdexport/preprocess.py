@@ -22,6 +22,7 @@ from PIL.Image import Transpose
 from bdexport.errors import ImageError, InputError
 
 Resampling = Literal["bilinear", "bicubic"]
+MAX_RESIZE_SHORT = 8192  # pixels
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the public CIFAR ResNets use ImageNet's
 
 EXIF_ORIENTATION = 0x0112
@@ -59,6 +60,9 @@ class Preprocess:
             raise InputError("preprocessing: mean/std", got=both, expected="three numbers each, std > 0")
         if not np.isfinite(both).all():
             raise InputError("preprocessing: mean/std", got=both, expected="finite numbers")
+        if self.resize_short is not None and not 1 <= self.resize_short <= MAX_RESIZE_SHORT:
+            expected = f"1..{MAX_RESIZE_SHORT} or None"
+            raise InputError("preprocessing: short side", got=self.resize_short, expected=expected)
         if self.resampling not in ("bilinear", "bicubic"):
             raise InputError("preprocessing: resampling", got=repr(self.resampling), expected="bilinear or bicubic")
 
@@ -132,18 +136,33 @@ class Preprocess:
 
 
 def preprocess_from_json(data: dict[str, Any]) -> Preprocess:
-    """Inverse of :meth:`Preprocess.to_json`. Raises KeyError, TypeError, ValueError or InputError on anything else."""
-    size, mean, std = data["size"], data["mean"], data["std"]
+    """Inverse of :meth:`Preprocess.to_json`.
+
+    Raises KeyError, TypeError, ValueError, OverflowError or InputError on anything else.
+    """
+    (height, width), mean, std = data["size"], data["mean"], data["std"]
     resize_short = data.get("resize_short")
-    if resize_short is not None and (not isinstance(resize_short, int) or resize_short < 1):
-        raise ValueError(f"resize_short is {resize_short!r}, expected a positive integer or null")
     return Preprocess(
-        size=(int(size[0]), int(size[1])),
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
+        size=(_whole(height), _whole(width)),
+        mean=_triple(mean),
+        std=_triple(std),
         resampling=data["resampling"],
-        resize_short=resize_short,
+        resize_short=None if resize_short is None else _whole(resize_short),
     )
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no integer")
+    return value
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    # True is an int in Python, and float() takes text: JSON numbers are neither.
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        raise TypeError(f"{values!r} are not three numbers")
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def read_image(path: Path) -> Image.Image:

@@ -87,6 +87,8 @@ breaks("R1", "NaN")(replace_text('"max_batch": null', '"max_batch": NaN'))
 breaks("R1", "repeated key")(replace_text('"max_batch": null', '"max_batch": null, "max_batch": 4'))
 breaks("R1", "half a surrogate pair")(replace_text('"max_batch": null', '"max_batch": "\\ud800"'))
 breaks("R1", "nested without end")(lambda bundle: (bundle / "manifest.json").write_text("[" * 200_000))
+breaks("R1", "nested 100 deep")(replace_text('"extra": {', '"extra": {"deep": ' + "[" * 100 + "]" * 100))
+breaks("R1", "a number that becomes infinite")(replace_text('"extra": {', '"extra": {"large": 1e400'))
 breaks("R1", "larger than 64 MiB")(lambda bundle: os.truncate(bundle / "manifest.json", (64 << 20) + 1))
 
 
@@ -132,6 +134,7 @@ breaks_manifest("R4", "training is a list", put(training=[]))
 breaks_manifest("R4", "executor is a string", put(executor="chain"))
 breaks_manifest("R4", "negative FLOPs", in_part(STEM, flops=-1))
 breaks_manifest("R4", "FLOPs are a fraction", in_part(STEM, flops=1.5))
+breaks_manifest("R4", "FLOPs beyond 2^53", in_part(STEM, flops=10**400))
 breaks_manifest("R4", "checkpoint without form", lambda manifest: manifest["checkpoint"].pop("form"))
 
 # ---- R5 blocks
@@ -147,11 +150,16 @@ breaks_manifest("R6", "no size", lambda manifest: manifest["preprocess"].pop("si
 breaks_manifest("R6", "size of zero", in_object("preprocess", size=[0, 32]))
 breaks_manifest("R6", "one size", in_object("preprocess", size=[32]))
 breaks_manifest("R6", "size is a fraction", in_object("preprocess", size=[24.5, 32]))
+breaks_manifest("R6", "size is a fraction's form", in_object("preprocess", size=[24.0, 32]))
+breaks_manifest("R6", "a mean is true", in_object("preprocess", mean=[True, 0.5, 0.5]))
+breaks_manifest("R6", "a mean beyond a double", in_object("preprocess", mean=[10**400, 0.5, 0.5]))
 breaks_manifest("R6", "std of zero", in_object("preprocess", std=[1, 0, 1]))
 breaks_manifest("R6", "std is text", in_object("preprocess", std=["1", "1", "1"]))
 breaks_manifest("R6", "unknown resampling", in_object("preprocess", resampling="magic"))
 breaks_manifest("R6", "unknown key", in_object("preprocess", colour="BGR"))
 breaks_manifest("R6", "negative short side", in_object("preprocess", resize_short=-1))
+breaks_manifest("R6", "short side is true", in_object("preprocess", resize_short=True))
+breaks_manifest("R6", "short side too large", in_object("preprocess", resize_short=10**400))
 
 # ---- R7 parts
 breaks_manifest("R7", "a part is missing", lambda manifest: manifest["parts"].pop(BLOCK_2))
@@ -213,6 +221,7 @@ breaks_manifest("R11", "another image size", in_object("preprocess", size=[32, 3
 # ---- R12 files
 breaks("R12", "a graph is missing")(lambda bundle: (bundle / "graphs/stem.onnx").unlink())
 breaks("R12", "an engine is missing")(lambda bundle: (bundle / "engines/stem.json").unlink())
+breaks_manifest("R12", "a name that no file can have", in_file(STEM, "graph", path="a" * 5000))
 breaks("R12", "all graphs are missing")(lambda bundle: shutil.rmtree(bundle / "graphs"))
 
 
