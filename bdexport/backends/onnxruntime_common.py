@@ -87,5 +87,6 @@ class Reported:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and isinstance(error, (OSError, ValueError, *failures())):
+        # A plain RuntimeError is what running with bound buffers raises, whatever the failure.
+        if error is not None and isinstance(error, (OSError, ValueError, RuntimeError, *failures())):
             raise BackendError(f"{self._part} [onnxruntime]: {self._what} ({' '.join(str(error).split())})") from error

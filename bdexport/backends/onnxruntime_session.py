@@ -122,6 +122,7 @@ class _Part:
         if properties.get(PART_PROPERTY) != part:
             what = f"{part} [onnxruntime]: {path} is another part's engine"
             raise BackendError(what, got=properties.get(PART_PROPERTY), expected=part, remedy="rebuild the bundle")
+        _check_shapes(part, path, self._session, entry)
         block = int(properties.get(BLOCK_PROPERTY, "1"))
         self.input_block = block if properties.get(INPUT_PROPERTY) == BLOCKED else 1
         self.output_block = block if properties.get(OUTPUT_PROPERTY) == BLOCKED else 1
@@ -142,6 +143,16 @@ class _Part:
         binding.bind_ortvalue_input(self._input, source)
         binding.bind_ortvalue_output(self._outputs[0], target)
         return self._session.run_with_iobinding, binding
+
+
+def _check_shapes(part: str, path: Path, session: Any, entry: PartEntry) -> None:
+    """The manifest and the engine agree on what goes in and comes out, beyond the batch."""
+    ends = ((session.get_inputs(), entry.input), (session.get_outputs(), entry.output))
+    for values, spec in ends:
+        shapes = [tuple(value.shape[1:]) for value in values]
+        if shapes != [spec.shape]:
+            what = f"{part} [onnxruntime]: {path} does not have the manifest's {spec.name}"
+            raise BackendError(what, got=shapes, expected=[spec.shape], remedy="rebuild the bundle")
 
 
 def _shared(array: Array) -> Any:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from bdexport.backends import get_backend
 from bdexport.backends.base import BuildOptions, RunOptions
 from bdexport.backends.onnxruntime import chosen_threads, open_graphs
 from bdexport.backends.onnxruntime_build import NotBlockedError, _without_guards, build_engine, conv_from_pad
-from bdexport.backends.onnxruntime_common import NCHWC_DOMAIN, channel_block
+from bdexport.backends.onnxruntime_common import NCHWC_DOMAIN, Reported, channel_block
 from bdexport.backends.onnxruntime_session import PATH_BYTES, _from_blocked, _to_blocked, frequent_paths
 from bdexport.bundle import Bundle
 from bdexport.errors import BackendError, BuildError
@@ -262,6 +263,30 @@ def test_one_parts_engine_under_anothers_name_is_refused(bundle: Bundle, tmp_pat
     assert sha256_file(copy / "engines" / "block_01.onnx")
     with pytest.raises(BackendError, match=r"block_01.*another part's engine.*block_00"):
         bdexport.load(copy)
+
+
+def test_engines_of_other_shapes_than_the_manifest_says_are_refused(bundle: Bundle) -> None:
+    """Oracle: a manifest that is consistent in itself but speaks of a fourth class."""
+    manifest = bundle.manifest
+    parts = dict(manifest.parts)
+    for name in ("head", "full"):
+        parts[name] = replace(parts[name], output=replace(parts[name].output, shape=(4,)))
+    other = replace(manifest, class_names=("a", "b", "c", "d"), parts=parts)
+    with pytest.raises(
+        BackendError, match=r"(head|full) \[onnxruntime\].*got \[\(3,\)\], expected \[\(4,\)\]; rebuild"
+    ):
+        bdexport.load(Bundle(bundle.path, other))
+
+
+def test_what_bound_buffers_raise_is_mapped() -> None:
+    """Oracle: ONNX Runtime's own plain RuntimeError, provoked by an output buffer that is too small."""
+    model = one_part([helper.make_node("Relu", ["x"], ["y"])], {}, 4, 4, size=2)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 4, 2, 2), np.float32)))
+    binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 4, 1, 1), np.float32)))
+    with pytest.raises(BackendError, match=r"^part \[onnxruntime\]: failed \("), Reported("part", "failed"):
+        session.run_with_iobinding(binding)
 
 
 @pytest.mark.parametrize("content", [b"", b"not onnx", b"\x08\x08:\x00"])
