@@ -5,9 +5,11 @@ Exit codes: 0 done; 1 the job failed; 2 wrong usage; 130 interrupted (Ctrl-C); 1
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from bdexport.cli.app import DEBUG_VARIABLE, run_line
@@ -17,6 +19,9 @@ from bdexport.cli.failures import INTERRUPTED, discard_stdout_if_broken, explain
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` by default) and return the exit code; prints at most one line of error."""
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    _print_any_name()
+    # Pillow refuses bombs; that it warns of half of one says nothing to who has a camera of 100 megapixels.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     with terminable() as terminated:
         try:
             code = run_line(arguments)
@@ -39,6 +44,13 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     before = [word for word in arguments[:end] if word != "--debug"]
     debug = len(before) < end or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     return before + arguments[end:], debug
+
+
+def _print_any_name() -> None:
+    """File and class names that the terminal's encoding lacks are printed as escapes, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say(text: str | None) -> None:

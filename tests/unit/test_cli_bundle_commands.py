@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,30 @@ def test_one_bad_image_does_not_stop_the_others(
     assert "not read" in captured.err
     assert "0bad.png" in captured.err
     assert captured.err.strip().splitlines()[-1] == "bdexport: error: 1 of 3 images were not read"
+
+
+def test_names_that_the_terminal_cannot_show(bundle: Bundle, tmp_path: Path) -> None:
+    """Oracle: the escapes of Python's backslashreplace in an ASCII terminal, and signs of ASCII for the path."""
+    picture = tmp_path / "n\u00f6.png"
+    Image.fromarray(pixels(1)[0]).save(picture)
+    done = subprocess.run(
+        [sys.executable, "-m", "bdexport", "run", str(bundle.path), str(picture)],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii:strict"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"n\xf6.png: " in done.stdout
+    assert b"# kept  . dropped" in done.stdout
+
+
+def test_a_large_picture_is_run_without_a_warning(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: exit code 0 and an empty stderr, where Pillow would warn of a bomb (and warnings are errors here)."""
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    assert main(["run", str(bundle.path), str(tmp_path / "large.png")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["nowhere.png", "empty"])
