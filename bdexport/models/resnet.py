@@ -191,9 +191,9 @@ class ResNet(nn.Module):
         return logits
 
 
-# A block runs on a multiple of this many images, so that oneDNN compiles kernels for a few batch sizes and not for every
-# count from 1 to the batch (its cache holds 1,024). On 2 cores that hardly shows: 303 and 283 against 288 training
-# images/s per core for 16 and 1.
+# A block runs on a multiple of this many images, so that oneDNN compiles kernels for a few batch sizes and not for
+# every count from 1 to the batch (its cache holds 1,024). On 2 cores that hardly shows: 303 and 283 against 288
+# training images/s per core for 16 and 1.
 ROW_MULTIPLE = 16
 
 
