@@ -49,8 +49,19 @@ def write_json(path: Path, data: Any) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a sibling of ``path`` to write to; it takes the name ``path`` when the block ends without an exception."""
+    """Yield a sibling of ``path`` to write to; it takes the name ``path`` when the block ends without an exception.
+
+    A device or a pipe (``/dev/stdout``) is written to, never replaced.
+    """
     with _reported(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if path.exists() and not path.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / "whole"
+                with open(path, "wb") as special:
+                    special.write((Path(folder) / "whole").read_bytes())
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)

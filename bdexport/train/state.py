@@ -12,6 +12,7 @@ that an epoch that was cut off and starts again sees exactly what it would have 
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from bdexport.errors import TrainingError
-from bdexport.files import write_json, write_text, writing
+from bdexport.files import write_bytes, write_json, write_text
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
 Weights = dict[str, torch.Tensor]
@@ -61,8 +62,9 @@ def save_state(run: Path, state: RunState) -> None:
     """Write state and metrics; a crash in between leaves the older, consistent pair's state."""
     best = state.best
     blob = dict(vars(state)) | {"best": None if best is None else [list(best.score), best.weights, best.figures]}
-    with writing(run / STATE_FILE) as partial:
-        torch.save(blob, partial)
+    buffer = io.BytesIO()  # torch's own file writer turns a full disk into an assertion
+    torch.save(blob, buffer)
+    write_bytes(run / STATE_FILE, buffer.getvalue())
     write_text(run / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in state.history))
 
 

@@ -1,15 +1,16 @@
-"""Folders that appear at once: what is there after a race, an interruption, a refusal."""
+"""Files and folders that are whole or not there: after a race, an interruption, a refusal."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bdexport.errors import OutputError
-from bdexport.files import making_folder
+from bdexport.files import making_folder, write_text
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -76,3 +77,23 @@ def test_interrupted_while_the_names_change(
         fill(target, "new", overwrite=True, then=lambda: monkeypatch.setattr(os, "rename", interrupted))
     assert content(tmp_path) == {"bundle/a": "new" if (calls, when) == (2, "after") else "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """Oracle: its reader gets the text, and it is still a pipe: ``--json /dev/null`` must not cost root the device."""
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    write_text(pipe, "text")
+    reader.join(10)
+    assert got == ["text"]
+    assert pipe.is_fifo()
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    """Oracle: OutputError that names it, and nothing is left in or beside it."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="folder: cannot be written"):
+        write_text(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from bdexport.config import (
     TrainConfig,
 )
 from bdexport.dataset import load_dataset
-from bdexport.errors import TrainingError, UsageError
+from bdexport.errors import OutputError, TrainingError, UsageError
 from bdexport.preprocess import Preprocess
 from bdexport.train.pipeline import TrainRequest, train
 from bdexport.train.state import METRICS_FILE, STATE_FILE
@@ -219,6 +220,24 @@ def test_a_model_that_is_gone_is_written_again(straight: tuple[Path, Recorder], 
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(out).items())
 
 
+def test_a_full_disk_is_called_that_and_loses_nothing(tmp_path: Path) -> None:
+    """Oracle: OutputError, the run goes on from the epoch before, and no partial file stays."""
+    out = tmp_path / "run"
+    with pytest.raises(CutError):
+        train(request(out), CONFIG, Recorder(cut_in=("pretrain 3", 1)))
+    before = (out / STATE_FILE).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", _full)
+        with pytest.raises(OutputError, match="no space left"):
+            train(request(out), CONFIG, Recorder())
+    assert (out / STATE_FILE).read_bytes() == before
+    assert not list(out.glob(".*"))
+
+
+def _full(path: Path, _data: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 def test_a_state_of_another_network_is_reported(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
     """Oracle: TrainingError that names the file, not torch's RuntimeError."""
     out = tmp_path / "run"
@@ -235,7 +254,7 @@ def test_a_crash_before_the_state_is_saved_leaves_no_epoch_twice_or_out_of_tenso
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "run"
     config = replace(CONFIG, pretrain=replace(CONFIG.pretrain, epochs=3))
-    for name in ("write_text", "writing"):
+    for name in ("write_text", "write_bytes"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"bdexport.train.state.{name}", _crash)
             with pytest.raises(CutError):
