@@ -186,8 +186,7 @@ class _Comparison:
         if images is None:
             images = random_images(config.images, manifest.preprocess.size, config.seed)
         self.inputs = manifest.preprocess(images)
-        if manifest.max_batch is not None:
-            self.inputs = self.inputs[: manifest.max_batch]
+        self.batch = len(self.inputs) if manifest.max_batch is None else min(manifest.max_batch, len(self.inputs))
         self.generator = np.random.default_rng(config.seed)
 
     # ---- parts
@@ -223,10 +222,12 @@ class _Comparison:
         yield HEAD, *self._both(HEAD, x)
 
     def _both(self, part: str, x: Array) -> tuple[Array, Array]:
-        got, expected = (
-            session.get(part, session.run(part, session.put(part, x))) for session in (self.candidate, self.reference)
-        )
-        return got, expected
+        return self._outputs(self.candidate, part, x), self._outputs(self.reference, part, x)
+
+    def _outputs(self, session: Session, part: str, x: Array) -> Array:
+        """One part on all of ``x``, in as many calls as the bundle's largest batch asks for."""
+        pieces = [x[start : start + self.batch] for start in range(0, len(x), self.batch)]
+        return np.concatenate([session.get(part, session.run(part, session.put(part, piece))) for piece in pieces])
 
     # ---- paths
 
@@ -279,7 +280,7 @@ class _Comparison:
 
     def _grouped(self, masks: Masks, rows: NDArray[np.intp]) -> Array:
         """The candidate's logits when the same images and masks come as batches, regrouped per block."""
-        chain, size, logits = Chain(self.candidate, self.manifest), len(self.inputs), []
+        chain, size, logits = Chain(self.candidate, self.manifest), self.batch, []
         for start in range(0, len(masks), size):
             plan = plan_batch(masks[start : start + size])
             batch = self.inputs[rows[start : start + size]]
@@ -306,7 +307,7 @@ class _Comparison:
         return {"images": len(equal), "masks_equal": int(equal.sum()), "smallest_margin": margin}
 
     def _probabilities(self, session: Session) -> Array:
-        return session.get(POLICY, session.run(POLICY, session.put(POLICY, self.inputs)))
+        return self._outputs(session, POLICY, self.inputs)
 
 
 def _entry(found: Difference, limit: float) -> dict[str, Any]:

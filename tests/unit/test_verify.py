@@ -42,6 +42,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, model: BlockDropNet) -> Bun
     return make_bundle(tmp_path_factory.mktemp("verify") / "bundle", model)
 
 
+def test_a_largest_batch_of_one_is_verified_on_every_image(tmp_path: Path, model: BlockDropNet) -> None:
+    """Oracle: the report of a bundle without a largest batch: as many images, the same differences."""
+    single = make_bundle(tmp_path / "single", model, max_batch=1)
+    free = make_bundle(tmp_path / "free", model)
+    reports = [verify_against_model(each, model, config=FEW) for each in (single, free)]
+    assert [report["policy"]["images"] for report in reports] == [4, 4]
+    assert [entry["count"] for entry in reports[0]["paths"]] == [entry["count"] for entry in reports[1]["paths"]]
+    assert all(report["ok"] for report in reports)
+
+
 @pytest.mark.parametrize("reference", ["torch", "graphs"])
 def test_a_right_bundle_holds(bundle: Bundle, model: BlockDropNet, reference: str) -> None:
     """Oracle: the issue's kinds of paths and the list of parts; all within the tolerance."""
