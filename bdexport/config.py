@@ -78,15 +78,16 @@ class PolicyConfig:
 
     wrong_prediction_penalty: float = 5.0  # gamma in the paper (Eqn. 3)
     exploration_bound: float = 0.8  # alpha in the paper: s = alpha s + (1 - alpha)(1 - s), in training only
-    exploration_bound_end: float = 0.8  # reached linearly over finetuning
+    finetune_bound_start: float = 0.8  # alpha when finetuning begins ..
+    finetune_bound_end: float = 0.8  # .. and, reached linearly, when it ends
     reward: RewardKind = "correct"
     estimator: Estimator = "self_critical"
     samples: int = 1  # masks drawn per image and step; leave_one_out needs at least 2
     entropy_bonus: float = 0.0  # weight of the Bernoulli entropy of the open blocks, annealed to 0 over each phase
     initial_keep_logit: float = 0.0  # bias of the policy's last layer at the start of the curriculum
-    target_blocks: float | None = None  # mean number of kept blocks that gamma is steered to; None: gamma is fixed
+    target_blocks: float | None = None  # mean number of kept blocks to aim at; None: whatever the reward leads to
+    budget_weight: float = 20.0  # weight of the squared distance from target_blocks / K, once all blocks are open
     input_pool: int | None = None  # average-pool the policy's input so many times; None: as in the paper
-    penalty_gain: float = 0.05  # how fast gamma follows: log gamma changes by gain x (target - used) / K each step
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,20 @@ def _cpu(num_blocks: int) -> TrainConfig:
         distillation_weight=1.0,
         distillation="cached",
         pretrain=PretrainConfig(epochs=60),
-        adapt=AdaptConfig(epochs=4, batch=256, learning_rate=0.03),
-        curriculum=CurriculumConfig(epochs=12, epoch_share=0.25, blocks_per_epoch=-(-num_blocks // 5)),
+        adapt=AdaptConfig(epochs=3, batch=256, learning_rate=0.03),
+        curriculum=CurriculumConfig(epochs=10, epoch_share=0.25, blocks_per_epoch=-(-num_blocks // 5)),
         finetune=FinetuneConfig(
-            epochs=20,
+            epochs=16,
             batch=256,
             network_learning_rate=0.05,
             policy_learning_rate=5e-4,
             policy_share=0.25,
-            full_share=0.1,
+            full_share=0.05,
         ),
         policy=PolicyConfig(
             wrong_prediction_penalty=1.0,
-            exploration_bound_end=0.98,
+            finetune_bound_start=0.95,
+            finetune_bound_end=1.0,
             reward="probability",
             initial_keep_logit=1.0,
             target_blocks=round(0.52 * num_blocks, 2),

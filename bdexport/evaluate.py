@@ -154,6 +154,8 @@ def evaluate_model(
 def _fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) -> tuple[str, Strategy]:
     num_blocks, stages = len(model.network.blocks), model.network.spec.stages
     if name and not set(name) - {"0", "1"}:
+        if len(name) != num_blocks:
+            raise UsageError("fixed mask", got=f"{len(name)} blocks", expected=f"{num_blocks} characters, each 0 or 1")
         return name, same_mask(mask_from_text(name, num_blocks))
     if name not in ("first-k", "random-k", "distribute-k"):
         raise UsageError("fixed mask", got=repr(name), expected="first-k, random-k, distribute-k or a text of 0 and 1")

@@ -46,7 +46,8 @@ def evaluate(
         shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
     )
     chosen = load_dataset(dataset, data, split, limit=images)
-    check_classes(chosen, found.network.num_classes, found.class_names)
+    # Only our own form knows its classes; the names of a foreign checkpoint are a guess, and no reason to refuse data.
+    check_classes(chosen, found.network.num_classes, found.class_names if found.form == "bdexport" else ())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(found, with_policy=False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, device)

@@ -40,7 +40,7 @@ def train(
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of joint finetuning.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a step, in every phase.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Penalty of a wrong prediction (Eqn. 3).")] = None,
-    target_blocks: Annotated[float | None, typer.Option(help="Mean kept blocks that gamma is steered to.")] = None,
+    target_blocks: Annotated[float | None, typer.Option(help="Mean kept blocks to aim at (budget loss).")] = None,
     alpha: Annotated[float | None, typer.Option(help="Exploration bound, throughout.")] = None,
     estimator: Annotated[str | None, typer.Option(help="self_critical (paper) or leave_one_out.")] = None,
     samples: Annotated[int | None, typer.Option(help="Masks drawn per image and step.")] = None,
@@ -66,7 +66,8 @@ def train(
         "policy.wrong_prediction_penalty": gamma,
         "policy.target_blocks": target_blocks,
         "policy.exploration_bound": alpha,
-        "policy.exploration_bound_end": alpha,
+        "policy.finetune_bound_start": alpha,
+        "policy.finetune_bound_end": alpha,
         "policy.estimator": estimator,
         "policy.samples": samples,
         "policy.reward": reward,
@@ -195,6 +196,5 @@ def epoch_line(row: dict[str, Any]) -> str:
             f"reward {learned['reward']:.3f}",
             f"blocks {used['mean']:.2f} +- {used['std']:.2f}",
             f"masks {validation['unique_masks']}",
-            f"gamma {row['penalty']:.2f}",
         ]
     return "  ".join([*parts, f"{row['seconds']:.0f} s", f"{row['images_per_s']:.0f} images/s"])

@@ -178,7 +178,15 @@ def load(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     defaults = RunOptions()
     options = RunOptions(defaults.device if device is None else device, None if threads is None else int(threads))
-    session = get_backend(opened.manifest.backend).open(opened, options)
+    backend = get_backend(opened.manifest.backend)
+    if opened.manifest.precision not in backend.precisions:
+        raise BackendError(
+            f"{opened.path} [{backend.name}]: precision",
+            got=opened.manifest.precision,
+            expected=", ".join(backend.precisions),
+            remedy="rebuild it with this version of bdexport",
+        )
+    session = backend.open(opened, options)
     try:
         return Orchestrator(opened, session, executor)
     except BaseException:

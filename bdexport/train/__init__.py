@@ -3,7 +3,7 @@
 Deviations from the paper and its released code, each a named setting in :mod:`bdexport.config`:
 
 * the network can first be adapted by stochastic depth (``adapt``), which the paper does not do;
-* gamma can be steered so that the mean block usage meets a target (``policy.target_blocks``);
+* a budget loss can bind the mean block usage to a target (``policy.target_blocks``);
 * the reward can use the probability of the true class instead of 0/1 (``policy.reward = "probability"``);
 * the entropy bonus is the full Bernoulli entropy of the open blocks only and is annealed (the released code's is
   one-sided and also covers blocks that the curriculum holds open);

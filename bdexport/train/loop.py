@@ -114,7 +114,6 @@ def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporte
         "phase": phase.name,
         "epoch": epoch + 1,
         "train": {name: value / steps for name, value in sums.items()},
-        "penalty": setting.controller.penalty,
         "open_blocks": phase.opened(epoch) if phase.uses_policy else None,
         "seconds": round(seconds, 2),
         "images_per_s": round(images_seen / seconds, 1),
@@ -179,7 +178,6 @@ def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch
 
 def _remember_weights(state: RunState, setting: Setting) -> None:
     state.model = _weights(setting.model)
-    state.penalty = setting.controller.penalty
 
 
 def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
@@ -192,12 +190,12 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
     num_blocks = phase.setting.num_blocks
     rows = [row for row in state.history if row["phase"] == phase.name][-COLLAPSED_EPOCHS:]
     means = [row["validation"]["blocks_used"]["mean"] for row in rows]
-    steered = phase.setting.config.policy.target_blocks is not None
+    has_budget = phase.setting.config.policy.target_blocks is not None
     for extreme, what, way in ((num_blocks, "keeps", "lower"), (0, "drops", "raise")):
         if means[-1] != extreme:
             continue
         text = f"the policy {what} every block for every image"
-        remedy = f"{way} --gamma" + (", or learn for more epochs" if steered else " or set --target-blocks")
+        remedy = f"{way} --gamma" + (", or learn for more epochs" if has_budget else " or set --target-blocks")
         if len(rows) == COLLAPSED_EPOCHS and set(means) == {extreme}:
             raise TrainingError(f"{text}: it has collapsed; the last state is kept", remedy=remedy)
         reporter.note(f"warning: {text}; {remedy} if it stays so")
@@ -228,7 +226,7 @@ def _weights(module: nn.Module) -> Weights:
 
 
 def restore(state: RunState, setting: Setting) -> None:
-    """Put a loaded state's weights, teacher and gamma in place. Weights that do not fit: :class:`TrainingError`."""
+    """Put a loaded state's weights and teacher in place. Weights that do not fit: :class:`TrainingError`."""
     try:
         setting.model.load_state_dict(state.model)
         if state.teacher is not None:
@@ -240,5 +238,4 @@ def restore(state: RunState, setting: Setting) -> None:
         raise TrainingError(
             f"the run's {STATE_FILE} does not fit its network ({first})", remedy="train into another folder"
         ) from error
-    setting.controller.penalty = state.penalty
     torch.manual_seed(setting.config.seed)

@@ -21,7 +21,7 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
 from bdexport.train import rollout
 from bdexport.train.data import Batch
-from bdexport.train.reward import PenaltyController, leave_one_out_advantage, reward
+from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
 
 
 @dataclass
@@ -36,7 +36,6 @@ class Setting:
     teacher: ResNet | None
     teacher_logits: Tensor | None
     config: TrainConfig
-    controller: PenaltyController
     device: str
     bf16: bool
     generator: torch.Generator
@@ -208,8 +207,8 @@ class PolicyPhase(Phase):
         return logits.float().sigmoid()
 
     def _rewards(self, logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-        kind = self.setting.config.policy.reward
-        return reward(logits.detach(), labels, masks, self.setting.controller.penalty, kind)
+        config = self.setting.config.policy
+        return reward(logits.detach(), labels, masks, config.wrong_prediction_penalty, config.reward)
 
     @torch.no_grad()
     def _evaluated(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -223,11 +222,16 @@ class PolicyPhase(Phase):
         return logits
 
     def _policy_loss(self, probabilities: Tensor, masks: Tensor, advantages: Tensor) -> Tensor:
-        """REINFORCE (Eqn. 6) over masks (S, N, K) with advantages (S, N), minus the entropy bonus."""
+        """REINFORCE (Eqn. 6) over masks (S, N, K) with advantages (S, N), minus the entropy bonus, plus the budget."""
         sampled_from = rollout.bounded(probabilities, self.exploration_bound)
         log_probability = rollout.log_probability(sampled_from, masks, self.now_open)
         loss = -(advantages * log_probability).mean()
-        return loss - self.entropy_weight * rollout.entropy(probabilities, self.now_open)
+        loss = loss - self.entropy_weight * rollout.entropy(probabilities, self.now_open)
+        config = self.setting.config.policy
+        # While the curriculum holds blocks, the open ones alone cannot meet the budget and would all be dropped.
+        if config.target_blocks is None or self.now_open < self.setting.num_blocks:
+            return loss
+        return loss + config.budget_weight * budget_loss(probabilities, config.target_blocks)
 
     def _sampled(self, probabilities: Tensor) -> Tensor:
         config, setting = self.setting.config.policy, self.setting
@@ -278,9 +282,6 @@ class Curriculum(PolicyPhase):
         loss = self._policy_loss(probabilities, masks, advantages)
         self._learn(loss)
         used = greedy.float().sum(dim=1).mean().item()
-        # While blocks are held open, usage cannot reach the target and gamma would only run away.
-        if self.now_open == self.setting.num_blocks:
-            self.setting.controller.update(used, self.setting.num_blocks)
         return {"loss": loss.item(), "reward": rewards.mean().item(), "blocks_used": used}
 
 
@@ -309,8 +310,8 @@ class Finetune(PolicyPhase):
         super().at(epoch)
         config = self.setting.config.policy
         progress = min(1.0, epoch / max(1, self.epochs))
-        span = config.exploration_bound_end - config.exploration_bound
-        self.exploration_bound = config.exploration_bound + span * progress
+        span = config.finetune_bound_end - config.finetune_bound_start
+        self.exploration_bound = config.finetune_bound_start + span * progress
 
     def rate_factor(self, epoch: float) -> float:
         if self.setting.config.finetune.schedule == "step":
@@ -336,7 +337,6 @@ class Finetune(PolicyPhase):
         )
         self._learn(loss + policy_loss)
         used = rollout.greedy_masks(probabilities, self.now_open).float().sum(dim=1).mean().item()
-        setting.controller.update(used, setting.num_blocks)
         return {
             "loss": loss.item(),
             "reward": rewards.mean().item(),

@@ -26,7 +26,6 @@ from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages
 from bdexport.train.loop import Reporter, TrainingData, restore, run_phases, validation_outcome
 from bdexport.train.phases import Setting
 from bdexport.train.recalibrate import recalibrate_batch_norm
-from bdexport.train.reward import PenaltyController
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
     MODEL_FILE,
@@ -67,7 +66,7 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter) -> Pat
     reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
     state = load_state(request.out)
     if state is None:
-        state = RunState(penalty=setting.controller.penalty)
+        state = RunState()
     else:
         restore(state, setting)
         reporter.note(f"resuming {request.out}: {len(state.history)} epochs are done")
@@ -105,8 +104,10 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     target = config.policy.target_blocks
     if target is not None and not 0 < target <= request.network.num_blocks:
         raise UsageError("target blocks", got=target, expected=f"above 0, at most {request.network.num_blocks}")
-    if not 0.5 < config.policy.exploration_bound <= 1 or not 0.5 < config.policy.exploration_bound_end <= 1:
-        raise UsageError("alpha", got=config.policy.exploration_bound, expected="above 0.5, at most 1")
+    policy = config.policy
+    for alpha in (policy.exploration_bound, policy.finetune_bound_start, policy.finetune_bound_end):
+        if not 0.5 < alpha <= 1:
+            raise UsageError("alpha", got=alpha, expected="above 0.5, at most 1")
     return config
 
 
@@ -142,10 +143,7 @@ def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool
             model.policy.fc.bias.fill_(config.policy.initial_keep_logit)
     _check_size(model, request.preprocess)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    controller = PenaltyController(
-        config.policy.wrong_prediction_penalty, config.policy.target_blocks, config.policy.penalty_gain
-    )
-    return Setting(model, None, None, config, controller, device, bf16, generator_for(config.seed, 0, 0, device))
+    return Setting(model, None, None, config, device, bf16, generator_for(config.seed, 0, 0, device))
 
 
 def _check_size(model: BlockDropNet, preprocess: Preprocess) -> None:

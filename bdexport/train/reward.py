@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bdexport.config import RewardKind
+from bdexport.parts import KEEP_THRESHOLD
 
 
 def reward(logits: Tensor, labels: Tensor, masks: Tensor, wrong_prediction_penalty: float, kind: RewardKind) -> Tensor:
@@ -34,21 +34,12 @@ def leave_one_out_advantage(rewards: Tensor) -> Tensor:
     return rewards - others
 
 
-class PenaltyController:
-    """Steers gamma so that the mean block usage meets a target: an integral controller on log gamma.
+def budget_loss(probabilities: Tensor, target_blocks: float) -> Tensor:
+    """Squared distance between the share of blocks that greedy masks keep and ``target_blocks`` / K; a scalar.
 
-    With fewer blocks used than wanted, wrong predictions cost more, and the other way round. Without a target, gamma
-    stays what it is.
+    ``probabilities`` (N, K). Its value is that of the greedy masks, its gradient that of the mean keep-probability
+    (straight-through). It binds the mean over the batch alone: which image keeps what is left to the reward.
     """
-
-    LOW, HIGH = 0.02, 50.0
-
-    def __init__(self, penalty: float, target_blocks: float | None, gain: float) -> None:
-        self.penalty, self.target_blocks, self.gain = penalty, target_blocks, gain
-
-    def update(self, blocks_used: float, num_blocks: int) -> None:
-        """Take in the mean number of kept blocks of one step."""
-        if self.target_blocks is None:
-            return
-        factor = torch.tensor(self.gain * (self.target_blocks - blocks_used) / num_blocks).exp().item()
-        self.penalty = min(self.HIGH, max(self.LOW, self.penalty * factor))
+    greedy = (probabilities.detach() >= KEEP_THRESHOLD).float()
+    usage = (probabilities + (greedy - probabilities).detach()).mean()
+    return (usage - target_blocks / probabilities.shape[1]) ** 2

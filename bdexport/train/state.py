@@ -46,7 +46,6 @@ class RunState:
     model: Weights = field(default_factory=dict)
     teacher: Weights | None = None
     optimisers: list[dict[str, Any]] = field(default_factory=list)
-    penalty: float = 0.0
     best: Best | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
@@ -99,6 +98,8 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
         return False
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({error})", remedy="choose another --out") from error
     differences = _differences(before, json.loads(json.dumps(description)))

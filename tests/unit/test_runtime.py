@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,13 @@ def test_closing_while_others_run_ends_their_calls_cleanly(bundle: Bundle, threa
             worker.join()
     assert len(ended) == 20
     assert {type(error) for error in ended} == {UsageError}
+
+
+def test_a_precision_that_the_backend_has_not_is_refused(bundle: Bundle) -> None:
+    """Oracle: a manifest that says int8 over fp32 engines would make every report wrong."""
+    claimed = Bundle(bundle.path, replace(bundle.manifest, precision="int8"))
+    with pytest.raises(BackendError, match="precision: got int8, expected fp32"):
+        bdexport.load(claimed)
 
 
 def test_an_unknown_executor_lists_the_known_ones(bundle: Bundle) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Bernoulli
 
 from bdexport.train import rollout
-from bdexport.train.reward import PenaltyController, leave_one_out_advantage, reward
+from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
 
 
 def test_reward_is_equation_3() -> None:
@@ -89,14 +89,11 @@ def test_entropy() -> None:
     assert rollout.entropy(probabilities, 2).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_penalty_follows_the_target() -> None:
-    """Oracle: monotone: too many blocks used lowers gamma, too few raises it, none without a target."""
-    steered = PenaltyController(5.0, target_blocks=7.0, gain=0.1)
-    steered.update(15.0, 15)
-    assert steered.penalty < 5.0
-    for _ in range(200):
-        steered.update(0.0, 15)
-    assert 5.0 < steered.penalty <= steered.HIGH
-    fixed = PenaltyController(5.0, None, 0.1)
-    fixed.update(15.0, 15)
-    assert fixed.penalty == 5.0
+def test_budget_binds_the_mean_of_greedy_masks() -> None:
+    """Oracle: by hand; 3 of 8 decisions are kept, the target is half, and the gradient pushes all towards keep."""
+    probabilities = torch.tensor([[0.9, 0.4, 0.3, 0.2], [0.5, 0.8, 0.1, 0.4]], requires_grad=True)
+    loss = budget_loss(probabilities, target_blocks=2.0)
+    assert loss.item() == pytest.approx((3 / 8 - 1 / 2) ** 2)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert probabilities.grad is not None
+    assert torch.allclose(probabilities.grad, torch.full((2, 4), 2 * (3 / 8 - 1 / 2) / 8))
