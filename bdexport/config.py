@@ -148,7 +148,7 @@ def _cpu(num_blocks: int) -> TrainConfig:
         adapt=AdaptConfig(epochs=3, batch=256, learning_rate=0.03),
         curriculum=CurriculumConfig(epochs=10, epoch_share=0.25, blocks_per_epoch=-(-num_blocks // 5)),
         finetune=FinetuneConfig(
-            epochs=16,
+            epochs=24,
             batch=256,
             network_learning_rate=0.05,
             policy_learning_rate=5e-4,
