@@ -100,7 +100,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     distillation_weight: float = 0.0  # weight of the KL divergence to the undropped base network's softened outputs
     distillation_temperature: float = 4.0
-    # live: the teacher sees each augmented image; cached: it has seen each image once, as it is (a quarter less work)
+    # live: the teacher sees each augmented image; cached: it saw each image once, as it is (one forward less a step)
     distillation: Literal["live", "cached"] = "live"
     recalibrate_images: int = 10_000  # batch-norm statistics are re-estimated on this many greedy paths at the end
     evaluation_batch: int = 500

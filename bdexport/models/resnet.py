@@ -192,8 +192,7 @@ class ResNet(nn.Module):
 
 
 # A block runs on a multiple of this many images, so that oneDNN compiles kernels for a few batch sizes and not for
-# every count from 1 to the batch (its cache holds 1,024). On 2 cores that hardly shows: 303 and 283 against 288
-# training images/s per core for 16 and 1.
+# every count from 1 to the batch (its cache holds 1,024). In time that did not show; see docs/training.md.
 ROW_MULTIPLE = 16
 
 
@@ -207,7 +206,7 @@ def _run_block(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
     if len(kept) == 0:
         return out
     # Rows are moved as NHWC: on channels_last memory that copies whole images; as NCHW it converts the layout twice
-    # (measured on 2 cores, bf16, half of the blocks kept: 638 against 398 training images/s).
+    # (655 against 436 training images/s: benchmarks/masked_training.py).
     kept_out = block(_nhwc(x).index_select(0, _filled_up(kept)).permute(0, 3, 1, 2))[: len(kept)]
     return _nhwc(out).index_copy(0, kept, _nhwc(kept_out).to(out.dtype)).permute(0, 3, 1, 2)
 

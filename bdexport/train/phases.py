@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
-from bdexport.config import Optimiser, TrainConfig
+from bdexport.config import AdaptConfig, Optimiser, PretrainConfig, TrainConfig
 from bdexport.errors import TrainingError
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
@@ -127,22 +127,28 @@ class Phase:
         return taught.float()
 
 
-class Pretrain(Phase):
+class NetworkPhase(Phase):
+    """What pretrain and adapt share: the network learns by SGD, the policy does not."""
+
+    def __init__(self, setting: Setting, config: PretrainConfig | AdaptConfig) -> None:
+        super().__init__(setting)
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+        self.peak_rates = [config.learning_rate]
+        self._weight_decay = config.weight_decay
+
+    def start(self) -> None:
+        _trainable(self.setting.model.network, True)
+        _trainable(self.setting.model.policy, False)
+        self.optimisers = [_sgd(self.setting.model.network, self.peak_rates[0], self._weight_decay)]
+
+
+class Pretrain(NetworkPhase):
     """Train the base network itself, every block kept."""
 
     name = "pretrain"
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        config = setting.config.pretrain
-        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
-
-    def start(self) -> None:
-        config = self.setting.config.pretrain
-        _trainable(self.setting.model.network, True)
-        _trainable(self.setting.model.policy, False)
-        self.optimisers = [_sgd(self.setting.model.network, config.learning_rate, config.weight_decay)]
-        self.peak_rates = [config.learning_rate]
+        super().__init__(setting, setting.config.pretrain)
 
     def step(self, batch: Batch) -> dict[str, float]:
         images, labels, _ = batch
@@ -153,22 +159,13 @@ class Pretrain(Phase):
         return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
 
 
-class Adapt(Phase):
+class Adapt(NetworkPhase):
     """Stochastic depth: each image runs a mask drawn at a keep rate of its own."""
 
     name = "adapt"
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        config = setting.config.adapt
-        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
-
-    def start(self) -> None:
-        config = self.setting.config.adapt
-        _trainable(self.setting.model.network, True)
-        _trainable(self.setting.model.policy, False)
-        self.optimisers = [_sgd(self.setting.model.network, config.learning_rate, config.weight_decay)]
-        self.peak_rates = [config.learning_rate]
+        super().__init__(setting, setting.config.adapt)
 
     def step(self, batch: Batch) -> dict[str, float]:
         config, setting = self.setting.config.adapt, self.setting

@@ -1,7 +1,7 @@
 """What a run keeps on disk: resolved settings, the state to resume from, metrics, and the chosen model.
 
     RUN/run.json           settings, network, data: what the run is; a resumed run must agree with it
-    RUN/state.pt           weights, optimisers, gamma, best model so far: written after every epoch, atomically
+    RUN/state.pt           weights, optimisers, teacher, best model so far: written after every epoch, atomically
     RUN/metrics.jsonl      one JSON object per epoch
     RUN/tensorboard/       the same for TensorBoard, where it is installed
     RUN/model.safetensors  the chosen model (see ``complete`` in its training result)
