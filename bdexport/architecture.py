@@ -35,7 +35,10 @@ IMAGENET_STAGES: dict[int, tuple[BlockKind, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One droppable residual block. ``transition``: its shortcut changes the shape, so it runs even when dropped."""
+    """One droppable residual block. ``transition``: its shortcut changes the shape, so it runs even when dropped.
+
+    ``channels``: filters of its inner convolutions (the first; of a bottleneck the first and the second).
+    """
 
     index: int
     kind: BlockKind
@@ -48,7 +51,11 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class ResNetSpec:
-    """A residual network: ``stages`` counts the blocks of each stage, ``widths`` are the stages' inner channels."""
+    """A residual network: ``stages`` counts the blocks of each stage, ``widths`` are the stages' inner channels.
+
+    ``inner_widths``: of a network with pruned filters, the inner channels block by block (:mod:`bdexport.prune`);
+    what a block gives out keeps the stage's width. None: as the stages say.
+    """
 
     family: Family
     block: BlockKind
@@ -57,6 +64,7 @@ class ResNetSpec:
     shortcut: Shortcut
     num_classes: int
     dropped_transition: DroppedTransition = "shortcut"
+    inner_widths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.stages) != len(self.widths) or not self.stages or min(self.stages) < 1 or min(self.widths) < 1:
@@ -67,6 +75,13 @@ class ResNetSpec:
             )
         if self.num_classes < 2:
             raise UsageError("network spec: too few classes", got=self.num_classes, expected="at least 2")
+        inner = self.inner_widths
+        if inner is not None and (len(inner) != self.num_blocks or min(inner) < 1):
+            raise UsageError(
+                "network spec: inner_widths do not fit",
+                got=list(inner),
+                expected=f"{self.num_blocks} positive numbers, one for each block",
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -103,13 +118,16 @@ class ResNetSpec:
                 stride = 2 if position == 0 and stage > 0 else 1
                 out_channels = width * self.expansion
                 transition = stride != 1 or in_channels != out_channels
-                specs.append(BlockSpec(len(specs), self.block, in_channels, width, out_channels, stride, transition))
+                inner = width if self.inner_widths is None else self.inner_widths[len(specs)]
+                specs.append(BlockSpec(len(specs), self.block, in_channels, inner, out_channels, stride, transition))
                 in_channels = out_channels
         return tuple(specs)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that :func:`resnet_spec_from_json` reads back."""
-        return asdict(self) | {"stages": list(self.stages), "widths": list(self.widths)}
+        """A JSON object that :func:`resnet_spec_from_json` reads back; ``inner_widths`` only where there are any."""
+        data = asdict(self) | {"stages": list(self.stages), "widths": list(self.widths)}
+        del data["inner_widths"]
+        return data if self.inner_widths is None else data | {"inner_widths": list(self.inner_widths)}
 
 
 @dataclass(frozen=True)
@@ -174,7 +192,8 @@ def policy_spec(network: ResNetSpec) -> PolicySpec:
 
 def resnet_spec_from_json(data: dict[str, Any]) -> ResNetSpec:
     """Inverse of :meth:`ResNetSpec.to_json`. Raises KeyError, TypeError or UsageError on anything else."""
-    return ResNetSpec(**(data | {"stages": tuple(data["stages"]), "widths": tuple(data["widths"])}))
+    lists: dict[str, Any] = {name: tuple(data[name]) for name in ("stages", "widths", "inner_widths") if name in data}
+    return ResNetSpec(**(data | lists))
 
 
 def policy_spec_from_json(data: dict[str, Any]) -> PolicySpec:

@@ -22,10 +22,11 @@ def tiny_model(
     rule: DroppedTransition = "shortcut",
     stages: tuple[int, ...] = (1, 2),
     seed: int = 0,
+    classes: int = 3,
 ) -> BlockDropNet:
     """A network of a few narrow blocks with batch-norm statistics as a trained one has them, in eval mode."""
     widths = (4, 8, 12)[: len(stages)]
-    network = ResNetSpec(family, block, stages, widths, shortcut, num_classes=3, dropped_transition=rule)
+    network = ResNetSpec(family, block, stages, widths, shortcut, num_classes=classes, dropped_transition=rule)
     pooled = family == "imagenet"
     policy = PolicySpec(family, (1, 1), (4, 8), network.num_blocks, "conv" if pooled else "avgpool", 2 if pooled else 1)
     torch.manual_seed(seed)

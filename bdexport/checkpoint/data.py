@@ -63,6 +63,7 @@ def describe(ckpt: Checkpoint) -> dict[str, Any]:
         "block": network.block,
         "stages": list(network.stages),
         "widths": list(network.widths),
+        "inner_widths": None if network.inner_widths is None else list(network.inner_widths),
         "num_blocks": network.num_blocks,
         "transitions": [block.index for block in network.blocks() if block.transition],
         "shortcut": network.shortcut,

@@ -86,16 +86,17 @@ class _Field:
     def wrong(self, expected: str) -> CheckpointError:
         return CheckpointError(self.where, got=shown(json.dumps(self.value), 60), expected=expected)
 
-    def object(self, *names: str, more: bool = False) -> dict[str, _Field]:
-        """The fields of an object that has exactly these names, or with ``more`` at least these."""
+    def object(self, *names: str, optional: tuple[str, ...] = (), more: bool = False) -> dict[str, _Field]:
+        """The fields of an object that has exactly these names and perhaps ``optional`` ones, or with ``more`` any."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
         missing = [name for name in names if name not in self.value]
-        unknown = [shown(name) for name in self.value if name not in names and not more]
+        unknown = [shown(name) for name in self.value if name not in (*names, *optional) and not more]
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown[:10])}"
             raise CheckpointError(self.where, got=problem, expected=f"the fields {', '.join(names)}")
-        return {name: _Field(f"{self.where}.{name}", self.value[name]) for name in names}
+        present = [*names, *(name for name in optional if name in self.value)]
+        return {name: _Field(f"{self.where}.{name}", self.value[name]) for name in present}
 
     def items(self, low: int, high: int) -> list[_Field]:
         if not isinstance(self.value, list) or not low <= len(self.value) <= high:
@@ -143,7 +144,8 @@ def _check_version(top: _Field) -> None:
 
 
 def _network(field: _Field) -> ResNetSpec:
-    fields = field.object("family", "block", "stages", "widths", "shortcut", "num_classes", "dropped_transition")
+    names = ("family", "block", "stages", "widths", "shortcut", "num_classes", "dropped_transition")
+    fields = field.object(*names, optional=("inner_widths",))
     return ResNetSpec(
         family=cast(Family, fields["family"].choice(get_args(Family))),
         block=cast(BlockKind, fields["block"].choice(get_args(BlockKind))),
@@ -152,6 +154,7 @@ def _network(field: _Field) -> ResNetSpec:
         shortcut=cast(Shortcut, fields["shortcut"].choice(get_args(Shortcut))),
         num_classes=fields["num_classes"].integer(2, MAX_CLASSES),
         dropped_transition=cast(DroppedTransition, fields["dropped_transition"].choice(get_args(DroppedTransition))),
+        inner_widths=_inner_widths(fields["inner_widths"]) if "inner_widths" in fields else None,
     )
 
 
@@ -177,6 +180,10 @@ def _stages(field: _Field) -> tuple[int, ...]:
 
 def _widths(field: _Field) -> tuple[int, ...]:
     return tuple(item.integer(1, MAX_WIDTH) for item in field.items(1, MAX_STAGES))
+
+
+def _inner_widths(field: _Field) -> tuple[int, ...]:
+    return tuple(item.integer(1, MAX_WIDTH) for item in field.items(1, MAX_STAGES * MAX_BLOCKS_PER_STAGE))
 
 
 def _preprocess(field: _Field) -> Preprocess:

@@ -70,6 +70,7 @@ def evaluate(
         "architecture": found.network.name,
         "dataset": {"name": chosen.name, "split": chosen.split, "images": len(chosen)},
         "num_blocks": found.network.num_blocks,
+        "pruned": found.network.inner_widths is not None,
     } | result
     _print_table(result, json)
     if json is not None:
@@ -80,7 +81,7 @@ def _print_table(result: dict[str, Any], json: str | None) -> None:
     from rich.table import Table
 
     where = result["dataset"]
-    network = f"{result['architecture']}, {result['num_blocks']} blocks"
+    network = f"{result['architecture']}{' (pruned)' if result['pruned'] else ''}, {result['num_blocks']} blocks"
     title = f"{network}, {where['name']} {where['split']}, {where['images']} images"
     table = Table("", "accuracy", "blocks used", "FLOPs", "unique masks", title=title)
     full = result["full"]

@@ -77,10 +77,17 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter) -> Pat
         return request.out / MODEL_FILE
     if resumed and not state.history:
         reporter.note(f"resuming {request.out} from its start: its first epoch was not finished")
+    if config.distillation_weight > 0 and not request.teachers and _just_pruned(request):
+        reporter.note("warning: the teacher is the pruned base itself; better: --teacher with the network it was")
     data = _training_data(request, device)
     with _memory_errors(config):
         run_phases(setting, data, state, request.out, reporter)
         return _finish(request, config, setting, data, state, reporter)
+
+
+def _just_pruned(request: TrainRequest) -> bool:
+    """A base that has lost filters and has not been finetuned since."""
+    return request.initial is not None and "pruned" in request.initial.training
 
 
 def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:

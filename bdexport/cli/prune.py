@@ -1,0 +1,118 @@
+"""``bdexport prune``: the weakest filters of every block removed (PFEC), as a checkpoint to finetune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from bdexport.cli.console import table_console, write_json_result
+
+if TYPE_CHECKING:
+    from bdexport.architecture import ResNetSpec, Shortcut
+    from bdexport.checkpoint import Checkpoint
+
+
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, or a PyTorch file.")],
+    out: Annotated[Path, typer.Option(help="The pruned checkpoint, a .safetensors file.")],
+    ratio: Annotated[float | None, typer.Option(help="Share of inner filters to remove in every block.")] = None,
+    per_stage: Annotated[str | None, typer.Option(help="Instead: one share for each stage, e.g. 0.6,0.3,0.1.")] = None,
+    skip_blocks: Annotated[
+        str | None, typer.Option(help="Blocks to leave whole, counted from 0, e.g. 7-9,16,26.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
+    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+) -> None:
+    """Remove the filters of smallest L1 norm inside each block (PFEC); a policy stays. Finetune the result."""
+    from bdexport.checkpoint import load_checkpoint, save_checkpoint
+    from bdexport.errors import OutputError
+    from bdexport.prune import prune_checkpoint
+
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
+    before = load_checkpoint(
+        checkpoint,
+        arch=arch,
+        shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
+    )
+    ratios = _ratios(ratio, per_stage, len(before.network.stages))
+    after = prune_checkpoint(before, ratios, _blocks(skip_blocks, before.network.num_blocks), checkpoint.name)
+    save_checkpoint(out, after)
+    result = {
+        "schema": "bdexport.prune/1",
+        "checkpoint": checkpoint,
+        "out": out,
+        "architecture": after.network.name,
+        "pruned": after.training["pruned"],
+        "has_policy": after.policy is not None,
+        "before": _size(before),
+        "after": _size(after),
+    }
+    _print(result, before.network, after.network, json)
+    if json is not None:
+        write_json_result(json, result)
+
+
+def _ratios(ratio: float | None, per_stage: str | None, stages: int) -> list[float]:
+    from bdexport.errors import UsageError
+
+    if (ratio is None) == (per_stage is None):
+        raise UsageError("how much to prune", expected="either --ratio or --per-stage")
+    if ratio is not None:
+        return [ratio] * stages
+    assert per_stage is not None
+    try:
+        return [float(word) for word in per_stage.split(",")]
+    except ValueError:
+        raise UsageError("--per-stage", got=repr(per_stage), expected="numbers with commas, e.g. 0.6,0.3,0.1") from None
+
+
+def _blocks(text: str | None, num_blocks: int) -> set[int]:
+    """``7-9,16`` -> {7, 8, 9, 16}. Raises UsageError on anything else, and on blocks that are not there."""
+    from bdexport.errors import UsageError
+
+    found: set[int] = set()
+    for word in [] if text is None else text.split(","):
+        first, dash, last = word.strip().partition("-")
+        try:
+            low = int(first)
+            high = int(last) if dash else low
+        except ValueError:
+            low, high = 0, -1
+        if not 0 <= low <= high < num_blocks:
+            expected = f"block numbers in 0..{num_blocks - 1} or ranges of them, e.g. 7-9,16"
+            raise UsageError("--skip-blocks", got=repr(word), expected=expected)
+        found |= set(range(low, high + 1))
+    return found
+
+
+def _size(found: Checkpoint) -> dict[str, Any]:
+    """FLOPs of the undropped network and the number of its weights."""
+    from bdexport.checkpoint import build_model
+    from bdexport.models.flops import count_flops
+
+    model = build_model(found, with_policy=False)
+    weights = sum(parameter.numel() for parameter in model.network.parameters())
+    return {"flops": count_flops(model, found.preprocess.size).full, "weights": weights}
+
+
+def _print(result: dict[str, Any], before: ResNetSpec, after: ResNetSpec, json: str | None) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{result['architecture']}: filters inside the blocks, {result['out']}")
+    for name in ("stage", "ratio", "block by block"):
+        table.add_column(name)
+    pairs = [f"{old.channels}>{new.channels}" for old, new in zip(before.blocks(), after.blocks(), strict=True)]
+    for stage, (count, ratio) in enumerate(zip(before.stages, result["pruned"]["ratios"], strict=True), start=1):
+        table.add_row(str(stage), f"{ratio:g}", " ".join(pairs[:count]))
+        pairs = pairs[count:]
+    shown = table_console(json)
+    shown.print(table)
+    for name in ("flops", "weights"):
+        old, new = result["before"][name], result["after"][name]
+        shown.print(f"{name}: {old:.4g} -> {new:.4g} ({100 * (new / old - 1):+.1f} %), undropped, without the policy")
+    shown.print(f"next: bdexport train --base {result['out']} --teacher {result['checkpoint']} ..")
