@@ -40,6 +40,12 @@ class AdaptConfig:
     warmup_epochs: float = 0.25
     keep_low: float = 0.2  # per image, the keep rate is uniform in [keep_low, keep_high]
     keep_high: float = 1.0
+    # Numbers of kept blocks, e.g. "15,11,8,6,4": each image runs one of these many, the same nested blocks for all, in
+    # their order of importance on order_images training images. Empty: stochastic depth.
+    levels: str = ""
+    full_share: float = 0.3  # with levels: share of each batch that runs the first of them; the others share the rest
+    order_images: int = 1000
+    final_rate: float = 0.0  # learning rate at the end, as a share of its peak
 
 
 @dataclass(frozen=True)

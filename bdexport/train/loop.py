@@ -85,7 +85,7 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
         setting.teacher_logits = _all_logits(setting, data.train, mirrored)
     if state.epoch == 0:
         phase.begin(data, reporter.note)
-        state.fixed_mask = setting.fixed_mask
+        state.fixed_mask, state.order = setting.fixed_mask, setting.order
     else:
         phase.helpers().load_state_dict(state.helpers)
     phase.start()
@@ -231,7 +231,7 @@ def restore(state: RunState, setting: Setting) -> None:
     """Put a loaded state's weights and teacher in place. Weights that do not fit: :class:`TrainingError`."""
     try:
         setting.model.load_state_dict(state.model)
-        setting.fixed_mask = state.fixed_mask
+        setting.fixed_mask, setting.order = state.fixed_mask, state.order
         if state.teacher is not None:
             teacher = frozen_copy(setting.model)
             teacher.load_state_dict(state.teacher)

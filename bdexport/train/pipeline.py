@@ -25,7 +25,7 @@ from bdexport.models.resnet import ResNet
 from bdexport.preprocess import Preprocess
 from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
 from bdexport.train.loop import Reporter, restore, run_phases, validation_outcome
-from bdexport.train.phases import Setting
+from bdexport.train.phases import Setting, levels_from_text
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
@@ -105,6 +105,7 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         raise UsageError("no base network to start from", remedy="pass --base CKPT or --pretrain-epochs N")
     if config.policy.estimator == "leave_one_out" and config.policy.samples < 2:
         raise UsageError("leave_one_out", got=f"{config.policy.samples} sample", expected="--samples of at least 2")
+    levels_from_text(config.adapt.levels, request.network.num_blocks)
     if config.method == "fixed":
         _check_fixed(request, config)
     target = config.policy.target_blocks
