@@ -141,6 +141,7 @@ class TrainConfig:
     # live: the teacher sees each augmented image; cached: it saw each image once, as it is (one forward less a step)
     distillation: Literal["live", "cached"] = "live"
     mirrored_teacher: bool = True  # cached: averaged with the mirrored image, where mirroring is an augmentation
+    retarget: bool = True  # at the end, shift the policy's logits so that the validation mean meets target_blocks
     recalibrate_images: int = 10_000  # batch-norm statistics are re-estimated on this many greedy paths at the end
     evaluation_batch: int = 500
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

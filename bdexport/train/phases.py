@@ -340,6 +340,9 @@ class FinetuneFixed(Phase):
         return nested.most_probable(draws, kept)
 
 
+REOPENED_ENTROPY, REOPENED_BOUND = 0.05, 0.8  # of a policy that gave every image the same mask
+
+
 class PolicyPhase(Phase):
     """What curriculum and finetuning share: sampling masks and the policy gradient."""
 
@@ -350,11 +353,17 @@ class PolicyPhase(Phase):
         self.exploration_bound = setting.config.policy.exploration_bound
         self.entropy_weight = setting.config.policy.entropy_bonus
         self.now_open = setting.num_blocks
+        self.reopened = False
 
     def at(self, epoch: float) -> None:
         super().at(epoch)
         self.now_open = self.opened(int(epoch))
-        self.entropy_weight = self.setting.config.policy.entropy_bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+        bonus = max(self.setting.config.policy.entropy_bonus, REOPENED_ENTROPY if self.reopened else 0.0)
+        self.entropy_weight = bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+
+    def reopen(self) -> None:
+        """Make the policy explore again: what the loop does about one mask for all images."""
+        self.reopened = True
 
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.setting.autocast():
@@ -492,6 +501,8 @@ class Finetune(PolicyPhase):
         progress = min(1.0, epoch / max(1, self.epochs))
         span = config.finetune_bound_end - config.finetune_bound_start
         self.exploration_bound = config.finetune_bound_start + span * progress
+        if self.reopened:
+            self.exploration_bound = min(self.exploration_bound, REOPENED_BOUND)
 
     def rate_factor(self, epoch: float) -> float:
         return _finetuning_rate(self, super().rate_factor(epoch), epoch)

@@ -102,6 +102,8 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         if value not in get_args(wanted):
             raise UsageError(path, got=repr(value), expected=f"one of {', '.join(get_args(wanted))}")
         return value
+    if wanted is bool:
+        return _boolean(path, value)
     try:
         converted = wanted(value)
     except (TypeError, ValueError):
@@ -112,3 +114,12 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         expected = "a finite number, not negative" if lowest == 0 else f"a finite number, at least {lowest:g}"
         raise UsageError(path, got=repr(value), expected=expected)
     return converted
+
+
+def _boolean(path: str, value: Any) -> bool:
+    """``bool("false")`` is true; a setting's text is read as it is meant."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise UsageError(path, got=repr(value), expected="true or false") from None
