@@ -35,7 +35,7 @@ class RawFile:
 
 
 def read_raw(path: Path) -> RawFile:
-    """Read the checkpoint that :func:`checkpoint_file` finds. Raises :class:`CheckpointError` naming file and reason."""
+    """Read what :func:`checkpoint_file` finds at ``path``. Raises :class:`CheckpointError` naming file and reason."""
     try:
         path = checkpoint_file(path)
         with open(path, "rb") as file:

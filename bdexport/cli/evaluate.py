@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, or a PyTorch file.")],
-    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder, digits or cifar10-samples.")],
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,

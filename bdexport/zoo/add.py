@@ -44,8 +44,8 @@ FEW_MASKS = 5
 PUBLIC_CIFAR = {
     "source": "github.com/akamaster/pytorch_resnet_cifar10, Y. Idelbayev, 2018",
     "licence": "BSD-2-Clause, see LICENSE-pytorch_resnet_cifar10.txt",
-    "limit": "The base was trained by its author on all 50,000 training images, those of the validation split included: "
-    "accuracies on the validation split are too high. The test images are not among them.",
+    "limit": "The base was trained by its author on all 50,000 training images, the validation split's included, "
+    "so that accuracies on the validation split are too high. The test images are not among them.",
 }
 KNOWN_BASES = {
     "d509ac1820d7f25398913559d7e81a13229b1e7adc5648e3bfa5e22dc137f850": PUBLIC_CIFAR,  # resnet32
@@ -126,6 +126,7 @@ def card_of(addition: Addition) -> dict[str, Any]:
             "fixed": evaluation.get("fixed", {}),
         },
         "command": addition.command or training_command(checkpoint),
+        "command_given": addition.command is not None,
         "seed": training["settings"]["seed"],
         "seconds": training["seconds"],
         "machine": training["machine"],
@@ -233,14 +234,18 @@ def training_command(checkpoint: Checkpoint) -> str:
 
 
 def changed_settings(recorded: dict[str, Any], num_blocks: int) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of the recorded settings that are not those of the preset."""
-    unknown = set(_flat(recorded)) - set(_flat(TrainConfig().to_json()))
+    """Dotted names and values of the recorded settings that are not those of the preset.
+
+    A setting that the record does not have is younger than the run and was what it is by default: switched off.
+    """
+    effective = _flat(TrainConfig().to_json())
+    unknown = set(_flat(recorded)) - set(effective)
     if unknown:
         raise UsageError(
             "recorded settings that this version does not have", got=", ".join(sorted(unknown)), remedy="pass --command"
         )
     usual = _flat(preset(recorded["preset"], num_blocks).to_json())
-    for name, value in _flat(recorded).items():
+    for name, value in (effective | _flat(recorded)).items():
         if value != usual[name]:
             yield name, value
 
@@ -264,12 +269,18 @@ def _intended_use(checkpoint: Checkpoint, evaluation: dict[str, Any]) -> str:
 def _limits(checkpoint: Checkpoint, evaluation: dict[str, Any]) -> list[str]:
     dataset, policy = evaluation["dataset"], evaluation["policy"]
     limits = [
-        f"Trained and measured on {dataset['name']} alone. Every image gets one of its {checkpoint.network.num_classes} "
-        "classes, whatever it shows; how it does on other images, and under noise or attack, was not measured.",
+        f"Trained and measured on {dataset['name']} alone. Every image gets one of its "
+        f"{checkpoint.network.num_classes} classes, whatever it shows; how it does on other images, and under noise or "
+        "attack, was not measured.",
         "One run with one seed: the accuracy of another run will differ. "
         f"The standard error of the accuracy on {dataset['images']} images is "
         f"{standard_error(policy['accuracy'], dataset['images']):.2f} points.",
     ]
+    if dataset["name"] not in NEEDS_NO_FOLDER:
+        limits.append(
+            "Which images are the validation split follows from their order in the data folder: in a copy in another "
+            "order, it holds images that this model was trained on. The test images are held out in every copy."
+        )
     if policy["unique_masks"] <= FEW_MASKS:
         limits.append(
             f"The policy uses {policy['unique_masks']} masks only: most of the saving is which blocks it found, little "

@@ -48,7 +48,8 @@ def _results(card: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         "",
-        "FLOPs per image: 2 x multiply-accumulates of convolutions and linear layers; the policy's are the policy network's too.",
+        "FLOPs per image: 2 x multiply-accumulates of convolutions and linear layers; for the policy, "
+        "its network's included.",
     ]
 
 
