@@ -27,7 +27,8 @@ def test_are_a_small_balanced_set() -> None:
     found = load_dataset("cifar10-samples")
     images = found.images()
     assert isinstance(images, np.ndarray)
-    assert (images.shape, images.dtype) == ((200, 32, 32, 3), np.uint8)
+    assert images.shape == (200, 32, 32, 3)
+    assert images.dtype == np.uint8
     assert list(found.class_names) == NAMES
     assert set(Counter(found.labels.tolist()).values()) == {20}
     assert found.labels[:10].tolist() == list(range(10))
