@@ -53,14 +53,17 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(found, with_policy=False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, device)
+    trained_for = found.training.get(
+        "fixed_mask"
+    )  # of --method fixed: what it was finetuned under, unless asked otherwise
     with progress() as bar:
         result = evaluate_model(
             model,
             lambda title: bar.track(source.batches(batch), total=-(-len(source) // batch), description=title),
             found.preprocess.size,
             has_policy=found.policy is not None,
-            fixed=fixed or [],
-            kept=kept,
+            fixed=fixed or ([] if trained_for is None else [trained_for["mask"]]),
+            kept=kept if kept is not None or trained_for is None else trained_for["kept"],
             seed=seed,
         )
     result = {
