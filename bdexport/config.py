@@ -269,6 +269,8 @@ class QuickstartConfig:
         "policy.target_blocks=6",
     )
     threads: int = 1
+    out: str = "engines/quickstart"
+    shown_images: int = 5  # classified one by one, where a model of the zoo is used
 
 
 @dataclass(frozen=True)
