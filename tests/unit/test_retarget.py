@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model
 
 from bdexport.errors import UsageError
 from bdexport.retarget import policy_logits, retarget, shift_for
-from tiny import tiny_model
 
 
 @pytest.mark.parametrize("target", [0.3, 1.0, 2.5, 4.99, 6.0])

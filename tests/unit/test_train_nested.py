@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from bdexport.errors import UsageError
 from bdexport.train.nested import cut_points, expected_reward, most_probable
 from bdexport.train.phases import levels_from_text, start_in_order
-from tiny import tiny_model
 
 
 def reward_of(masks: torch.Tensor) -> torch.Tensor:
