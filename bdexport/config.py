@@ -158,7 +158,7 @@ class TrainConfig:
 
 
 def preset(name: str, num_blocks: int) -> TrainConfig:
-    """The settings called ``smoke``, ``cpu``, ``nested`` or ``paper`` for a network with K = ``num_blocks``. KeyError otherwise."""
+    """The settings of one of :data:`PRESETS` for a network with K = ``num_blocks``; KeyError for another name."""
     return {"smoke": _smoke, "cpu": _cpu, "nested": _nested, "paper": _paper}[name](num_blocks)
 
 
