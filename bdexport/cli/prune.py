@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def prune(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, or a PyTorch file.")],
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
     out: Annotated[Path, typer.Option(help="The pruned checkpoint, a .safetensors file.")],
     ratio: Annotated[float | None, typer.Option(help="Share of inner filters to remove in every block.")] = None,
     per_stage: Annotated[str | None, typer.Option(help="Instead: one share for each stage, e.g. 0.6,0.3,0.1.")] = None,

@@ -28,7 +28,9 @@ def train(
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
     arch: Annotated[str | None, typer.Option(help="e.g. resnet32; recognised from --base when left out.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Checkpoint to start from; without it the base is trained.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Checkpoint (or zoo:NAME) to start from; without it the base is trained.")
+    ] = None,
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Checkpoint to distil from instead of the base; several are averaged.")
     ] = None,

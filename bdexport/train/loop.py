@@ -18,7 +18,7 @@ from bdexport.evaluate import Outcome, run_masks
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.events import EventLog
-from bdexport.train.phases import METHODS, Phase, Setting
+from bdexport.train.phases import METHODS, Phase, PolicyPhase, Setting
 from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
 
 COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
@@ -57,6 +57,7 @@ def _run_phases(
             _enter(phase, setting, state, data, reporter)
         if state.epoch > 0:  # resumed: what ended the run by collapse ends it again
             _stop_on_collapse(phase, state, reporter)
+            _keep_diverse(phase, state, reporter)
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
             row = _train_epoch(phase, epoch, data, reporter)
@@ -65,8 +66,9 @@ def _run_phases(
             _remember(state, setting, phase, index, epoch + 1)
             state.history.append(row)
             events.add(row, len(state.history))  # before the state: what a crash leaves in between is purged
-            save_state(run, state)
             reporter.line(row)
+            _keep_diverse(phase, state, reporter)
+            save_state(run, state)
             _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
         state.helpers = {}
@@ -85,7 +87,7 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
         setting.teacher_logits = _all_logits(setting, data.train, mirrored)
     if state.epoch == 0:
         phase.begin(data, reporter.note)
-        state.fixed_mask = setting.fixed_mask
+        state.fixed_mask, state.order = setting.fixed_mask, setting.order
     else:
         phase.helpers().load_state_dict(state.helpers)
     phase.start()
@@ -163,6 +165,8 @@ def _choose(phase: Phase, setting: Setting, state: RunState, row: dict[str, Any]
     else:
         excess = figures["blocks_used"]["mean"] - target - BUDGET_TOLERANCE * setting.num_blocks
         score = (1.0, figures["accuracy"]) if excess <= 0 else (0.0, -excess)
+    if phase.uses_policy:  # a pruned network is chosen only if the run gave nothing else
+        score = (float(figures["unique_masks"] > 1), *score)
     row["score"] = list(score)
     if state.best is None or score > state.best.score:
         state.best = Best(score, _weights(setting.model), {"epoch": row["epoch"], **figures})
@@ -182,7 +186,7 @@ def _remember_weights(state: RunState, setting: Setting) -> None:
 def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
     """A policy that keeps everything saves nothing, one that keeps nothing is no network: end the run if it stays so.
 
-    One mask for all images is merely pruning, and only warned about.
+    One mask for all images is another matter (:func:`_keep_diverse`).
     """
     if not (phase.decisive and phase.uses_policy):
         return
@@ -199,11 +203,25 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
             raise TrainingError(f"{text}: it has collapsed; the last state is kept", remedy=remedy)
         reporter.note(f"warning: {text}; {remedy} if it stays so")
         return
-    if rows[-1]["validation"]["unique_masks"] == 1:
-        reporter.note(
-            "warning: the policy gives every image the same mask, which is a pruned network, not BlockDrop; "
-            "a longer curriculum, an entropy bonus (--set policy.entropy_bonus=0.02) or --estimator leave_one_out help"
-        )
+
+
+def _keep_diverse(phase: Phase, state: RunState, reporter: Reporter) -> None:
+    """Against one mask for all images: say so, and let the policy explore again from the next epoch on."""
+    rows = [row for row in state.history if row["phase"] == phase.name]
+    if not (phase.decisive and isinstance(phase, PolicyPhase) and rows):
+        return
+    if rows[-1]["validation"]["unique_masks"] == 1 and rows[-1]["validation"]["blocks_used"]["mean"] > 0:
+        rows[-1]["reopened"] = True
+        reporter.note(f"warning: {STATIC_WARNING}; exploration is raised from here on")
+    if any(row.get("reopened") for row in rows) and not phase.reopened:
+        phase.reopen()
+
+
+STATIC_WARNING = (
+    "the policy gives every image the same mask, which is a pruned network, not BlockDrop: the network has learned "
+    "that mask alone, so that no other one pays; --estimator nested, --set finetune.level_share=0.3 or a longer "
+    "curriculum help"
+)
 
 
 def frozen_copy(model: BlockDropNet) -> Any:
@@ -231,7 +249,7 @@ def restore(state: RunState, setting: Setting) -> None:
     """Put a loaded state's weights and teacher in place. Weights that do not fit: :class:`TrainingError`."""
     try:
         setting.model.load_state_dict(state.model)
-        setting.fixed_mask = state.fixed_mask
+        setting.fixed_mask, setting.order = state.fixed_mask, state.order
         if state.teacher is not None:
             teacher = frozen_copy(setting.model)
             teacher.load_state_dict(state.teacher)

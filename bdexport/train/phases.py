@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from bdexport.config import AdaptConfig, Optimiser, PretrainConfig, TrainConfig
-from bdexport.errors import TrainingError
+from bdexport.errors import TrainingError, UsageError
 from bdexport.evaluate import Strategy, fixed_strategy, keep_all
 from bdexport.mask_search import drop_order
 from bdexport.models.pair import BlockDropNet
@@ -43,6 +43,7 @@ class Setting:
     device: str
     bf16: bool
     generator: torch.Generator
+    order: list[int] | None = None  # blocks from the least to the most important, once it is known
     fixed_mask: str | None = None  # method fixed: what :func:`bdexport.evaluate.fixed_strategy` takes, once it is known
 
     @property
@@ -213,26 +214,70 @@ class Prime(Phase):
 
 
 class Adapt(NetworkPhase):
-    """Stochastic depth: each image runs a mask drawn at a keep rate of its own."""
+    """The network gets used to missing blocks: at random (stochastic depth), or the least important ones first."""
 
     name = "adapt"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting, setting.config.adapt)
+        self._levels = levels_from_text(setting.config.adapt.levels, setting.num_blocks)
+
+    def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
+        if not self._levels:
+            return
+        config = self.setting.config.adapt
+        order = self._drop_order(data.train, config.order_images)
+        self.setting.order = order
+        note(f"blocks in the order of backward elimination on {config.order_images} training images: {order}")
+
+    def rate_factor(self, epoch: float) -> float:
+        floor = self.setting.config.adapt.final_rate
+        return floor + (1 - floor) * super().rate_factor(epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        config, setting = self.setting.config.adapt, self.setting
-        images, labels, _ = batch
-        span = config.keep_high - config.keep_low
-        shape, device = (len(images), setting.num_blocks), images.device
-        rates = config.keep_low + span * torch.rand(len(images), 1, generator=setting.generator, device=device)
-        masks = torch.rand(shape, generator=setting.generator, device=device) < rates
+        setting, (images, labels, _) = self.setting, batch
+        masks = self._nested_masks(images) if self._levels else self._random_masks(images)
         with setting.autocast():
             logits = setting.model.network.forward_masked(images, masks)
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
         used = masks.float().sum(dim=1).mean().item()
         return {"loss": loss.item(), "accuracy": _accuracy(logits, labels), "blocks_used": used}
+
+    def _random_masks(self, images: Tensor) -> Tensor:
+        """Every block on its own, at a keep rate that is drawn per image."""
+        config, setting = self.setting.config.adapt, self.setting
+        span = config.keep_high - config.keep_low
+        shape, device = (len(images), setting.num_blocks), images.device
+        rates = config.keep_low + span * torch.rand(len(images), 1, generator=setting.generator, device=device)
+        return torch.rand(shape, generator=setting.generator, device=device) < rates
+
+    def _nested_masks(self, images: Tensor) -> Tensor:
+        """One of the levels per image; of two levels, the one with fewer blocks is contained in the other."""
+        config, setting, device = self.setting.config.adapt, self.setting, images.device
+        assert setting.order is not None
+        importance = torch.empty(setting.num_blocks, device=device)
+        importance[torch.tensor(setting.order, device=device)] = torch.arange(setting.num_blocks, device=device).float()
+        levels = torch.tensor(self._levels, device=device)
+        others = torch.randint(1, max(2, len(levels)), (len(images),), generator=setting.generator, device=device)
+        chosen = levels[others.clamp(max=len(levels) - 1)]
+        chosen[: round(config.full_share * len(images))] = levels[0]
+        return nested.most_probable(importance.expand(len(images), -1), chosen)
+
+
+def levels_from_text(text: str, num_blocks: int) -> list[int]:
+    """``"15,8,4"`` -> [15, 8, 4]; raises UsageError unless these are different numbers of blocks, most first."""
+    if not text.strip():
+        return []
+    try:
+        levels = [int(word) for word in text.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or sorted(set(levels), reverse=True) != levels or not 1 <= levels[-1] <= levels[0] <= num_blocks:
+        raise UsageError(
+            "adapt.levels", got=repr(text), expected=f"numbers of blocks like 15,8,4, at most {num_blocks}"
+        )
+    return levels
 
 
 class FinetuneFixed(Phase):
@@ -295,6 +340,9 @@ class FinetuneFixed(Phase):
         return nested.most_probable(draws, kept)
 
 
+REOPENED_ENTROPY, REOPENED_BOUND = 0.05, 0.8  # of a policy that gave every image the same mask
+
+
 class PolicyPhase(Phase):
     """What curriculum and finetuning share: sampling masks and the policy gradient."""
 
@@ -305,11 +353,17 @@ class PolicyPhase(Phase):
         self.exploration_bound = setting.config.policy.exploration_bound
         self.entropy_weight = setting.config.policy.entropy_bonus
         self.now_open = setting.num_blocks
+        self.reopened = False
 
     def at(self, epoch: float) -> None:
         super().at(epoch)
         self.now_open = self.opened(int(epoch))
-        self.entropy_weight = self.setting.config.policy.entropy_bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+        bonus = max(self.setting.config.policy.entropy_bonus, REOPENED_ENTROPY if self.reopened else 0.0)
+        self.entropy_weight = bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+
+    def reopen(self) -> None:
+        """Make the policy explore again: what the loop does about one mask for all images."""
+        self.reopened = True
 
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.setting.autocast():
@@ -387,7 +441,7 @@ class Curriculum(PolicyPhase):
         config = self.setting.config.policy
         if config.order_images == 0:
             return
-        order = self._drop_order(data.train, config.order_images)
+        order = self.setting.order or self._drop_order(data.train, config.order_images)
         note(f"blocks in the order of backward elimination on {config.order_images} training images: {order}")
         start_in_order(self.setting.model.policy, order, config.initial_keep_logit, config.order_spread)
 
@@ -447,6 +501,8 @@ class Finetune(PolicyPhase):
         progress = min(1.0, epoch / max(1, self.epochs))
         span = config.finetune_bound_end - config.finetune_bound_start
         self.exploration_bound = config.finetune_bound_start + span * progress
+        if self.reopened:
+            self.exploration_bound = min(self.exploration_bound, REOPENED_BOUND)
 
     def rate_factor(self, epoch: float) -> float:
         return _finetuning_rate(self, super().rate_factor(epoch), epoch)

@@ -23,9 +23,10 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.preprocess import Preprocess
+from bdexport.retarget import policy_logits, retarget
 from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
-from bdexport.train.loop import Reporter, restore, run_phases, validation_outcome
-from bdexport.train.phases import Setting
+from bdexport.train.loop import STATIC_WARNING, Reporter, restore, run_phases, validation_outcome
+from bdexport.train.phases import Setting, levels_from_text
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
@@ -112,6 +113,7 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         raise UsageError("no base network to start from", remedy="pass --base CKPT or --pretrain-epochs N")
     if config.policy.estimator == "leave_one_out" and config.policy.samples < 2:
         raise UsageError("leave_one_out", got=f"{config.policy.samples} sample", expected="--samples of at least 2")
+    levels_from_text(config.adapt.levels, request.network.num_blocks)
     if config.method == "fixed":
         _check_fixed(request, config)
     target = config.policy.target_blocks
@@ -230,20 +232,13 @@ def _finish(
         "machine": machine(),
         "torch": torch.__version__,
     }
-    full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
-    training["validation"] = {"full_accuracy": full.accuracy}
     has_policy = config.method == "blockdrop" and not request.base_only
     if has_policy:
-        training["validation"] |= _settle_batch_norm(config, setting, data, reporter)
-        outcome = validation_outcome(setting, data.validation, model.masks)
-        flops = count_flops(model, request.preprocess.size)
-        training["validation"] |= {
-            "full_accuracy": validation_outcome(setting, data.validation, keep_all(setting.num_blocks)).accuracy,
-            "policy": outcome.to_json(flops, with_policy=True),
-        }
-        training["policy_statistics"] = policy_statistics(outcome, "validation")
+        training |= _policy_result(request, config, setting, data, reporter)
     elif config.method == "fixed":
         training |= _fixed_result(request, config, setting, data)
+    full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
+    training["validation"] = {"full_accuracy": full.accuracy} | training.get("validation", {})
     checkpoint = Checkpoint(
         network=request.network,
         policy=model.policy.spec if has_policy else None,
@@ -257,6 +252,36 @@ def _finish(
     state.finished = True
     save_state(request.out, state)
     return request.out / MODEL_FILE
+
+
+def _policy_result(
+    request: TrainRequest, config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter
+) -> dict[str, Any]:
+    """Settle the policy's budget and the batch norms; what the model then does on the validation split."""
+    model = setting.model
+    shift = _settle_budget(config, setting, data, reporter)
+    settled = _settle_batch_norm(config, setting, data, reporter)
+    outcome = validation_outcome(setting, data.validation, model.masks)
+    flops = count_flops(model, request.preprocess.size)
+    if outcome.unique_masks == 1:
+        reporter.note(f"warning: {STATIC_WARNING}")
+    return {
+        "logit_shift": shift,
+        "validation": settled | {"policy": outcome.to_json(flops, with_policy=True)},
+        "policy_statistics": policy_statistics(outcome, "validation"),
+    }
+
+
+def _settle_budget(config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter) -> float:
+    """Shift the policy's logits so that the validation split meets the budget, if there is one; returns the shift."""
+    target = config.policy.target_blocks
+    if target is None or not config.retarget:
+        return 0.0
+    setting.model.eval()
+    logits = policy_logits(setting.model, data.validation.batches(config.evaluation_batch))
+    shift = retarget(setting.model, logits, target)
+    reporter.note(f"policy logits shifted by {shift:+.3f}: {target:g} blocks on average on the validation split")
+    return shift
 
 
 def _fixed_result(request: TrainRequest, config: TrainConfig, setting: Setting, data: TrainingData) -> dict[str, Any]:

@@ -20,6 +20,9 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "adapt.batch": (1, ANY),
     "adapt.keep_low": (0, 1),
     "adapt.keep_high": (0, 1),
+    "adapt.full_share": (0, 1),
+    "adapt.final_rate": (0, 1),
+    "adapt.order_images": (1, ANY),
     "curriculum.batch": (1, ANY),
     "curriculum.epoch_share": (0, 1),
     "curriculum.blocks_per_epoch": (1, ANY),
@@ -99,6 +102,8 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         if value not in get_args(wanted):
             raise UsageError(path, got=repr(value), expected=f"one of {', '.join(get_args(wanted))}")
         return value
+    if wanted is bool:
+        return _boolean(path, value)
     try:
         converted = wanted(value)
     except (TypeError, ValueError):
@@ -109,3 +114,12 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         expected = "a finite number, not negative" if lowest == 0 else f"a finite number, at least {lowest:g}"
         raise UsageError(path, got=repr(value), expected=expected)
     return converted
+
+
+def _boolean(path: str, value: Any) -> bool:
+    """``bool("false")`` is true; a setting's text is read as it is meant."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise UsageError(path, got=repr(value), expected="true or false") from None

@@ -47,6 +47,7 @@ class RunState:
     teacher: Weights | None = None
     optimisers: list[dict[str, Any]] = field(default_factory=list)
     helpers: Weights = field(default_factory=dict)  # modules of the phase's own (:meth:`Phase.helpers`)
+    order: list[int] | None = None
     fixed_mask: str | None = None
     best: Best | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
