@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-Estimator = Literal["self_critical", "leave_one_out", "nested"]
+Estimator = Literal["self_critical", "leave_one_out", "nested", "gumbel"]
 Method = Literal["blockdrop", "fixed"]
 RewardKind = Literal["correct", "probability"]
 Optimiser = Literal["sgd", "adam"]
@@ -117,6 +117,9 @@ class PolicyConfig:
     reward: RewardKind = "correct"
     estimator: Estimator = "self_critical"
     samples: int = 1  # masks drawn per image and step; leave_one_out needs at least 2
+    temperature: float = (
+        1.0  # gumbel: of the relaxed gates; lower ones are closer to 0 and 1, their gradient is noisier
+    )
     cuts: int = 5  # nested: numbers of kept blocks at which the reward is run, per step
     order_images: int = 0  # > 0: a fresh policy starts with the blocks in their order of importance on so many images
     order_spread: float = 2.5  # .. and with logits from -order_spread to +order_spread around initial_keep_logit

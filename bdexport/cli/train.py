@@ -55,7 +55,9 @@ def train(
     gamma: Annotated[float | None, typer.Option(help="Penalty of a wrong prediction (Eqn. 3).")] = None,
     target_blocks: Annotated[float | None, typer.Option(help="Mean kept blocks to aim at (budget loss).")] = None,
     alpha: Annotated[float | None, typer.Option(help="Exploration bound, throughout.")] = None,
-    estimator: Annotated[str | None, typer.Option(help="self_critical (paper), leave_one_out or nested.")] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="self_critical (paper), leave_one_out, nested or gumbel.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Masks drawn per image and step.")] = None,
     reward: Annotated[str | None, typer.Option(help="correct (paper) or probability.")] = None,
     distillation: Annotated[float | None, typer.Option(help="Weight of the undropped base as a teacher.")] = None,

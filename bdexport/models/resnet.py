@@ -190,6 +190,21 @@ class ResNet(nn.Module):
         logits: Tensor = self.head(x)
         return logits
 
+    def forward_gated(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Run every block on every image, and let its gate (float (N, K), 0 to 1) say how much of it counts.
+
+        A block gives ``dropped(x) + gate * (kept(x) - dropped(x))``: what :meth:`forward_masked` gives for a gate of 0
+        or 1 (in eval mode; batch norm in training mode would see images that drop the block), rules about ReLU
+        included, and a gate's gradient is by how much keeping the block changes the loss.
+        """
+        x = self.stem(x)
+        for block, gate in zip(self.blocks, gates.unbind(dim=1), strict=True):
+            assert isinstance(block, Block)
+            dropped, kept = block.dropped(x), block(x)
+            x = torch.lerp(dropped.to(kept.dtype), kept, gate[:, None, None, None].to(kept.dtype))
+        logits: Tensor = self.head(x)
+        return logits
+
 
 # A block runs on a multiple of this many images, so that oneDNN compiles kernels for a few batch sizes and not for
 # every count from 1 to the batch (its cache holds 1,024). In time that did not show; see docs/training.md.

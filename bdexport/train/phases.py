@@ -7,7 +7,8 @@ and optimisers, ``at`` sets what depends on progress, ``step`` learns from one b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.parts import mask_to_text
-from bdexport.train import nested, rollout
+from bdexport.train import gumbel, nested, rollout
 from bdexport.train.data import Batch, DeviceImages, TrainingData
 from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
 
@@ -414,6 +415,24 @@ class PolicyPhase(Phase):
         loss = -nested.expected_reward(held, stacked, cuts).mean()
         return stacked, self._regularised(loss, probabilities)
 
+    def _gates(self, probabilities: Tensor) -> Tensor:
+        """Gates (S, N, K) of the Gumbel-sigmoid estimator (:mod:`bdexport.train.gumbel`)."""
+        config, setting = self.setting.config.policy, self.setting
+        sampled_from = rollout.bounded(probabilities, self.exploration_bound)
+        return gumbel.sample_gates(sampled_from, self.now_open, config.samples, config.temperature, setting.generator)
+
+    def _gated(self, images: Tensor, labels: Tensor, probabilities: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards (S, N) and the policy loss of the Gumbel-sigmoid estimator; the network learns nothing from it."""
+        config, network = self.setting.config.policy, self.setting.model.network
+        rewards = []
+        with _frozen(network):
+            for one in gates:
+                with self.setting.autocast():
+                    logits = network.forward_gated(images, one)
+                rewards.append(reward(logits.float(), labels, one, config.wrong_prediction_penalty, config.reward))
+        stacked = torch.stack(rewards)
+        return stacked.detach(), self._regularised(-stacked.mean(), probabilities)
+
     def _sampled(self, probabilities: Tensor) -> Tensor:
         config, setting = self.setting.config.policy, self.setting
         sampled_from = rollout.bounded(probabilities, self.exploration_bound)
@@ -462,8 +481,11 @@ class Curriculum(PolicyPhase):
     def step(self, batch: Batch) -> dict[str, float]:
         images, labels, _ = batch
         probabilities = self._probabilities(images)
-        if self.setting.config.policy.estimator == "nested":
+        estimator = self.setting.config.policy.estimator
+        if estimator == "nested":
             rewards, loss = self._nested(images, labels, probabilities)
+        elif estimator == "gumbel":
+            rewards, loss = self._gated(images, labels, probabilities, self._gates(probabilities))
         else:
             masks = self._sampled(probabilities)
             rewards = torch.stack([self._rewards(self._evaluated(images, one), labels, one) for one in masks])
@@ -512,7 +534,10 @@ class Finetune(PolicyPhase):
         images, labels, _ = batch
         probabilities = self._probabilities(images)
         estimator = setting.config.policy.estimator
-        if estimator == "nested":
+        gates = self._gates(probabilities) if estimator == "gumbel" else None
+        if gates is not None:
+            masks = gates.detach().bool()
+        elif estimator == "nested":
             masks = rollout.greedy_masks(probabilities, self.now_open)[None]
         else:
             masks = self._sampled(probabilities)
@@ -528,7 +553,9 @@ class Finetune(PolicyPhase):
         with setting.autocast():
             logits = setting.model.network.forward_masked(images, run)
         loss = self._classification_loss(logits, batch)
-        if estimator == "nested":
+        if gates is not None:
+            rewards, policy_loss = self._gated(images[judged], labels[judged], probabilities[judged], gates[:, judged])
+        elif estimator == "nested":
             rewards, policy_loss = self._nested(images[judged], labels[judged], probabilities[judged])
         else:
             rewards, policy_loss = self._judge(
@@ -588,6 +615,21 @@ def _trainable(module: nn.Module, trainable: bool) -> None:
     """Train mode with gradients, or eval mode (fixed batch-norm statistics) without."""
     module.train(trainable)
     module.requires_grad_(trainable)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients for the parameters, as it was before afterwards; gradients still pass through."""
+    training, learning = module.training, [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train(training)
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _decayed(module: nn.Module) -> Iterable[dict[str, object]]:

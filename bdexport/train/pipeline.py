@@ -113,6 +113,12 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         raise UsageError("no base network to start from", remedy="pass --base CKPT or --pretrain-epochs N")
     if config.policy.estimator == "leave_one_out" and config.policy.samples < 2:
         raise UsageError("leave_one_out", got=f"{config.policy.samples} sample", expected="--samples of at least 2")
+    if config.policy.estimator == "gumbel" and config.policy.reward != "probability":
+        raise UsageError(
+            "estimator gumbel",
+            got=f"reward {config.policy.reward}, which has no gradient",
+            expected="--reward probability",
+        )
     levels_from_text(config.adapt.levels, request.network.num_blocks)
     if config.method == "fixed":
         _check_fixed(request, config)

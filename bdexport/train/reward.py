@@ -9,12 +9,13 @@ from bdexport.parts import KEEP_THRESHOLD
 
 
 def reward(logits: Tensor, labels: Tensor, masks: Tensor, wrong_prediction_penalty: float, kind: RewardKind) -> Tensor:
-    """R(u) per image, float32 (N,), for logits (N, C), labels (N,), masks u bool (N, K).
+    """R(u) per image, float32 (N,), for logits (N, C), labels (N,), masks u bool (N, K) or gates u float (N, K).
 
     ``correct`` (Eqn. 3): ``1 - (|u|/K)^2`` if the prediction is correct, else ``-gamma``.
     ``probability``: the expectation of that when the class is drawn from the softmax,
     ``p (1 - (|u|/K)^2) - (1 - p) gamma`` with p the probability of the true class: the same optimum for a confident
-    network, and a gradient also where a block changes the confidence but not yet the decision.
+    network, and a gradient also where a block changes the confidence but not yet the decision. It is differentiable in
+    logits and gates.
     """
     saved = 1.0 - masks.float().mean(dim=1) ** 2
     if kind == "correct":

@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "finetune.full_share": (0, 0.99),  # the policy learns nothing from images that run every block
     "finetune.level_share": (0, 0.99),
     "policy.samples": (1, 1000),
+    "policy.temperature": (0.01, 100),
     "policy.cuts": (2, 1000),
     "policy.input_pool": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
