@@ -117,9 +117,7 @@ class PolicyConfig:
     reward: RewardKind = "correct"
     estimator: Estimator = "self_critical"
     samples: int = 1  # masks drawn per image and step; leave_one_out needs at least 2
-    temperature: float = (
-        1.0  # gumbel: of the relaxed gates; lower ones are closer to 0 and 1, their gradient is noisier
-    )
+    temperature: float = 1.0  # gumbel: of the relaxed gates; a low one is nearly hard and its gradient noisy
     cuts: int = 5  # nested: numbers of kept blocks at which the reward is run, per step
     order_images: int = 0  # > 0: a fresh policy starts with the blocks in their order of importance on so many images
     order_spread: float = 2.5  # .. and with logits from -order_spread to +order_spread around initial_keep_logit

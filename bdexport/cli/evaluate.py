@@ -10,6 +10,10 @@ import typer
 from bdexport.cli.console import progress, table_console, write_json_result
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
     from bdexport.architecture import Shortcut
 
 
@@ -26,6 +30,10 @@ def evaluate(
     kept: Annotated[
         int | None, typer.Option(help="K of the fixed masks; default: the policy's mean, rounded up.")
     ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="FLOPs only: lccl, or lccl=0.4 with that share of zeros instead of the measured one."),
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture, where it cannot be recognised.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
@@ -40,7 +48,10 @@ def evaluate(
     from bdexport.dataset import check_classes, load_dataset
     from bdexport.evaluate import evaluate_model
     from bdexport.files import sha256_file
+    from bdexport.models.lccl import lccl_reference
     from bdexport.train.data import DeviceImages
+
+    references = {word: _zeros(word) for word in reference or []}
 
     found = load_checkpoint(
         checkpoint,
@@ -57,15 +68,22 @@ def evaluate(
         "fixed_mask"
     )  # of --method fixed: what it was finetuned under, unless asked otherwise
     with progress() as bar:
+
+        def batches(title: str) -> Iterable[tuple[Tensor, Tensor]]:
+            return bar.track(source.batches(batch), total=-(-len(source) // batch), description=title)
+
         result = evaluate_model(
             model,
-            lambda title: bar.track(source.batches(batch), total=-(-len(source) // batch), description=title),
+            batches,
             found.preprocess.size,
             has_policy=found.policy is not None,
             fixed=fixed or ([] if trained_for is None else [trained_for["mask"]]),
             kept=kept if kept is not None or trained_for is None else trained_for["kept"],
             seed=seed,
         )
+        for word, zeros in references.items():
+            row = lccl_reference(model, batches(word), found.preprocess.size, zeros)
+            result.setdefault("reference", {})[word] = row
     result = {
         "schema": "bdexport.evaluate/1",
         "checkpoint": checkpoint,
@@ -78,6 +96,20 @@ def evaluate(
     _print_table(result, json)
     if json is not None:
         write_json_result(json, result)
+
+
+def _zeros(word: str) -> float | None:
+    """``lccl=0.4`` -> 0.4, ``lccl`` -> None: the share of zeros is measured. Raises UsageError on anything else."""
+    from bdexport.errors import UsageError
+
+    name, equals, share = word.partition("=")
+    try:
+        zeros = float(share) if equals else None
+    except ValueError:
+        zeros = -1.0
+    if name != "lccl" or not (zeros is None or 0 <= zeros <= 1):
+        raise UsageError("--reference", got=repr(word), expected="lccl, or lccl=SHARE with a share of zeros in 0..1")
+    return zeros
 
 
 def _print_table(result: dict[str, Any], json: str | None) -> None:
@@ -99,7 +131,20 @@ def _print_table(result: dict[str, Any], json: str | None) -> None:
             f"{flops['mean']:.3e} +- {flops['std']:.1e}",
             str(row["unique_masks"]),
         )
+    for word, row in result.get("reference", {}).items():
+        flops = row["flops"]
+        table.add_row(f"{word} (reference)", "-", "-", f"{flops['mean']:.3e} +- {flops['std']:.1e}", "-")
     out = table_console(json)
     out.print(table)
+    references = result.get("reference", {})
+    for word, row in references.items():
+        out.print(
+            f"{word}: FLOPs alone, no such network is run; {100 * row['zeros']:.1f} % zeros {row['zeros_are']}, "
+            f"{row['saved_percent']:.1f} % less than full"
+        )
+    if references:
+        published = next(iter(references.values()))["published"]
+        percent = published["inference_accelerated_percent"]
+        out.print(f"published: inference accelerated by {percent:.0f} % ({published['source']})")
     if "policy" not in result:
         out.print("no policy in this checkpoint: 'bdexport train --base CHECKPOINT' gives it one")

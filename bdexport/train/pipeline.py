@@ -109,6 +109,10 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         )
     if request.initial is not None:
         config = replace(config, pretrain=replace(config.pretrain, epochs=0))
+        if request.initial.policy is not None:  # it goes on from where it is; these are for a fresh one
+            config = replace(
+                config, prime=replace(config.prime, epochs=0), policy=replace(config.policy, order_images=0)
+            )
     elif config.pretrain.epochs == 0:
         raise UsageError("no base network to start from", remedy="pass --base CKPT or --pretrain-epochs N")
     if config.policy.estimator == "leave_one_out" and config.policy.samples < 2:

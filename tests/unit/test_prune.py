@@ -28,6 +28,7 @@ from bdexport.config import (
     FinetuneConfig,
     FixedConfig,
     PolicyConfig,
+    PrimeConfig,
     TrainConfig,
 )
 from bdexport.dataset import load_dataset
@@ -172,8 +173,9 @@ def test_wrong_inner_widths_in_a_file_are_named(widths: list[float] | None, mess
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("basic", "onnxruntime"), ("bottleneck", "onnxruntime"), ("bottleneck", "torch")]
+)
 def test_a_bundle_of_pruned_blocks_computes_what_the_model_computes(
     kind: BlockKind, backend: str, tmp_path: Path
 ) -> None:
@@ -230,7 +232,9 @@ FINETUNING = TrainConfig(
     adapt=AdaptConfig(epochs=0),
     curriculum=CurriculumConfig(epochs=0),
     finetune=FinetuneConfig(epochs=1, batch=64, policy_learning_rate=0.0),
-    policy=PolicyConfig(initial_keep_logit=-3.0),  # of a fresh policy, which this must not be
+    # Of a fresh policy, which this must not be:
+    prime=PrimeConfig(epochs=1),
+    policy=PolicyConfig(initial_keep_logit=-3.0, order_images=10),
 )
 
 
