@@ -13,7 +13,7 @@ import torch
 from bdexport import __version__
 from bdexport.architecture import PolicySpec, ResNetSpec, policy_spec
 from bdexport.checkpoint import Checkpoint, build_model, save_checkpoint
-from bdexport.config import TrainConfig
+from bdexport.config import PolicyConfig, TrainConfig
 from bdexport.dataset import Dataset, check_classes
 from bdexport.errors import BdexportError, TrainingError, UsageError
 from bdexport.evaluate import fixed_strategy, keep_all, policy_statistics
@@ -115,25 +115,25 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
             )
     elif config.pretrain.epochs == 0:
         raise UsageError("no base network to start from", remedy="pass --base CKPT or --pretrain-epochs N")
-    if config.policy.estimator == "leave_one_out" and config.policy.samples < 2:
-        raise UsageError("leave_one_out", got=f"{config.policy.samples} sample", expected="--samples of at least 2")
-    if config.policy.estimator == "gumbel" and config.policy.reward != "probability":
-        raise UsageError(
-            "estimator gumbel",
-            got=f"reward {config.policy.reward}, which has no gradient",
-            expected="--reward probability",
-        )
     levels_from_text(config.adapt.levels, request.network.num_blocks)
     if config.method == "fixed":
         _check_fixed(request, config)
-    target = config.policy.target_blocks
-    if target is not None and not 0 < target <= request.network.num_blocks:
-        raise UsageError("target blocks", got=target, expected=f"above 0, at most {request.network.num_blocks}")
-    policy = config.policy
+    _check_policy(config.policy, request.network.num_blocks)
+    return config
+
+
+def _check_policy(policy: PolicyConfig, num_blocks: int) -> None:
+    if policy.estimator == "leave_one_out" and policy.samples < 2:
+        raise UsageError("leave_one_out", got=f"{policy.samples} sample", expected="--samples of at least 2")
+    if policy.estimator == "gumbel" and policy.reward != "probability":
+        got = f"reward {policy.reward}, which has no gradient"
+        raise UsageError("estimator gumbel", got=got, expected="--reward probability")
+    target = policy.target_blocks
+    if target is not None and not 0 < target <= num_blocks:
+        raise UsageError("target blocks", got=target, expected=f"above 0, at most {num_blocks}")
     for alpha in (policy.exploration_bound, policy.finetune_bound_start, policy.finetune_bound_end):
         if not 0.5 < alpha <= 1:
             raise UsageError("alpha", got=alpha, expected="above 0.5, at most 1")
-    return config
 
 
 def _check_fixed(request: TrainRequest, config: TrainConfig) -> None:
