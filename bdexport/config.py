@@ -279,7 +279,7 @@ class ReportConfig:
 
     split: str = "test"
     batch: int = 250
-    accuracy_span: float = 12.0  # points below the best: what is worse lies on the plot's lower edge, named as such
+    accuracy_span: float = 8.0  # points below the best: what is worse lies on the lower edge, not to scale
     heat_map_classes: int = 100  # rows of the per-class heat map, at most
     sheet_classes: int = 10  # classes on a contact sheet, at most
     sheet_policies: int = 3  # masks per class, as in the paper's Figure 4

@@ -47,7 +47,7 @@ def report(
     _need_matplotlib()
     if dataset is None and (data is not None or images is not None):
         raise UsageError("--data and --images", expected="--dataset with them")
-    if out.exists() and not overwrite:  # before minutes of measuring, not after
+    if out.is_dir() and any(out.iterdir()) and not overwrite:  # before minutes of measuring, not after
         raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
     config = replace(DEFAULT, split=split, batch=batch)
     found = read_sources(sources)

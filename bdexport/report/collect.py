@@ -65,6 +65,7 @@ class Report:
     sheets: list[Sheet] = field(default_factory=list)
     latencies: list[tables.Latency] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    paper_remarks: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def numbered(self, dataset: str) -> list[tuple[str, Point]]:
@@ -77,11 +78,17 @@ class Report:
         ]
 
     def tables(self, dataset: str) -> list[tables.Table]:
-        """All results, then the paper's tables beside ours."""
+        """All results, then the paper's tables beside ours; without those for which nothing was measured."""
         mine = [point for point in self.points if point.dataset == dataset]
-        made = [tables.all_points(self.numbered(dataset)), tables.table_1(mine, dataset), tables.table_3(mine, dataset)]
         latencies = [latency for latency in self.latencies if latency.dataset == dataset]
-        return [*made, tables.table_2(latencies)] if latencies else made
+        made = []
+        if mine:
+            made = [tables.all_points(self.numbered(dataset)), tables.table_1(mine, dataset)]
+        if latencies:
+            made.append(tables.table_2(latencies))
+        if mine:
+            made.append(tables.table_3(mine, dataset))
+        return [table for table in made if table.rows]
 
     def datasets(self) -> list[str]:
         """Every data set that something was measured on."""
@@ -102,6 +109,7 @@ class Report:
             ],
             "latencies": [latency.to_json() for latency in self.latencies],
             "notes": self.notes,
+            "paper_remarks": self.paper_remarks,
             "skipped": self.skipped,
         }
 
@@ -258,4 +266,4 @@ def _remark(report: Report, data: Data | None, has_models: bool) -> None:
                 f"{name}: {left_out} results of other splits than the test set stand in the list of all results only, "
                 "not in the plots and the paper's tables"
             )
-        report.notes += paper.remarks(name)
+        report.paper_remarks += paper.remarks(name)

@@ -85,9 +85,9 @@ def drawings(elements: list[Element]) -> list[Drawing]:
 
 
 def _remarks(report: Report) -> Iterator[Element]:
-    if report.notes:
+    if report.notes or report.paper_remarks:
         yield Heading("To be read with it", 3)
-        yield Items(tuple(report.notes))
+        yield Items((*report.notes, *report.paper_remarks))
     if report.skipped:
         yield Heading("Not shown, and why", 3)
         yield Items(tuple(report.skipped))
@@ -159,13 +159,13 @@ def _sheet(sheet: Sheet, taken: set[str]) -> Drawing:
 
     if sheet.kind == "policies":
         caption = (
-            f"{sheet.name}: per class its most frequent policies and the first images that take each; a filled square is "
-            "a kept block."
+            f"{sheet.name}: per class its most frequent policies and the first images that take each; a filled square "
+            "is a kept block."
         )
     else:
         caption = (
-            f"{sheet.name}: per class the correctly classified images with the fewest and the most blocks (the number in "
-            "the corner; ties: the more confident prediction)."
+            f"{sheet.name}: per class the correctly classified images with the fewest and the most blocks (the number "
+            "in the corner; ties: the more confident prediction)."
         )
     name = _name(f"sheet-{sheet.kind}-{sheet.name}", taken)
     return Drawing(name, caption, caption, partial(sheets.contact_sheet, sheet))

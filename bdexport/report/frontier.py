@@ -41,12 +41,24 @@ class Frontier:
         return tuple(mark for mark in self.marks if mark.point.source == "paper")
 
     def lines(self) -> list[list[Mark]]:
-        """BlockDrop points of one network and one source, by cost: what a line may connect. Two points or more."""
+        """BlockDrop's frontier of each network and source, by cost: what a line may connect. Two marks or more.
+
+        A mark that costs more than another one without being more accurate is not on it.
+        """
         groups: dict[tuple[str, str | None], list[Mark]] = {}
         for mark in self.marks:
             if mark.point.method == BLOCKDROP and mark.point.finetuned is not False and not mark.below:
                 groups.setdefault((mark.point.source, mark.point.architecture), []).append(mark)
-        return [sorted(group, key=lambda mark: mark.x) for group in groups.values() if len(group) > 1]
+        fronts = [_not_dominated(group) for group in groups.values()]
+        return [front for front in fronts if len(front) > 1]
+
+
+def _not_dominated(group: list[Mark]) -> list[Mark]:
+    front: list[Mark] = []
+    for mark in sorted(group, key=lambda mark: (mark.x, -mark.point.accuracy)):
+        if not front or mark.point.accuracy > front[-1].point.accuracy:
+            front.append(mark)
+    return front
 
 
 def frontier(numbered: Iterable[tuple[str, Point]], axis: Axis, span: float) -> Frontier:

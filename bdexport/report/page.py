@@ -17,7 +17,7 @@ CSS = """
   :root { --ink: #e6e6e6; --ground: #17191c; --line: #3b4046; --pale: #22262b; --soft: #a9b0b7; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+body { margin: 0 auto; max-width: 84rem; padding: 1.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.9rem; line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 2px solid var(--line); }
 h2, h3 { line-height: 1.3; padding-bottom: .25rem; }
@@ -30,7 +30,7 @@ figcaption, .notes { color: var(--soft); font-size: .9rem; margin-top: .4rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; font-size: 1rem; padding-bottom: .5rem; white-space: nowrap; }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { white-space: nowrap; } td.long { white-space: normal; min-width: 22rem; font-family: ui-monospace, monospace;
+td { white-space: nowrap; } td.long { white-space: normal; min-width: 18rem; font-family: ui-monospace, monospace;
   font-size: .78rem; overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--line); } td.missing { color: var(--soft); font-style: italic; }
 """

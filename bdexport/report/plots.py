@@ -80,7 +80,7 @@ def _panel(axes: Axes, curves: Curves, title: str, lines: list[tuple[str, str, s
             line.set_gid(f"curve-{name}")
     axes.set_xlim(0.5, curves.epochs + 0.5)
     if len(lines) > 1 and axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best")
+        axes.legend(loc="lower left" if "blocks" in title else "best")
 
 
 def _band(axes: Axes, curves: Curves) -> None:
@@ -136,6 +136,7 @@ SHAPES = {
     "lccl": "X",
 }
 OTHER_SHAPE = "8"
+BELOW_NAMED = 6  # so many marks on the lower edge are listed with their accuracy
 
 
 def frontier_plot(frontier: Frontier, dataset: str) -> Figure:
@@ -143,29 +144,34 @@ def frontier_plot(frontier: Frontier, dataset: str) -> Figure:
     figure = new_figure(10, 6)
     axes = figure.subplots()
     colours = _network_colours(frontier)
-    _limits(axes, frontier)
+    unit = _unit(frontier)
+    _limits(axes, frontier, unit)
     for group in frontier.lines():
-        paper = group[0].point.source == "paper"
+        dash = ":" if group[0].point.source == "paper" else "-"
         colour = colours[group[0].point.architecture]
-        axes.plot(
-            [m.x for m in group],
-            [m.point.accuracy for m in group],
-            color=colour,
-            lw=1.2,
-            alpha=0.7,
-            ls=":" if paper else "-",
-            zorder=1,
-        )
+        x, y = [mark.x / unit for mark in group], [mark.point.accuracy for mark in group]
+        axes.plot(x, y, color=colour, lw=1.2, alpha=0.7, ls=dash, zorder=1)
     for mark in frontier.marks:
-        _draw_mark(axes, mark, colours[mark.point.architecture])
-    what = "FLOPs per image (2 x multiply-accumulates, policy included)" if frontier.axis == "flops" else "blocks used"
-    axes.set_xlabel(f"{what}, mean ± std over images")
+        _draw_mark(axes, mark, unit, colours[mark.point.architecture])
+    axes.set_xlabel(_cost(frontier, unit))
     axes.set_ylabel("accuracy, %")
     axes.set_title(f"Accuracy against {'FLOPs' if frontier.axis == 'flops' else 'blocks'}, {dataset}")
-    figure.subplots_adjust(left=0.08, right=0.73, top=0.93, bottom=0.11)
-    _number_marks(axes, frontier)
+    figure.subplots_adjust(left=0.07, right=0.73, top=0.93, bottom=0.11)
+    _number_marks(axes, frontier, unit)
     _frontier_legend(axes, frontier, colours)
     return figure
+
+
+def _unit(frontier: Frontier) -> float:
+    """What the axis counts in: the power of ten of the largest number of FLOPs, or single blocks."""
+    largest = max(mark.x for mark in frontier.marks)
+    return float(10 ** np.floor(np.log10(largest))) if frontier.axis == "flops" and largest > 0 else 1.0
+
+
+def _cost(frontier: Frontier, unit: float) -> str:
+    if frontier.axis == "blocks":
+        return "blocks used per image, mean ± std"
+    return f"{unit:.0e} FLOPs per image (2 x multiply-accumulates), mean ± std".replace("e+0", "e").replace("e+", "e")
 
 
 def _network_colours(frontier: Frontier) -> dict[str | None, str]:
@@ -178,29 +184,30 @@ def _y(axes: Axes, mark: Mark) -> float:
     return low + 0.02 * (high - low) if mark.below else mark.point.accuracy
 
 
-def _limits(axes: Axes, frontier: Frontier) -> None:
-    shown = [mark for mark in frontier.marks if not mark.below] or list(frontier.marks)
-    right = max(mark.x + mark.x_std for mark in frontier.marks)
-    left = min(mark.x - mark.x_std for mark in frontier.marks)
-    high = max(mark.point.accuracy for mark in shown)
-    low = min(mark.point.accuracy for mark in shown) if frontier.floor is None else frontier.floor
+def _limits(axes: Axes, frontier: Frontier, unit: float) -> None:
+    scale = [mark.point.accuracy for mark in frontier.marks if not mark.below]
+    low, high = min(scale), max(scale)
     pad = max(0.08 * (high - low), 0.3)
-    axes.set_xlim(max(0.0, left - 0.08 * (right - left)), right + 0.08 * (right - left or right))
-    axes.set_ylim(low - pad, high + pad)
+    axes.set_ylim(low - pad * (3 if frontier.floor is not None else 1), high + pad)
+    if frontier.floor is not None:
+        axes.axhline(low - pad, color=GREY, lw=1, ls=(0, (6, 4)), zorder=0)
+    right = max(mark.x + mark.x_std for mark in frontier.marks) / unit
+    left = min(mark.x - mark.x_std for mark in frontier.marks) / unit
+    pad = 0.06 * (right - left or right)
+    axes.set_xlim(max(0.0, left - pad), right + pad)
 
 
-def _draw_mark(axes: Axes, mark: Mark, colour: str) -> None:
-    y = _y(axes, mark)
-    if mark.x_std and not mark.below:
-        axes.plot([mark.x - mark.x_std, mark.x + mark.x_std], [y, y], color=colour, lw=1, alpha=0.45, zorder=2)
-    paper = mark.point.source == "paper"
+def _draw_mark(axes: Axes, mark: Mark, unit: float, colour: str) -> None:
+    x, std, y = mark.x / unit, mark.x_std / unit, _y(axes, mark)
+    if std and not mark.below:
+        axes.plot([x - std, x + std], [y, y], color=colour, lw=1, alpha=0.45, zorder=2)
     (drawn,) = axes.plot(
-        [mark.x],
+        [x],
         [y],
         ls="",
         marker=SHAPES.get(mark.point.method, OTHER_SHAPE),
         ms=8,
-        mfc=WHITE if paper else colour,
+        mfc=WHITE if mark.point.source == "paper" else colour,
         mec=colour,
         mew=1.5,
         zorder=3,
@@ -209,61 +216,56 @@ def _draw_mark(axes: Axes, mark: Mark, colour: str) -> None:
     drawn.set_gid(f"mark-{mark.number}")
 
 
-def _number_marks(axes: Axes, frontier: Frontier) -> None:
+# Pixels from a mark to its number, the preferred places first.
+NUMBER_PLACES = ((0, 12), (12, 9), (-12, 9), (14, 0), (-14, 0), (12, -9), (-12, -9), (0, -13), (0, 24), (0, -25))
+UPPER_PLACES = ((0, 12), (12, 9), (-12, 9), (0, 24), (13, 22), (-13, 22), (0, 36), (13, 35), (-13, 35))
+
+
+def _number_marks(axes: Axes, frontier: Frontier, unit: float) -> None:
     """The number of each mark beside it, where it covers the fewest others."""
-    at = [axes.transData.transform((mark.x, _y(axes, mark))) for mark in frontier.marks]
+    from matplotlib.patheffects import withStroke
+
+    at = [axes.transData.transform((mark.x / unit, _y(axes, mark))) for mark in frontier.marks]
     taken = [np.asarray(place) for place in at]
     for mark, place in zip(frontier.marks, at, strict=True):
-        text = f"{mark.number} ({mark.point.accuracy:.1f} %)" if mark.below else mark.number
-        directions = [
-            (0, 14),
-            (12, 11),
-            (-12, 11),
-            (14, 0),
-            (-14, 0),
-            (12, -11),
-            (-12, -11),
-            (0, -14),
-            (0, 26),
-            (0, -26),
-        ]
-        spots = [np.asarray(place) + np.asarray(direction) for direction in directions]
-        crowds = [sum(max(0.0, 16 - float(np.abs(spot - other).max())) for other in taken) for spot in spots]
-        best = int(np.argmin(crowds[:3] if mark.below else crowds))
-        taken.append(spots[best])
-        x, y = axes.transData.inverted().transform(spots[best])
-        axes.text(x, y, text, ha="center", va="center", fontsize=8, color=INK, zorder=4)
+        places = UPPER_PLACES if mark.below else NUMBER_PLACES
+        wider = 1 + 0.2 * (len(mark.number) - 1)  # longer numbers stand further to the side
+        spots = [np.asarray(place) + np.asarray((x * wider, y)) for x, y in places]
+        crowds = [sum(max(0.0, 14 - float(np.abs(spot - other).max())) for other in taken) for spot in spots]
+        spot = spots[int(np.argmin(crowds))]
+        taken.append(spot)
+        x, y = axes.transData.inverted().transform(spot)
+        text = axes.text(x, y, mark.number, ha="center", va="center", fontsize=8, color=INK, zorder=4)
+        text.set_path_effects([withStroke(linewidth=2, foreground=WHITE)])
 
 
 def _frontier_legend(axes: Axes, frontier: Frontier, colours: dict[str | None, str]) -> None:
+    from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
 
-    def sample(shape: str, fill: str, edge: str, label: str) -> Line2D:
-        return Line2D([], [], ls="", marker=shape, ms=8, mfc=fill, mec=edge, mew=1.5, label=label)
+    def sample(shape: str, fill: str, edge: str) -> Line2D:
+        return Line2D([], [], ls="", marker=shape, ms=8, mfc=fill, mec=edge, mew=1.5)
 
-    networks = [sample("s", colour, colour, architecture_name(name)) for name, colour in colours.items()]
     present = sorted({mark.point.method for mark in frontier.marks}, key=method_order)
-    methods = [sample(SHAPES.get(name, OTHER_SHAPE), GREY, GREY, method_name(name)) for name in present]
-    sources = []
-    if frontier.measured:
-        sources.append(sample("o", GREY, GREY, "filled: measured"))
+    groups = {
+        "Source": [("filled: measured", sample("o", GREY, GREY))] if frontier.measured else [],
+        "Network": [(architecture_name(name), sample("s", colour, colour)) for name, colour in colours.items()],
+        "Method": [(method_name(name), sample(SHAPES.get(name, OTHER_SHAPE), GREY, GREY)) for name in present],
+    }
     if frontier.published:
-        sources.append(sample("o", WHITE, GREY, "open: published, Wu et al. 2018"))
+        groups["Source"].append(("open: published, Wu et al. 2018", sample("o", WHITE, GREY)))
     top = 1.0
-    for title, handles in (("Source", sources), ("Network", networks), ("Method", methods)):
-        legend = axes.legend(
-            handles=handles,
-            title=title,
-            alignment="left",
-            loc="upper left",
-            borderaxespad=0,
-            bbox_to_anchor=(1.02, top),
-        )
-        axes.add_artist(legend)
-        top -= 0.075 + 0.051 * len(handles)
-    if frontier.floor is not None:
-        text = f"on the lower edge:\nbelow {frontier.floor:.1f} %, not to scale"
-        axes.text(1.02, 0, text, transform=axes.transAxes, fontsize=8.5, color=INK, va="bottom")
+    for title, entries in groups.items():
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, top), "borderaxespad": 0}
+        labels, handles = [label for label, _ in entries], [handle for _, handle in entries]
+        axes.add_artist(Legend(axes, handles, labels, title=title, alignment="left", **place))
+        top -= 0.075 + 0.049 * len(entries)
+    below = [mark for mark in frontier.marks if mark.below]
+    if below:
+        lines = [f"{mark.number}: {mark.point.accuracy:.1f} %" for mark in below[:BELOW_NAMED]]
+        lines += [f"and {len(below) - BELOW_NAMED} more"] if len(below) > BELOW_NAMED else []
+        text = "\n".join(["Below the broken line, not to scale:", *lines])
+        axes.text(1.03, 0, text, transform=axes.transAxes, fontsize=9, color=INK, va="bottom", linespacing=1.4)
 
 
 # ---- block usage ---------------------------------------------------------------------------------------------------
@@ -353,9 +355,9 @@ def class_keep_rates(usage: Usage, most: int) -> Figure:
     longest = max(len(usage.class_names[row]) for row in rows)
     width = float(figure.get_figwidth())
     figure.subplots_adjust(
-        left=(0.35 + 0.085 * longest) / width, right=0.98, top=1 - 0.45 / height, bottom=0.65 / height
+        left=(0.35 + 0.085 * longest) / width, right=1 - 0.15 / width, top=1 - 0.45 / height, bottom=0.65 / height
     )
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, fraction=0.1, pad=0.02, aspect=30, shrink=0.9)
     bar.set_label("images that keep it, %")
     bar.outline.set_visible(False)
     return figure

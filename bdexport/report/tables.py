@@ -84,9 +84,11 @@ def _add_method(
             (paper.architecture_name(architecture), method_name(method)) if index == 0 else ("", "")
         )
         theirs = (published.without, published.finetuned) if published else (None, None)
-        for figures, point, measured in zip(theirs, pair, (without, finetuned), strict=True):
-            cells += _published(figures) if index == 0 else ("", "")
-            cells += _ours(table, point, bool(measured))
+        for figures, point in zip(theirs, pair, strict=True):
+            if index == 0:
+                cells += _published(figures) + (_ours(table, point) if point else (NOT_MEASURED, ""))
+            else:
+                cells += ("", "") + (_ours(table, point) if point else ("", ""))
         table.rows.append(cells)
 
 
@@ -96,9 +98,7 @@ def _published(figures: tuple[float, float] | None) -> tuple[str, str]:
     return (f"{figures[0]:.1f}", f"{figures[1]:g}")
 
 
-def _ours(table: Table, point: Point | None, measured: bool) -> tuple[str, str]:
-    if point is None:
-        return ("", "") if measured else (NOT_MEASURED, "")
+def _ours(table: Table, point: Point) -> tuple[str, str]:
     blocks = "" if point.blocks is None else blocks_text(point.blocks)
     return (f"{point.accuracy:.2f}{_marks(table, point)}", blocks)
 
@@ -196,7 +196,7 @@ def table_2(latencies: Iterable[Latency]) -> Table:
         name = paper.architecture_name(architecture)
         if theirs:
             cells = _saved(theirs[FULL], theirs[BLOCKDROP])
-            table.rows.append((name, "paper, NVIDIA P6000", *cells))
+            table.rows.append((name, "paper, CIFAR-10, NVIDIA P6000", *cells))
         for latency in ours:
             if latency.architecture == architecture:
                 cells = _saved(latency.full_ms, latency.dynamic_ms)
