@@ -38,6 +38,7 @@ def evaluate(
     from bdexport.checkpoint import build_model, load_checkpoint
     from bdexport.dataset import check_classes, load_dataset
     from bdexport.evaluate import evaluate_model
+    from bdexport.report.sources import trained_record
     from bdexport.train.data import DeviceImages
 
     found = load_checkpoint(
@@ -67,6 +68,7 @@ def evaluate(
         "architecture": found.network.name,
         "dataset": {"name": chosen.name, "split": chosen.split, "images": len(chosen)},
         "num_blocks": found.network.num_blocks,
+        **trained_record(found.training),
     } | result
     _print_table(result, json)
     if json is not None:

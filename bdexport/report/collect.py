@@ -138,7 +138,10 @@ def collect(sources: Sources, data: Data | None, config: ReportConfig, command: 
         if measured is not None and data is not None:
             _add_measured(report, source, found, kind, measured, data, config)
         else:
-            _add_stored(report, source, found, kind, measure.flops_of(found).full)
+            try:
+                _add_stored(report, source, found, kind, measure.flops_of(found).full)
+            except (KeyError, TypeError, ValueError):
+                report.skipped.append(f"{source.name}: no results: its training record is incomplete")
     if refusals and len(refusals) == len(models):
         raise refusals[0]
     report.points = with_training(without_repeats([*report.points, *sources.points]), trained)
@@ -252,6 +255,8 @@ def _remark(report: Report, data: Data | None, has_models: bool) -> None:
     if data is None:
         remedy = "pass --dataset D --data DIR" if has_models else "name a RUN folder or a checkpoint, and the data set"
         report.skipped.append(f"contact sheets and keep-rates per class: no images were given; {remedy}")
+    elif not has_models:
+        report.skipped.append(f"{data.dataset.name}: nothing was measured on it: no checkpoint was named")
     for usage in report.usages:
         method = next((p.method for p in report.points if p.label == usage.name), BLOCKDROP)
         if usage.unique_masks == 1 and method not in FIXED_MASKS:
@@ -266,4 +271,4 @@ def _remark(report: Report, data: Data | None, has_models: bool) -> None:
                 f"{name}: {left_out} results of other splits than the test set stand in the list of all results only, "
                 "not in the plots and the paper's tables"
             )
-        report.paper_remarks += paper.remarks(name)
+        report.paper_remarks += paper.remarks(name, with_latency=bool(report.latencies))

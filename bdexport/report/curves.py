@@ -106,5 +106,7 @@ def _phases(rows: list[dict[str, Any]]) -> tuple[PhaseSpan, ...]:
 
 
 def _chosen(rows: list[dict[str, Any]]) -> int | None:
-    scored = [(tuple(row["score"]), epoch) for epoch, row in enumerate(rows, start=1) if row.get("score")]
+    scored = [
+        (tuple(row["score"]), epoch) for epoch, row in enumerate(rows, start=1) if isinstance(row.get("score"), list)
+    ]
     return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else None

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bdexport.config import ReportConfig
-from bdexport.report import paper
+from bdexport.report import paper, plots, sheets
 from bdexport.report.collect import Report, Sheet
 from bdexport.report.curves import Curves
 from bdexport.report.frontier import Axis, Frontier, frontier
@@ -94,8 +94,6 @@ def _remarks(report: Report) -> Iterator[Element]:
 
 
 def _results(report: Report, dataset: str, config: ReportConfig, taken: set[str]) -> Iterator[Element]:
-    from bdexport.report import plots
-
     yield Heading(f"Accuracy and cost on {dataset}")
     numbered = report.numbered(dataset)
     axes: tuple[tuple[Axis, str], ...] = (("flops", "FLOPs"), ("blocks", "blocks"))
@@ -121,16 +119,12 @@ def _counted(found: Frontier) -> str:
 
 
 def _curves(curves: Curves, taken: set[str]) -> Drawing:
-    from bdexport.report import plots
-
     phases = ", ".join(f"{phase.name} {phase.last - phase.first + 1}" for phase in curves.phases)
     caption = f"Training of {curves.name}: {curves.epochs} epochs ({phases}). Validation is the held-out split."
     return Drawing(_name(f"training-{curves.name}", taken), caption, caption, partial(plots.training_curves, curves))
 
 
 def _usage(usage: Usage, config: ReportConfig, taken: set[str]) -> Iterator[Element]:
-    from bdexport.report import plots
-
     yield Heading(usage.name, 3)
     where = f"{usage.images} images, {usage.data}"
     covered = "" if usage.covered > 0.9999 else f" The histogram covers the {usage.covered:.1%} whose masks are stored."
@@ -155,8 +149,6 @@ def _usage(usage: Usage, config: ReportConfig, taken: set[str]) -> Iterator[Elem
 
 
 def _sheet(sheet: Sheet, taken: set[str]) -> Drawing:
-    from bdexport.report import sheets
-
     if sheet.kind == "policies":
         caption = (
             f"{sheet.name}: per class its most frequent policies and the first images that take each; a filled square "

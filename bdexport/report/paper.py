@@ -33,9 +33,13 @@ def citation() -> str:
     return str(_data()["citation"])
 
 
-def remarks(dataset: str) -> list[str]:
-    """What a reader must know about the paper's figures for a data set."""
-    return [str(remark["text"]) for remark in _data()["remarks"] if dataset in remark["datasets"]]
+def remarks(dataset: str, with_latency: bool = True) -> list[str]:
+    """What a reader must know about the paper's figures for a data set, with or without those of Table 2."""
+    return [
+        str(remark["text"])
+        for remark in _data()["remarks"]
+        if dataset in remark["datasets"] and (with_latency or remark["where"] != "Table 2")
+    ]
 
 
 def table_1(dataset: str) -> list[Heuristic]:

@@ -116,7 +116,10 @@ def points_from_file(data: dict[str, Any], where: str) -> list[Point]:
 def points_from_evaluation(data: dict[str, Any], where: str) -> list[Point]:
     """What ``bdexport evaluate --json`` wrote: the full network, the policy and each fixed mask. Raises ReportError."""
     try:
-        return _evaluated(data, where)
+        found = _evaluated(data, where)
+        if not all(math.isfinite(point.accuracy) for point in found):
+            raise ValueError("an accuracy is not a number")
+        return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(
             f"{where}: not a complete result of 'bdexport evaluate --json' ({type(error).__name__}: {error})",

@@ -97,7 +97,16 @@ def trained_as(settings: dict[str, Any]) -> tuple[str, bool | None]:
     method = method_key(str(settings.get("method") or BLOCKDROP))
     finetune = settings.get("finetune")
     epochs = finetune.get("epochs") if isinstance(finetune, dict) else None
-    return method, None if epochs is None else epochs > 0
+    return method, epochs > 0 if isinstance(epochs, int) else None
+
+
+def trained_record(training: dict[str, Any]) -> dict[str, Any]:
+    """``{"trained": {"method", "finetuned"}}`` for a result of a checkpoint; empty where nothing is known."""
+    settings = training.get("settings")
+    if not isinstance(settings, dict):
+        return {}
+    method, finetuned = trained_as(settings)
+    return {"trained": {"method": method, "finetuned": finetuned}}
 
 
 def _read_run(path: Path) -> RunFolder | None:
