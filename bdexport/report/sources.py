@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bdexport.bundle import MANIFEST
 from bdexport.errors import ReportError, UsageError
 from bdexport.report.curves import read_metrics
 from bdexport.report.points import (
@@ -23,8 +24,8 @@ from bdexport.report.points import (
 from bdexport.report.tables import Latency
 
 BENCH_SCHEMA, QUICKSTART_SCHEMA = "bdexport.bench/1", "bdexport.quickstart/1"
+# As bdexport.train.state names them, which needs torch; results alone must be readable without it.
 RUN_FILE, METRICS_FILE, MODEL_FILE = "run.json", "metrics.jsonl", "model.safetensors"
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)

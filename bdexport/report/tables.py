@@ -233,7 +233,7 @@ def all_points(numbered: Iterable[tuple[str, Point]]) -> Table:
                 missing if point.flops is None else flops_text(point.flops),
                 missing if point.unique_masks is None else str(point.unique_masks),
                 source,
-                point.command or ("" if point.source == "paper" else f"from {point.where}"),
+                point.command or (f"from {point.where}" if point.source == "measured" and point.where else ""),
             )
         )
     return table

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.architecture import ResNetSpec
+from bdexport.errors import InputError
 from bdexport.parts import Masks, frequent_masks, mask_from_text
 
 LISTED_MASKS = 10
@@ -108,7 +109,7 @@ def usage_of_statistics(name: str, network: ResNetSpec, statistics: dict[str, An
             keep_rate=keep_rate,
             masks=tuple(pairs[:LISTED_MASKS]),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, InputError):
         return None
 
 
