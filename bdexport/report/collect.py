@@ -163,6 +163,12 @@ def _add_run(report: Report, source: Trained) -> None:
         report.curves.append(curves_of(source.name, source.run.rows))
     else:
         report.skipped.append(f"{source.name}: no training curves: no epoch is finished")
+    if source.run.description.get("base") is not None:
+        report.notes.append(
+            f"{source.name} started from a base network ({source.run.description['base']}). Its validation split was "
+            "kept from this run, but the base may have learned from it (public CIFAR checkpoints were trained on the whole "
+            "training set): its validation accuracy may be too high; compare on the test set."
+        )
     if not source.run.finished:
         report.skipped.append(f"{source.name}: no results: the run is not finished, so it has no model yet")
 
@@ -189,7 +195,7 @@ def _add_measured(
     dataset = data.dataset
     common = _common(source, found) | {"dataset": dataset.name, "split": dataset.split, "images": len(dataset)}
     common["command"] = shlex.join(["bdexport", "evaluate", source.path.as_posix(), *data.words])
-    tuned = True if measured.dropped is not None else None
+    tuned = (kind[1] or None) if measured.dropped is not None else None  # False: the network is the base's own
     report.points.append(
         full_point(f"{source.name}: full", measured.full.accuracy, measured.flops.full, finetuned=tuned, **common)
     )
@@ -239,7 +245,7 @@ def _add_stored(
     common = _common(source, found) | {"dataset": dataset.get("name"), "split": "validation"}
     common["images"] = dataset.get("validation")
     outcome = validation.get("policy")
-    tuned = True if outcome else None
+    tuned = (kind[1] or None) if outcome else None
     report.points.append(
         full_point(f"{source.name}: full", validation["full_accuracy"], full_flops, finetuned=tuned, **common)
     )

@@ -120,7 +120,10 @@ def _counted(found: Frontier) -> str:
 
 def _curves(curves: Curves, taken: set[str]) -> Drawing:
     phases = ", ".join(f"{phase.name} {phase.last - phase.first + 1}" for phase in curves.phases)
-    caption = f"Training of {curves.name}: {curves.epochs} epochs ({phases}). Validation is the held-out split."
+    caption = (
+        f"Training of {curves.name}: {curves.epochs} epochs ({phases}). "
+        "Validation: the split that this run does not learn from."
+    )
     return Drawing(_name(f"training-{curves.name}", taken), caption, caption, partial(plots.training_curves, curves))
 
 

@@ -150,7 +150,7 @@ def _evaluated(data: dict[str, Any], where: str) -> list[Point]:
             f"{name}: full",
             float(full["accuracy"]),
             float(full["flops"]),
-            finetuned=True if has_policy else None,
+            finetuned=trained.get("finetuned", True) or None if has_policy else None,
             command=shlex.join(words),
             **common,
         )

@@ -74,12 +74,14 @@ def test_without_images_the_page_says_what_is_missing(
     """Oracle: the reasons on stderr, in the data and on the page."""
     unfinished = tmp_path / "cut-off"
     unfinished.mkdir()
-    (unfinished / "run.json").write_text("{}")
+    (unfinished / "run.json").write_text('{"base": "resnet32.th"}')
     (unfinished / "metrics.jsonl").write_text(json.dumps(epoch("pretrain", 10.0)) + "\n")
     data = report(tmp_path, str(workplace / "run"), str(unfinished))
     assert [curves["name"] for curves in data["curves"]] == ["run", "cut-off"]
     assert data["points"] == []
     assert data["sheets"] == []
+    assert len(data["notes"]) == 1  # of the run that has a base
+    assert data["notes"][0].startswith("cut-off started from a base network (resnet32.th)")
     skipped = "\n".join(data["skipped"])
     assert "cut-off: no results: the run is not finished" in skipped
     assert "run: no results" in skipped  # the tiny checkpoint's record has no validation figures
