@@ -166,8 +166,8 @@ def _add_run(report: Report, source: Trained) -> None:
     if source.run.description.get("base") is not None:
         report.notes.append(
             f"{source.name} started from a base network ({source.run.description['base']}). Its validation split was "
-            "kept from this run, but the base may have learned from it (public CIFAR checkpoints were trained on the whole "
-            "training set): its validation accuracy may be too high; compare on the test set."
+            "kept from this run, but the base may have learned from it (public CIFAR checkpoints were trained on the "
+            "whole training set): its validation accuracy may be too high; compare on the test set."
         )
     if not source.run.finished:
         report.skipped.append(f"{source.name}: no results: the run is not finished, so it has no model yet")
