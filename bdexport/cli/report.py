@@ -23,7 +23,8 @@ DEFAULT = ReportConfig()
 
 def report(
     sources: Annotated[
-        list[Path], typer.Argument(help="RUN folders, checkpoints, JSON of 'evaluate' or 'bench', files of points.")
+        list[Path],
+        typer.Argument(help="RUN folders, checkpoints (or zoo:NAME), JSON of 'evaluate' or 'bench', files of points."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, its Markdown twin, the data and the plots.")],
     dataset: Annotated[

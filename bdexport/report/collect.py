@@ -15,7 +15,6 @@ from bdexport.errors import DatasetError
 from bdexport.report import paper, tables
 from bdexport.report.curves import Curves, curves_of
 from bdexport.report.points import (
-    BLOCKDROP,
     FIXED_MASKS,
     Point,
     checkpoint_key,
@@ -28,7 +27,7 @@ from bdexport.report.points import (
     without_repeats,
 )
 from bdexport.report.samples import Strip, easiest_and_hardest, shared_policies
-from bdexport.report.sources import Sources, Trained, trained_as
+from bdexport.report.sources import Sources, Trained, mask_title, trained_as
 from bdexport.report.usage import Usage, usage_of_masks, usage_of_statistics
 
 if TYPE_CHECKING:
@@ -183,6 +182,12 @@ def _common(source: Trained, found: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _label(source: Trained, found: Checkpoint) -> str:
+    """As ``evaluate`` names the result: the mask belongs to the name where it is fixed."""
+    title = mask_title(found.training)
+    return source.name if title is None else f"{source.name}: {title}"
+
+
 def _add_measured(
     report: Report,
     source: Trained,
@@ -203,13 +208,14 @@ def _add_measured(
     if dropped is None:
         return
     outcome = dropped.to_json(measured.flops, with_policy=measured.with_policy)
-    report.points.append(outcome_point(source.name, kind[0], kind[1], outcome, **common))
+    label = _label(source, found)
+    report.points.append(outcome_point(label, kind[0], kind[1], outcome, **common))
     where = f"{dataset.name} {dataset.split} split"
     report.usages.append(
         usage_of_masks(source.name, where, found.network, dropped.masks, dataset.labels, dataset.class_names)
     )
     if not measured.with_policy:
-        report.skipped.append(f"{source.name}: no contact sheets: one mask for all images, by design")
+        report.skipped.append(f"{source.name}: no contact sheets: its masks do not depend on the image, by design")
         return
     policies = shared_policies(
         dropped.masks,
@@ -244,13 +250,13 @@ def _add_stored(
         return
     common = _common(source, found) | {"dataset": dataset.get("name"), "split": "validation"}
     common["images"] = dataset.get("validation")
-    outcome = validation.get("policy")
+    outcome = validation.get("policy") or next(iter((validation.get("fixed") or {}).values()), None)
     tuned = (kind[1] or None) if outcome else None
     report.points.append(
         full_point(f"{source.name}: full", validation["full_accuracy"], full_flops, finetuned=tuned, **common)
     )
     if outcome:
-        report.points.append(outcome_point(source.name, kind[0], kind[1], outcome, **common))
+        report.points.append(outcome_point(_label(source, found), kind[0], kind[1], outcome, **common))
     usage = usage_of_statistics(source.name, found.network, found.training.get("policy_statistics") or {})
     if usage is not None:
         report.usages.append(usage)
@@ -264,8 +270,8 @@ def _remark(report: Report, data: Data | None, has_models: bool) -> None:
     elif not has_models:
         report.skipped.append(f"{data.dataset.name}: nothing was measured on it: no checkpoint was named")
     for usage in report.usages:
-        method = next((p.method for p in report.points if p.label == usage.name), BLOCKDROP)
-        if usage.unique_masks == 1 and method not in FIXED_MASKS:
+        by_design = any(p.method in FIXED_MASKS and p.label.startswith(f"{usage.name}: ") for p in report.points)
+        if usage.unique_masks == 1 and not by_design:
             report.notes.append(
                 f"{usage.name}: the policy gives every image the same mask: a pruned network, not BlockDrop"
             )

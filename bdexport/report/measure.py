@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.dataset import Dataset, check_classes
-from bdexport.evaluate import Batches, Outcome, Strategy, keep_all, run_masks, same_mask
+from bdexport.evaluate import Batches, Outcome, Strategy, fixed_strategy, keep_all, run_masks
 from bdexport.models.flops import FlopsTable, count_flops
 from bdexport.models.pair import BlockDropNet
-from bdexport.parts import mask_from_text
 from bdexport.train.data import DeviceImages
 
 Tracked = Callable[[str, Batches, int], Batches]  # (title, batches, their number) -> the same batches, watched
@@ -74,10 +73,11 @@ def measure(found: Checkpoint, dataset: Dataset, batch: int, name: str, tracked:
 
 
 def _strategy(found: Checkpoint, model: BlockDropNet) -> Strategy | None:
+    """The policy, or the fixed mask that the network was finetuned under (random-k drawn as ``evaluate`` draws it)."""
     if found.policy is not None:
         return model.masks
-    mask: Any = found.training.get("mask")
-    return same_mask(mask_from_text(mask, found.network.num_blocks)) if isinstance(mask, str) else None
+    fixed: Any = found.training.get("fixed_mask")
+    return fixed_strategy(fixed["mask"], fixed["kept"], 0, model)[1] if isinstance(fixed, dict) else None
 
 
 @torch.no_grad()

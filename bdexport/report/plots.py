@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 
 # ---- training curves -----------------------------------------------------------------------------------------------
 
-PHASE_COLOURS = {"pretrain": SKY, "prime": BLUE, "adapt": ORANGE, "curriculum": PURPLE, "finetune": GREEN}
+PHASE_COLOURS = {
+    "pretrain": SKY,
+    "prime": BLUE,
+    "adapt": ORANGE,
+    "curriculum": PURPLE,
+    "finetune": GREEN,
+    "finetune_fixed": GREEN,
+}
 FEW_EPOCHS = 40  # up to here, every epoch has a dot
 
 

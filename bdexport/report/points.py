@@ -161,16 +161,32 @@ def _evaluated(data: dict[str, Any], where: str) -> list[Point]:
             outcome_point(name, method, trained.get("finetuned"), data["policy"], command=shlex.join(words), **common)
         )
     for title, outcome in data.get("fixed", {}).items():
-        kind, _, kept = str(title).partition(" ")
-        method = kind if kind in METHODS else "fixed"
-        extra = ["--fixed", kind, *(["--kept", kept] if kept else [])]
-        note = "a fixed mask on a network that was trained with a policy, not for this mask" if has_policy else None
-        found.append(
-            outcome_point(
-                f"{name}: {title}", method, False, outcome, note=note, command=shlex.join([*words, *extra]), **common
-            )
-        )
+        found.append(_fixed(name, str(title), outcome, trained, has_policy, words, common))
     return found
+
+
+def _fixed(
+    name: str,
+    title: str,
+    outcome: dict[str, Any],
+    trained: dict[str, Any],
+    has_policy: bool,
+    words: list[str],
+    common: dict[str, Any],
+) -> Point:
+    """A fixed mask: the one that the network was finetuned under, or any other."""
+    kind, _, kept = title.partition(" ")
+    method = kind if kind in METHODS else "fixed"
+    tuned, note = False, None
+    if title == trained.get("mask"):
+        method, tuned = method_key(trained["method"]), trained["finetuned"]
+    elif has_policy:
+        note = "a fixed mask on a network that was trained with a policy, not for this mask"
+    elif trained.get("mask"):
+        note = f"on a network that was finetuned under another mask, {trained['mask']}"
+    words = [*words, "--fixed", kind, *(["--kept", kept] if kept else [])]
+    label = f"{name}: {title}"
+    return outcome_point(label, method, tuned, outcome, note=note, command=shlex.join(words), **common)
 
 
 def full_point(label: str, accuracy: float, flops: float, *, num_blocks: int, **others: Any) -> Point:

@@ -15,6 +15,7 @@ from bdexport.report.curves import read_metrics
 from bdexport.report.points import (
     BLOCKDROP,
     EVALUATE_SCHEMA,
+    FIXED_MASKS,
     POINTS_SCHEMA,
     Point,
     method_key,
@@ -94,20 +95,40 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def trained_as(settings: dict[str, Any]) -> tuple[str, bool | None]:
-    """(method, finetuned) from the settings that a run or a checkpoint's training record holds."""
+    """(method, finetuned) from the settings that a run or a checkpoint's training record holds.
+
+    A run with method ``fixed`` is called after its mask: ``distribute-k``, .., ``searched``, or ``fixed`` for one
+    that was given as a text.
+    """
     method = method_key(str(settings.get("method") or BLOCKDROP))
+    fixed = settings.get("fixed")
+    if method == "fixed" and isinstance(fixed, dict):
+        mask = str(fixed.get("mask"))
+        method = "searched" if mask == "search" else mask if mask in FIXED_MASKS else "fixed"
     finetune = settings.get("finetune")
     epochs = finetune.get("epochs") if isinstance(finetune, dict) else None
     return method, epochs > 0 if isinstance(epochs, int) else None
 
 
 def trained_record(training: dict[str, Any]) -> dict[str, Any]:
-    """``{"trained": {"method", "finetuned"}}`` for a result of a checkpoint; empty where nothing is known."""
+    """``{"trained": {"method", "finetuned", "mask"}}`` for a result of a checkpoint; empty where nothing is known.
+
+    ``mask``: the title of the fixed mask that it was finetuned under, as ``evaluate`` calls it; None for a policy.
+    """
     settings = training.get("settings")
     if not isinstance(settings, dict):
         return {}
     method, finetuned = trained_as(settings)
-    return {"trained": {"method": method, "finetuned": finetuned}}
+    return {"trained": {"method": method, "finetuned": finetuned, "mask": mask_title(training)}}
+
+
+def mask_title(training: dict[str, Any]) -> str | None:
+    """``distribute-k 8``, or the mask as a text: what a network of method ``fixed`` was finetuned under."""
+    fixed = training.get("fixed_mask")
+    if not isinstance(fixed, dict):
+        return None
+    mask = str(fixed.get("mask"))
+    return f"{mask} {fixed.get('kept')}" if mask in FIXED_MASKS else mask
 
 
 def _read_run(path: Path) -> RunFolder | None:

@@ -71,6 +71,15 @@ class DeviceImages:
         return (images.float() * self.scale - self.offset).permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """The held-out split is never trained on; every choice is made on it."""
+
+    train: DeviceImages
+    validation: DeviceImages
+    augmentation: Augmentation
+
+
 def steps_per_epoch(images: int, batch: int, share: float) -> int:
     """Batches in a pass over ``share`` of the images, at least one."""
     return max(1, int(images * share) // min(batch, images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_cases import epoch
-from tiny import tiny_checkpoint_file
+from tiny import tiny_checkpoint, tiny_checkpoint_file, tiny_model
 
+from bdexport.checkpoint import save_checkpoint
 from bdexport.cli.main import main
 
 SPLIT = ("--dataset", "folder", "--split", "test")
@@ -66,6 +68,31 @@ def test_measured_numbers_are_those_of_evaluate(workplace: Path, tmp_path: Path)
     rows = [row for strip in data["sheets"][0]["strips"] for row in strip["rows"]]
     assert len(set(rows)) == len(rows) <= 18
     assert data["curves"][0]["chosen"] == 1
+
+
+def test_a_network_finetuned_under_a_fixed_mask_is_measured_under_it(workplace: Path, tmp_path: Path) -> None:
+    """Oracle: `bdexport evaluate --json`, whose result given as well adds nothing; the method of the settings."""
+    model = tiny_model()
+    found = tiny_checkpoint(model)
+    state = {name: value for name, value in found.state.items() if not name.startswith("policy.")}
+    settings = {"method": "fixed", "fixed": {"mask": "distribute-k"}, "finetune": {"epochs": 2}}
+    training = {"settings": settings, "fixed_mask": {"mask": "distribute-k", "kept": 2}}
+    checkpoint = tmp_path / "static.safetensors"
+    save_checkpoint(checkpoint, replace(found, policy=None, state=state, training=training))
+    images, result = ("--data", str(workplace / "images")), tmp_path / "evaluate.json"
+    assert main(["evaluate", str(checkpoint), *SPLIT, *images, "--json", str(result)]) == 0
+    expected = json.loads(result.read_text())["fixed"]["distribute-k 2"]
+    data = report(tmp_path, str(checkpoint), str(result), *SPLIT, *images)
+    assert [point["label"] for point in data["points"]] == [
+        "static.safetensors: full",
+        "static.safetensors: distribute-k 2",
+    ]
+    fixed = data["points"][1]
+    assert (fixed["method"], fixed["finetuned"], fixed["note"]) == ("distribute-k", True, None)
+    assert (fixed["accuracy"], fixed["flops"]["mean"]) == (expected["accuracy"], expected["flops"]["mean"])
+    assert data["usage"][0]["unique_masks"] == 1
+    assert data["notes"] == []  # one mask for all images is no failure here
+    assert data["sheets"] == []
 
 
 def test_without_images_the_page_says_what_is_missing(

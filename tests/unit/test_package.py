@@ -27,6 +27,7 @@ RUN_TIME_HALF = [
     "bdexport.preprocess",
     "bdexport.runtime",
     "bdexport.tensors",
+    "bdexport.zoo",
     "bdexport.cli.console",
     "bdexport.cli.main",
     "bdexport.cli.quickstart",
@@ -41,6 +42,7 @@ RUN_TIME_HALF = [
     "bdexport.cli.report",
     "bdexport.report.write",
     "bdexport.cli.doctor",
+    "bdexport.cli.zoo",
 ]
 BUILD_HALF_ONLY = ("torch", "onnx", "safetensors", "sklearn", "scipy", "tensorboard", "matplotlib")
 

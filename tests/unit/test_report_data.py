@@ -82,6 +82,25 @@ def test_points_of_the_published_evaluation(repository: Path) -> None:
     assert fixed.note is not None  # on a network that was trained with a policy
 
 
+def test_fixed_masks_are_told_apart_by_what_the_network_was_finetuned_under() -> None:
+    """Oracle: three results of one network: its own mask is finetuned, another one is marked."""
+    outcome = {"accuracy": 50.0, "flops": {"mean": 1.0, "std": 0.0}, "blocks_used": {"mean": 8.0, "std": 0.0}}
+    outcome["unique_masks"] = 1
+    data = {
+        "checkpoint": "runs/static",
+        "architecture": "resnet32",
+        "num_blocks": 15,
+        "dataset": {"name": "cifar10", "split": "test", "images": 10},
+        "trained": {"method": "searched", "finetuned": True, "mask": "1" * 8 + "0" * 7},
+        "full": {"accuracy": 90.0, "flops": 2},
+        "fixed": {"1" * 8 + "0" * 7: outcome, "first-k 8": outcome},
+    }
+    own, other = points_from_evaluation(data, "file")[1:]
+    assert (own.method, own.finetuned, own.note) == ("searched", True, None)
+    assert (other.method, other.finetuned) == ("first-k", False)
+    assert other.note == "on a network that was finetuned under another mask, 111111110000000"
+
+
 def test_points_file_round_trip() -> None:
     """Oracle: inverse functions; a shared field holds where a point has none of its own."""
     points = [point("a", note="why", where="there"), point("b", flops=None, unique_masks=4, where="there")]
@@ -138,7 +157,9 @@ def test_a_result_learns_from_its_run_how_it_was_trained() -> None:
     found = with_training([unknown, known], {"runs/a": trained_as({"method": "blockdrop", "finetune": {"epochs": 0}})})
     assert [p.finetuned for p in found] == [False, True]
     assert trained_as({}) == ("blockdrop", None)
-    assert trained_as({"method": "Distribute_K", "finetune": {"epochs": 3}}) == ("distribute-k", True)
+    for mask, name in (("search", "searched"), ("distribute-k", "distribute-k"), ("1100", "fixed")):
+        settings = {"method": "fixed", "fixed": {"mask": mask}, "finetune": {"epochs": 3}}
+        assert trained_as(settings) == (name, True)
 
 
 # ---- the frontier --------------------------------------------------------------------------------------------------
