@@ -353,3 +353,16 @@ class RunConfig:
     """How ``bdexport run`` times an image."""
 
     timed_calls: int = 5  # after warm-up; the median is shown
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What ``bdexport report`` shows, and how much of it."""
+
+    split: str = "test"
+    batch: int = 250
+    accuracy_span: float = 8.0  # points below the best: what is worse lies on the lower edge, not to scale
+    heat_map_classes: int = 100  # rows of the per-class heat map, at most
+    sheet_classes: int = 10  # classes on a contact sheet, at most
+    sheet_policies: int = 3  # masks per class, as in the paper's Figure 4
+    sheet_images: int = 8  # per mask, and of the easiest and the hardest

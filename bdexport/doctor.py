@@ -103,6 +103,7 @@ def packages() -> tuple[Probe, ...]:
         _package("build", "safetensors", "safetensors", "import safetensors.numpy"),
         _package("build", "scikit-learn", "sklearn", "import sklearn.datasets"),
         _package("build", "tensorboard", "tensorboard", ""),
+        _package("report", "matplotlib", "matplotlib", ""),
         _package("gpu", "onnxruntime-gpu", "onnxruntime", _PROVIDERS_GPU, imports=_ONNXRUNTIME_GPU),
         _package("gpu", "tensorrt", "tensorrt", "detail = 'TensorRT ' + version.split('.')[0]"),
         _package("gpu", "cuda-python", "cuda.bindings", _CUDA, imports=_CUDA_IMPORTS),

@@ -12,6 +12,7 @@
     |-- BundleError         a bundle is missing, damaged, tampered with or of another version
     |-- BackendError        a backend is unavailable here or failed while running
     |-- VerificationError   outputs differ by more than the tolerance
+    |-- ReportError         a run or a result that a report is made from cannot be read
     `-- OutputError         a result cannot be written
 
 The text always reads: what, got, expected, remedy. ``bdexport`` prints it as one line and exits with ``exit_code``.
@@ -84,6 +85,10 @@ class BackendError(BdexportError):
 
 class VerificationError(BdexportError):
     """Outputs differ from the reference by more than the tolerance."""
+
+
+class ReportError(BdexportError):
+    """A run or a result that a report is made from is damaged, incomplete or of another form."""
 
 
 class OutputError(BdexportError):

@@ -49,6 +49,7 @@ def evaluate(
     from bdexport.evaluate import evaluate_model
     from bdexport.files import sha256_file
     from bdexport.models.lccl import lccl_reference
+    from bdexport.report.sources import trained_record
     from bdexport.train.data import DeviceImages
 
     references = {word: _zeros(word) for word in reference or []}
@@ -64,9 +65,8 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(found, with_policy=False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, device)
-    trained_for = found.training.get(
-        "fixed_mask"
-    )  # of --method fixed: what it was finetuned under, unless asked otherwise
+    # Of a run with --method fixed: the mask that it was finetuned under, unless another is asked for.
+    trained_for = found.training.get("fixed_mask")
     with progress() as bar:
 
         def batches(title: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -92,6 +92,7 @@ def evaluate(
         "dataset": {"name": chosen.name, "split": chosen.split, "images": len(chosen)},
         "num_blocks": found.network.num_blocks,
         "pruned": found.network.inner_widths is not None,
+        **trained_record(found.training),
     } | result
     _print_table(result, json)
     if json is not None:

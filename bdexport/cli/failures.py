@@ -24,6 +24,7 @@ EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
     "safetensors": "build",
     "sklearn": "build",
     "tensorboard": "build",
+    "matplotlib": "report",
     "onnxruntime": "cpu",
     "tensorrt": "gpu",
     "cuda": "gpu",

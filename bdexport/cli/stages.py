@@ -14,6 +14,7 @@ TITLES = {
     "engines": "building engines",
     "parts": "verifying parts",
     "paths": "verifying paths",
+    "plots": "drawing plots",
 }
 
 

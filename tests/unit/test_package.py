@@ -39,10 +39,12 @@ RUN_TIME_HALF = [
     "bdexport.cli.verify",
     "bdexport.cli.run",
     "bdexport.cli.bench",
+    "bdexport.cli.report",
+    "bdexport.report.write",
     "bdexport.cli.doctor",
     "bdexport.cli.zoo",
 ]
-BUILD_HALF_ONLY = ("torch", "onnx", "safetensors", "sklearn", "scipy", "tensorboard")
+BUILD_HALF_ONLY = ("torch", "onnx", "safetensors", "sklearn", "scipy", "tensorboard", "matplotlib")
 
 # A finder that refuses, in front of all others: to the code under test the packages are not installed.
 WITHOUT = """
@@ -102,9 +104,10 @@ def test_plain_install_brings_the_run_time_half_only(repository: Path) -> None:
 def test_extras(repository: Path) -> None:
     """Oracle: the uses that the README lists, each with the package that makes it work; PyCUDA stands alone."""
     extras = {extra: names(list(found)) for extra, found in project(repository)["optional-dependencies"].items()}
-    assert set(extras) == {"build", "cpu", "gpu", "pycuda", "rtx", "dev"}
+    assert set(extras) == {"build", "cpu", "report", "gpu", "pycuda", "rtx", "dev"}
     assert extras["build"] >= {"torch", "onnx", "onnxruntime", "safetensors", "scikit-learn"}
     assert extras["cpu"] == {"onnxruntime"}
+    assert extras["report"] == {"matplotlib"}
     assert extras["gpu"] == {"onnxruntime-gpu", "tensorrt", "cuda-python"}
     assert [extra for extra, found in extras.items() if "pycuda" in found] == ["pycuda"]
 
@@ -115,7 +118,7 @@ def test_constraints_pin_what_make_installs(repository: Path) -> None:
     pinned = {Requirement(line).name.lower(): str(Requirement(line).specifier) for line in lines}
     data = project(repository)
     wanted = names(data["dependencies"])
-    for extra in ("build", "cpu", "dev"):
+    for extra in ("build", "cpu", "report", "dev"):
         wanted |= names(data["optional-dependencies"][extra])
     for name in wanted:
         assert pinned[name].startswith("=="), name

@@ -1,0 +1,108 @@
+"""``bdexport report``: runs and results as tables, plots and one page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bdexport.cli.console import err_console, progress, table_console, to_plain, write_json_result
+from bdexport.cli.stages import stages_of
+from bdexport.config import ReportConfig
+
+if TYPE_CHECKING:
+    from bdexport.cli.console import StageProgress
+    from bdexport.report.collect import Data, Report
+    from bdexport.report.measure import Tracked
+
+DEFAULT = ReportConfig()
+
+
+def report(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="RUN folders, checkpoints (or zoo:NAME), JSON of 'evaluate' or 'bench', files of points."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the page, its Markdown twin, the data and the plots.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Measure the checkpoints: cifar10, cifar100, folder or digits.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
+    images: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = DEFAULT.batch,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    json: Annotated[str | None, typer.Option(help="Also write the data to this file ('-': stdout).")] = None,
+) -> None:
+    """Training curves, accuracy against FLOPs beside the paper's, block usage, contact sheets: HTML, PNG and SVG."""
+    from dataclasses import replace
+
+    from bdexport.errors import OutputError, UsageError
+    from bdexport.report.collect import collect
+    from bdexport.report.sources import read_sources
+    from bdexport.report.write import write_report
+
+    _need_matplotlib()
+    if dataset is None and (data is not None or images is not None):
+        raise UsageError("--data and --images", expected="--dataset with them")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:  # before minutes of measuring, not after
+        raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
+    config = replace(DEFAULT, split=split, batch=batch)
+    found = read_sources(sources)
+    chosen = None if dataset is None else _data(dataset, data, split, images)
+    command = shlex.join(["bdexport", "report", *map(str, sources), *(chosen.words if chosen else ()), "--out", "DIR"])
+    with progress() as bar:
+        result = collect(found, chosen, config, command, _tracked(bar))
+        plain: dict[str, Any] = to_plain(result.to_json())
+        files = write_report(result, plain, out, config, overwrite, stages_of(bar))
+    _print_summary(result, files, json)
+    if json is not None:
+        write_json_result(json, plain)
+
+
+def _need_matplotlib() -> None:
+    """Fail now, not after the measuring; the missing module is explained where every other one is."""
+    import matplotlib  # noqa: F401
+
+
+def _data(dataset: str, data: Path | None, split: str, images: int | None) -> Data:
+    from bdexport.dataset import load_dataset
+    from bdexport.report.collect import Data
+
+    words = ["--dataset", dataset, *(["--data", str(data)] if data is not None else []), "--split", split]
+    words += [] if images is None else ["--images", str(images)]
+    return Data(load_dataset(dataset, data, split, limit=images), tuple(words))
+
+
+def _tracked(bar: StageProgress) -> Tracked:
+    def track(title: str, batches: Any, total: int) -> Iterator[Any]:
+        return iter(bar.track(batches, total=total, description=title))
+
+    return track
+
+
+def _print_summary(result: Report, files: list[Path], json: str | None) -> None:
+    from rich.table import Table
+
+    out = table_console(json)
+    for dataset in result.datasets():
+        measured = [(number, point) for number, point in result.numbered(dataset) if point.source == "measured"]
+        if not measured:
+            continue
+        from bdexport.report.tables import all_points
+
+        rows = all_points(measured)
+        shown = [index for index, column in enumerate(rows.columns) if column not in ("command", "network")]
+        table = Table(*(rows.columns[index] for index in shown), title=f"results on {dataset}")
+        for row in rows.rows:
+            table.add_row(*(row[index] for index in shown))
+        out.print(table)
+    for text in result.notes:
+        err_console.print(f"note: {text}")
+    for text in result.skipped:
+        err_console.print(f"not shown: {text}")
+    plots = sum(file.suffix == ".svg" for file in files)
+    out.print(f"{files[0]} ({plots} plots beside it, as SVG and PNG)", soft_wrap=True)
