@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bdexport.errors import TrainingError
+from bdexport.errors import DivergedError, TrainingError
 from bdexport.evaluate import Outcome, keep_all, run_masks
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import Augmentation, DeviceImages, steps_per_epoch
+from bdexport.train.distributed import World
 from bdexport.train.events import EventLog
 from bdexport.train.phases import PHASES, Phase, Setting
 from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
@@ -50,7 +51,7 @@ class TrainingData:
 
 def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
     """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch."""
-    events = EventLog(run, len(state.history))
+    events = EventLog(run, len(state.history), writes=setting.world.leads)
     try:
         _run_phases(setting, data, state, run, reporter, events)
     finally:
@@ -70,12 +71,14 @@ def _run_phases(
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
             row = _train_epoch(phase, epoch, data, reporter)
+            setting.world.settle(setting.model)
+            _check_weights(phase)
             row |= _validate(phase, setting, data)
             _choose(phase, setting, state, row)
             _remember(state, setting, phase, index, epoch + 1)
             state.history.append(row)
             events.add(row, len(state.history))  # before the state: what a crash leaves in between is purged
-            save_state(run, state)
+            setting.world.once(lambda: save_state(run, state))
             reporter.line(row)
             _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
@@ -101,23 +104,36 @@ def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporte
     sums: dict[str, float] = {}
     images_seen = 0
     started = time.perf_counter()
-    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator)
+    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator, setting.world)
     with reporter.epoch(f"{phase.name} {epoch + 1}/{phase.epochs}", steps) as advance:
         for step, batch in enumerate(batches):
             phase.at(epoch + step / steps)
             for name, value in phase.step(batch).items():
                 sums[name] = sums.get(name, 0.0) + value
-            images_seen += len(batch.labels)
+            images_seen += len(batch.labels) * setting.world.size
             advance()
     seconds = time.perf_counter() - started
     return {
         "phase": phase.name,
         "epoch": epoch + 1,
-        "train": {name: value / steps for name, value in sums.items()},
+        "train": _averages(sums, steps, setting.world),
         "open_blocks": phase.opened(epoch) if phase.uses_policy else None,
         "seconds": round(seconds, 2),
         "images_per_s": round(images_seen / seconds, 1),
     }
+
+
+def _averages(sums: dict[str, float], steps: int, world: World) -> dict[str, float]:
+    """Means over an epoch's steps and over the processes."""
+    means = world.mean(torch.tensor([value / steps for value in sums.values()], dtype=torch.float64))
+    return dict(zip(sums, means.tolist(), strict=True))
+
+
+def _check_weights(phase: Phase) -> None:
+    """The last step of an epoch can spoil the weights without a loss that shows it: they must not be saved as good."""
+    for name, tensor in phase.setting.model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(f"{phase.name}: {name} is not finite", remedy=phase.calmer())
 
 
 def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, Any]:
@@ -136,12 +152,14 @@ def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, A
 
 
 def validation_outcome(setting: Setting, images: DeviceImages, strategy: Any) -> Outcome:
-    """One pass over a split in eval mode, leaving each module's training mode as it was."""
+    """One pass over a split in eval mode, leaving each module's training mode as it was; each process takes a shard."""
     model = setting.model
     modes = {module: module.training for module in (model.network, model.policy)}
     model.eval()
+    world, batch = setting.world, setting.config.evaluation_batch
     with setting.autocast():
-        outcome = run_masks(model, images.batches(setting.config.evaluation_batch), strategy)
+        outcome = run_masks(model, images.batches(batch, world=world), strategy)
+    outcome = Outcome(world.gathered(outcome.masks), world.gathered(outcome.correct))
     for module, training in modes.items():
         module.train(training)
     return outcome
@@ -197,7 +215,7 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
         text = f"the policy {what} every block for every image"
         remedy = f"{way} --gamma" + (", or learn for more epochs" if has_budget else " or set --target-blocks")
         if len(rows) == COLLAPSED_EPOCHS and set(means) == {extreme}:
-            raise TrainingError(f"{text}: it has collapsed; the last state is kept", remedy=remedy)
+            raise DivergedError(f"{text}: it has collapsed", remedy=remedy)
         reporter.note(f"warning: {text}; {remedy} if it stays so")
         return
     if rows[-1]["validation"]["unique_masks"] == 1:
@@ -205,6 +223,28 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
             "warning: the policy gives every image the same mask, which is a pruned network, not BlockDrop; "
             "a longer curriculum, an entropy bonus (--set policy.entropy_bonus=0.02) or --estimator leave_one_out help"
         )
+
+
+@dataclass(frozen=True)
+class GoodModel:
+    """Weights worth keeping, and the row of the epoch that they are from."""
+
+    weights: Weights
+    figures: dict[str, Any]
+    has_policy: bool
+
+
+def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
+    """The best finetuned model, or before any the last epoch's; None where there is none or its policy is collapsed."""
+    if not state.history:
+        return None
+    row = state.history[-1]
+    if row["phase"] != "finetune":
+        return GoodModel(state.model, row, has_policy=row["phase"] == "curriculum")
+    if state.best is None or state.best.figures["blocks_used"]["mean"] in (0, num_blocks):
+        return None
+    row = next(r for r in state.history if r["phase"] == "finetune" and r["epoch"] == state.best.figures["epoch"])
+    return GoodModel(state.best.weights, row, has_policy=True)
 
 
 def frozen_copy(model: BlockDropNet) -> Any:

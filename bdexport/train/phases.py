@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from bdexport.config import AdaptConfig, Optimiser, PretrainConfig, TrainConfig
-from bdexport.errors import TrainingError
+from bdexport.errors import DivergedError
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
 from bdexport.train import rollout
 from bdexport.train.data import Batch
+from bdexport.train.distributed import ALONE, World
 from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
 
 
@@ -29,7 +30,8 @@ class Setting:
     """What every phase works on.
 
     ``teacher`` is the frozen, undropped base network, or None; ``teacher_logits`` are its outputs (N, C) for the
-    training images as they are, where they are cached.
+    training images as they are, where they are cached. ``world``: which shard of each batch this process sees; what is
+    random per image is drawn with :meth:`rand`, what is not linear in a mean over the batch takes ``world.batch_mean``.
     """
 
     model: BlockDropNet
@@ -39,11 +41,16 @@ class Setting:
     device: str
     bf16: bool
     generator: torch.Generator
+    world: World = ALONE
 
     @property
     def num_blocks(self) -> int:
         """K."""
         return len(self.model.network.blocks)
+
+    def rand(self, *shape: int, rows: int = 0) -> Tensor:
+        """Uniform numbers, float32; dimension ``rows`` counts the images that this process sees."""
+        return self.world.rand(shape, self.generator, rows)
 
     def autocast(self) -> torch.autocast:
         """bf16 where the run uses it."""
@@ -58,6 +65,7 @@ class Phase:
     batch = 128
     share = 1.0
     uses_policy = False
+    learns_network = True
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -90,16 +98,24 @@ class Phase:
         raise NotImplementedError
 
     def _learn(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"{self.name}: the loss is {loss.item()}; the last good state is kept",
-                remedy="lower the learning rate, or use --precision fp32",
-            )
+        world = self.setting.world
+        mean = world.mean(loss.detach())  # of the whole batch: all processes must judge alike
+        if not torch.isfinite(mean):
+            raise DivergedError(f"{self.name}: the loss is {mean.item()}", remedy=self.calmer())
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        world.average_gradients(parameter for group in groups for parameter in group["params"])
         for optimiser in self.optimisers:
             optimiser.step()
+
+    def calmer(self) -> str:
+        """What to change when the phase has diverged."""
+        group = getattr(self.setting.config, self.name, None)
+        rates = [] if group is None else [field.name for field in fields(group) if field.name.endswith("learning_rate")]
+        lower = f"--set {self.name}.{rates[0]}={getattr(group, rates[0]) / 3:.2g}" if rates else "a lower learning rate"
+        return f"in another --out, try {lower}, or --precision fp32"
 
     def _classification_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy plus, with a teacher, the softened KL divergence (Hinton et al., 2015)."""
@@ -171,9 +187,8 @@ class Adapt(NetworkPhase):
         config, setting = self.setting.config.adapt, self.setting
         images, labels, _ = batch
         span = config.keep_high - config.keep_low
-        shape, device = (len(images), setting.num_blocks), images.device
-        rates = config.keep_low + span * torch.rand(len(images), 1, generator=setting.generator, device=device)
-        masks = torch.rand(shape, generator=setting.generator, device=device) < rates
+        rates = config.keep_low + span * setting.rand(len(images), 1)
+        masks = setting.rand(len(images), setting.num_blocks) < rates
         with setting.autocast():
             logits = setting.model.network.forward_masked(images, masks)
         loss = self._classification_loss(logits, batch)
@@ -228,12 +243,12 @@ class PolicyPhase(Phase):
         # While the curriculum holds blocks, the open ones alone cannot meet the budget and would all be dropped.
         if config.target_blocks is None or self.now_open < self.setting.num_blocks:
             return loss
-        return loss + config.budget_weight * budget_loss(probabilities, config.target_blocks)
+        return loss + config.budget_weight * budget_loss(probabilities, config.target_blocks, self.setting.world)
 
     def _sampled(self, probabilities: Tensor) -> Tensor:
         config, setting = self.setting.config.policy, self.setting
         sampled_from = rollout.bounded(probabilities, self.exploration_bound)
-        return rollout.sample_masks(sampled_from, self.now_open, config.samples, setting.generator)
+        return rollout.sample_masks(sampled_from, self.now_open, config.samples, setting.generator, setting.world)
 
     def _advantages(
         self, rewards: Tensor, probabilities: Tensor, images: Tensor, labels: Tensor
@@ -250,6 +265,7 @@ class Curriculum(PolicyPhase):
     """Algorithm 1, lines 3-13: the policy learns on the frozen network, opening blocks from the last one."""
 
     name = "curriculum"
+    learns_network = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

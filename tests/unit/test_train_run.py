@@ -199,7 +199,23 @@ def test_a_run_without_a_finished_epoch_takes_other_settings(tmp_path: Path) -> 
     with pytest.raises(CutError):
         train(request(out), smaller, Recorder(cut_in=("adapt", 1)))
     assert json.loads((out / "run.json").read_text())["settings"]["finetune"]["batch"] == 32
-    with pytest.raises(TrainingError, match=r"finetune\.batch was 32, now 64"):
+    other = replace(smaller, pretrain=replace(smaller.pretrain, batch=64), finetune=CONFIG.finetune)
+    with pytest.raises(TrainingError, match=r"settings: settings\.pretrain\.batch was 32, now 64;"):
+        train(request(out), other, Recorder())
+
+
+def test_a_phase_that_has_not_begun_takes_another_batch(tmp_path: Path) -> None:
+    """Oracle: what running out of memory in a late phase advises; run.json says what the run goes on with."""
+    out = tmp_path / "run"
+    with pytest.raises(CutError):
+        train(request(out), CONFIG, Recorder(cut_in=("adapt", 1)))
+    smaller = replace(CONFIG, adapt=replace(CONFIG.adapt, batch=32), evaluation_batch=100)
+    recorder = Recorder(cut_in=("curriculum 2", 1))
+    with pytest.raises(CutError):
+        train(request(out), smaller, recorder)
+    assert [row["phase"] for row in recorder.rows] == ["adapt", "curriculum"]
+    assert json.loads((out / "run.json").read_text())["settings"]["adapt"]["batch"] == 32
+    with pytest.raises(TrainingError, match=r"adapt\.batch was 32, now 64"):
         train(request(out), CONFIG, Recorder())
 
 
