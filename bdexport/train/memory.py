@@ -104,7 +104,7 @@ def check_memory(plan: MemoryPlan, phases: Sequence[Phase], note: Callable[[str]
         remedy = batch_remedy(plan, phase)
         if plan.fixed + LEAST_SHARE * (needed - plan.fixed) > plan.available:
             raise TrainingError(text, got=f"{_gb(plan.available)} of free memory", remedy=remedy)
-        note(f"warning: {text}, {_gb(plan.available)} are free; {remedy} if it fails")
+        note(f"warning: {text}, {_gb(plan.available)} are free; if it fails, {remedy}")
 
 
 def batch_remedy(plan: MemoryPlan, phase: Phase) -> str:
