@@ -419,7 +419,7 @@ def test_all_damaged_images_are_named_up_to_a_hundred(tmp_path: Path) -> None:
     ]
     for path in (tmp_path / "test").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(ImageError, match="and 80 more$") as caught:
+    with pytest.raises(ImageError, match=r"and 80 more$") as caught:
         test.arrays(Preprocess())
     assert str(caught.value).count(".png: ") == 100
 

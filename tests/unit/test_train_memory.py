@@ -89,7 +89,7 @@ def test_a_batch_that_may_fit_is_only_warned_about(setting: Setting) -> None:
 def test_data_that_do_not_fit_are_said_to_be_them(setting: Setting) -> None:
     """Oracle: no batch is to blame."""
     plan = MemoryPlan(fixed=2 * GB, network=1e6, policy=0.0, available=GB)
-    with pytest.raises(TrainingError, match="the data set and the model take 2.00 GB: got 1.00 GB"):
+    with pytest.raises(TrainingError, match=r"the data set and the model take 2\.00 GB: got 1\.00 GB"):
         check_memory(plan, phases_of(setting, 64), pytest.fail)
 
 
@@ -103,7 +103,7 @@ def test_running_out_of_memory_names_a_batch(setting: Setting) -> None:
     ):
         torch.empty(1 << 52)
     with (
-        pytest.raises(TrainingError, match="the last evaluation: out of memory .*--set evaluation_batch=250"),
+        pytest.raises(TrainingError, match=r"the last evaluation: out of memory .*--set evaluation_batch=250"),
         memory_explained(plan, lambda: None, 500),
     ):
         bytearray(1 << 52)

@@ -310,7 +310,7 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_model(tmp_path: Path) -> None:
-    """Oracle: the error names phase, file and remedy; the file holds the epoch before, and a second run starts from it."""
+    """Oracle: the error names phase, file and remedy; the file holds the epoch before, and a run can start from it."""
     out = tmp_path / "run"
     wild = replace(
         CONFIG, pretrain=PretrainConfig(epochs=1), adapt=AdaptConfig(epochs=1, learning_rate=1e30, warmup_epochs=0.0)
@@ -333,15 +333,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_model(tmp_pa
 
 
 def test_weights_that_the_last_step_spoiled_are_not_saved(tmp_path: Path) -> None:
-    """Oracle: one step an epoch, so that no loss shows it; the state of the epoch before is finite."""
+    """Oracle: one step an epoch, so that no loss shows it; the rate is beyond float32, so that the weights are too."""
     out = tmp_path / "run"
-    wild = replace(
-        CONFIG, pretrain=PretrainConfig(epochs=3, batch=512, learning_rate=1e38, warmup_epochs=1.0), precision="fp32"
-    )
-    with pytest.raises(DivergedError, match=r"pretrain: .* is not finite|pretrain: the loss is"):
+    wild = replace(CONFIG, pretrain=PretrainConfig(epochs=2, batch=512, learning_rate=1e39, warmup_epochs=0.0))
+    with pytest.raises(DivergedError, match=r"pretrain: network\..* is not finite; no model before it"):
         train(request(out), wild, Recorder())
-    state = load_state(out)
-    assert state is None or all(torch.isfinite(weight).all() for weight in state.model.values())
+    assert load_state(out) is None
 
 
 def test_a_policy_that_drops_everything_stops_the_run(tmp_path: Path) -> None:
