@@ -20,7 +20,7 @@ from bdexport.train.state import load_state
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-PATIENCE_S = 120  # far more than any of this takes; a hang would last for distributed.TIMEOUT_S
+PATIENCE_S = 250  # far more than any of this takes on a free machine; a hang would last for distributed.TIMEOUT_S
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
