@@ -22,7 +22,7 @@ from bdexport.backends import backend_class, get_backend
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
-from bdexport.checkpoint.reading import RUN_FILE
+from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import BuildConfig
 from bdexport.engine_cache import EngineCache, default_cache_folder, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError, UsageError
@@ -32,6 +32,7 @@ from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
 from bdexport.verify import require, verify_against_model
+from bdexport.zoo import zoo_name
 
 GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
 DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
@@ -88,7 +89,7 @@ def build_bundle(
         Path(out) if out is not None else default_bundle_path(path),
         backend,
         config=config,
-        checkpoint_sha256=sha256_file(path / RUN_FILE if path.is_dir() else path),
+        checkpoint_sha256=sha256_file(checkpoint_file(path)),
         overwrite=overwrite,
         progress=progress,
         cache=EngineCache(Path(cache_dir) if cache_dir is not None else default_cache_folder()),
@@ -135,7 +136,10 @@ def checked_backend(config: BuildConfig) -> Backend:
 
 
 def default_bundle_path(checkpoint_path: Path) -> Path:
-    """``engines/<name>``: the run folder's name, or the checkpoint file's without its suffix."""
+    """``engines/<name>``: the name in the zoo, the run folder's, or the checkpoint file's without its suffix."""
+    name = zoo_name(checkpoint_path)
+    if name is not None:
+        return DEFAULT_PARENT / name
     path = checkpoint_path.resolve()
     if path.name == RUN_FILE:
         path = path.parent

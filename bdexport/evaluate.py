@@ -145,13 +145,14 @@ def evaluate_model(
         result["policy"] = outcome.to_json(flops, with_policy=True)
         kept = math.ceil(outcome.blocks_used.mean()) if kept is None else kept
     for name in fixed:
-        title, strategy = _fixed_strategy(name, kept, seed, model)
+        title, strategy = fixed_strategy(name, kept, seed, model)
         outcome = run_masks(model, batches(title), strategy)
         result.setdefault("fixed", {})[title] = outcome.to_json(flops, with_policy=False)
     return result
 
 
-def _fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) -> tuple[str, Strategy]:
+def fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) -> tuple[str, Strategy]:
+    """A title and the masks for ``first-k``, ``random-k``, ``distribute-k`` (``kept`` blocks) or a text of 0 and 1."""
     num_blocks, stages = len(model.network.blocks), model.network.spec.stages
     if name and not set(name) - {"0", "1"}:
         if len(name) != num_blocks:

@@ -35,7 +35,7 @@ from bdexport.hardware import gpus, machine, package_versions
 from bdexport.models.pair import BlockDropNet
 from bdexport.preprocess import Preprocess
 from bdexport.train.data import Augmentation, Batch, DeviceImages
-from bdexport.train.phases import PHASES, Phase, Setting
+from bdexport.train.phases import METHODS, Phase, Setting
 from bdexport.train.state import generator_for
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices that the peak is measured with
@@ -88,9 +88,9 @@ def turns(arguments: argparse.Namespace) -> dict[str, Turn]:
     def setting() -> Setting:
         bf16 = arguments.precision == "bf16"
         generator = generator_for(0, 0, 0, device)
-        return Setting(deepcopy(model), None, taught, config, device, bf16, generator)
+        return Setting(deepcopy(model), [], taught, config, device, bf16, generator)
 
-    return {phase.name: Turn(phase(setting()), data) for phase in PHASES}
+    return {phase.name: Turn(phase(setting()), data) for phase in METHODS[config.method]}
 
 
 def _config(batch: int, keep: float, num_blocks: int) -> TrainConfig:

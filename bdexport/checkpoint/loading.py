@@ -27,9 +27,10 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load our own form, a public CIFAR ResNet, a torchvision state dict, or a file of the authors' BlockDrop code.
 
-    ``path``: a file, or a run folder (then its ``model.safetensors``). ``arch``: the architecture that the caller
-    expects, e.g. ``resnet32``. The other arguments take the place of what the file says or of the form's default;
-    ``shortcut`` can only choose between the kinds without weights, and not for our own form, which says it itself.
+    ``path``: a file, a run folder (then its ``model.safetensors``), or ``zoo:NAME``. ``arch``: the architecture that
+    the caller expects, e.g. ``resnet32``. The other arguments take the place of what the file says or of the form's
+    default; ``shortcut`` can only choose between the kinds without weights, and not for our own form, which says it
+    itself.
     Raises :class:`CheckpointError` when the file cannot be read, recognised or fitted, and UsageError on unknown names.
     """
     _check_choice("shortcut", shortcut, get_args(Shortcut))

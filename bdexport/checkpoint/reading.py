@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bdexport.errors import CheckpointError
+from bdexport.zoo import zoo_model, zoo_name
 
 RUN_FILE = "model.safetensors"  # what a training run leaves in its folder
 HEADER_KEY = "bdexport"  # our entry in the metadata of a safetensors header
@@ -34,9 +35,9 @@ class RawFile:
 
 
 def read_raw(path: Path) -> RawFile:
-    """Read a checkpoint file, or the one in a run folder. Raises :class:`CheckpointError` naming file and reason."""
+    """Read what :func:`checkpoint_file` finds at ``path``. Raises :class:`CheckpointError` naming file and reason."""
     try:
-        path = _file_of(path)
+        path = checkpoint_file(path)
         with open(path, "rb") as file:
             start = file.read(512)
         return _read_by_start(path, start)
@@ -46,7 +47,14 @@ def read_raw(path: Path) -> RawFile:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _file_of(path: Path) -> Path:
+def checkpoint_file(path: Path) -> Path:
+    """The file behind what a caller names: ``zoo:NAME``, a run folder, or the file itself (which may not exist).
+
+    Raises UsageError for a name that the zoo does not have, :class:`CheckpointError` for another kind of folder.
+    """
+    name = zoo_name(path)
+    if name is not None:
+        return zoo_model(name)
     if not path.is_dir():
         return path
     if (path / RUN_FILE).exists():

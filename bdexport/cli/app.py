@@ -15,12 +15,14 @@ COMMANDS = {  # in the order of the work; each is the function of that name in b
     "quickstart": "Train, build and bench a small network, nothing downloaded.",
     "train": "Train a policy for a pretrained network; resumes if cut off.",
     "evaluate": "Accuracy, block usage, FLOPs and masks of a checkpoint.",
+    "retarget": "Another mean number of blocks for a trained policy.",
     "export": "Write a checkpoint's parts as ONNX graphs, nothing else.",
     "build": "Build a bundle: graphs, engines and a manifest.",
     "inspect": "Show what is in a bundle and check every hash.",
     "verify": "Compare a bundle's parts and paths with the reference.",
     "run": "Classify images: class, confidence, path taken, time.",
     "bench": "Measure dynamic against full: latency, accuracy, usage.",
+    "zoo": "The trained models that ship with bdexport (zoo:NAME).",
     "doctor": "What is installed here, and how to get what is missing.",
 }
 DEBUG_VARIABLE = "BDEXPORT_DEBUG"

@@ -23,8 +23,8 @@ SECONDS_BETWEEN_UPDATES = 0.5
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
-    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")] = DEFAULT.dataset,
-    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples.")] = DEFAULT.dataset,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
     images: Annotated[int, typer.Option(min=1, help="The first N images, or all if there are fewer.")] = DEFAULT.images,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = DEFAULT.batch,

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, or a PyTorch file.")],
-    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     fixed: Annotated[
@@ -36,8 +36,10 @@ def evaluate(
     import torch
 
     from bdexport.checkpoint import build_model, load_checkpoint
+    from bdexport.checkpoint.reading import checkpoint_file
     from bdexport.dataset import check_classes, load_dataset
     from bdexport.evaluate import evaluate_model
+    from bdexport.files import sha256_file
     from bdexport.train.data import DeviceImages
 
     found = load_checkpoint(
@@ -51,19 +53,23 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(found, with_policy=False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, device)
+    trained_for = found.training.get(
+        "fixed_mask"
+    )  # of --method fixed: what it was finetuned under, unless asked otherwise
     with progress() as bar:
         result = evaluate_model(
             model,
             lambda title: bar.track(source.batches(batch), total=-(-len(source) // batch), description=title),
             found.preprocess.size,
             has_policy=found.policy is not None,
-            fixed=fixed or [],
-            kept=kept,
+            fixed=fixed or ([] if trained_for is None else [trained_for["mask"]]),
+            kept=kept if kept is not None or trained_for is None else trained_for["kept"],
             seed=seed,
         )
     result = {
         "schema": "bdexport.evaluate/1",
         "checkpoint": checkpoint,
+        "checkpoint_sha256": sha256_file(checkpoint_file(checkpoint)),
         "architecture": found.network.name,
         "dataset": {"name": chosen.name, "split": chosen.split, "images": len(chosen)},
         "num_blocks": found.network.num_blocks,

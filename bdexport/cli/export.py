@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, or a PyTorch file.")],
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
     out: Annotated[Path, typer.Option(help="Folder for the graphs, one file per part.")],
     parts: Annotated[
         str | None, typer.Option(help="Only these, e.g. policy,stem,block_00,head,full. Default: all.")

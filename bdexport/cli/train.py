@@ -29,12 +29,25 @@ def train(
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
     arch: Annotated[str | None, typer.Option(help="e.g. resnet32; recognised from --base when left out.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Checkpoint to start from; without it the base is trained.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Checkpoint (or zoo:NAME) to start from; without it the base is trained.")
+    ] = None,
+    teacher: Annotated[
+        list[Path] | None, typer.Option(help="Checkpoint to distil from instead of the base; several are averaged.")
+    ] = None,
     preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "cpu",
+    method: Annotated[
+        str | None, typer.Option(help="blockdrop, or fixed: finetuned under a fixed mask, for comparison.")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Of --method fixed: first-k, distribute-k, random-k, search, or 0s and 1s.")
+    ] = None,
+    kept: Annotated[int | None, typer.Option(help="K of the fixed mask.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Train the base network and stop.")] = False,
+    prime_epochs: Annotated[int | None, typer.Option(help="Epochs in which the policy's backbone classifies.")] = None,
     pretrain_epochs: Annotated[int | None, typer.Option(help="Epochs for the base network itself.")] = None,
     adapt_epochs: Annotated[int | None, typer.Option(help="Epochs of stochastic depth before the policy.")] = None,
     curriculum_epochs: Annotated[int | None, typer.Option(help="Epochs of curriculum learning.")] = None,
@@ -43,7 +56,7 @@ def train(
     gamma: Annotated[float | None, typer.Option(help="Penalty of a wrong prediction (Eqn. 3).")] = None,
     target_blocks: Annotated[float | None, typer.Option(help="Mean kept blocks to aim at (budget loss).")] = None,
     alpha: Annotated[float | None, typer.Option(help="Exploration bound, throughout.")] = None,
-    estimator: Annotated[str | None, typer.Option(help="self_critical (paper) or leave_one_out.")] = None,
+    estimator: Annotated[str | None, typer.Option(help="self_critical (paper), leave_one_out or nested.")] = None,
     samples: Annotated[int | None, typer.Option(help="Masks drawn per image and step.")] = None,
     reward: Annotated[str | None, typer.Option(help="correct (paper) or probability.")] = None,
     distillation: Annotated[float | None, typer.Option(help="Weight of the undropped base as a teacher.")] = None,
@@ -56,12 +69,17 @@ def train(
 
     Several GPUs or machines: torchrun --nproc-per-node N -m bdexport train ...
     """
+    from bdexport.checkpoint import load_checkpoint
     from bdexport.train.distributed import joined
 
     settings = {
+        "method": method,
+        "fixed.mask": mask,
+        "fixed.kept": kept,
         "seed": seed,
         "precision": precision,
         "pretrain.epochs": pretrain_epochs,
+        "prime.epochs": prime_epochs,
         "adapt.epochs": adapt_epochs,
         "curriculum.epochs": curriculum_epochs,
         "finetune.epochs": finetune_epochs,
@@ -82,6 +100,7 @@ def train(
         request = replace(
             _request(dataset, data, config.validation_share, arch, found, out),
             base=None if base is None else base.name,
+            teachers=tuple((path.name, load_checkpoint(path)) for path in teacher or []),
             base_only=base_only,
             device=device,
         )
@@ -166,6 +185,8 @@ def summary(training: dict[str, Any]) -> str:
     """One line: what the run reached on its validation split."""
     validation = training["validation"]
     text = f"validation accuracy {validation['full_accuracy']:.2f} % undropped"
+    for title, fixed in validation.get("fixed", {}).items():
+        text += f", {fixed['accuracy']:.2f} % under {title}"
     if "policy" in validation:
         policy = validation["policy"]
         used = policy["blocks_used"]

@@ -3,6 +3,7 @@
     cifar10, cifar100   the "python version" folders of the original distribution
     folder              any tree of images with one sub-folder per class, with or without train/val/test above it
     digits              scikit-learn's handwritten digits: real images that ship with a dependency
+    cifar10-samples     200 of CIFAR-10's test images, which ship with this package
 
 A split depends on the data, ``validation_share`` and ``seed`` alone (see :mod:`bdexport.dataset.splits`). Use one seed
 for all commands; it is not the seed of the training.
@@ -17,6 +18,8 @@ from bdexport.dataset.base import SPLITS, Dataset, check_classes
 from bdexport.dataset.cifar import CIFAR10, CIFAR100, load_cifar
 from bdexport.dataset.digits import load_digits
 from bdexport.dataset.folder import image_files, load_folder, load_images
+from bdexport.dataset.samples import NAME as CIFAR10_SAMPLES
+from bdexport.dataset.samples import load_samples
 from bdexport.dataset.splits import SplitSettings
 from bdexport.errors import DatasetError, UsageError
 
@@ -25,6 +28,7 @@ DATASETS = {
     "cifar100": "CIFAR-100, python version, fine labels (--data: the folder cifar-100-python or its parent)",
     "folder": "images in one sub-folder per class, with or without train/, val/ and test/ above (--data: the folder)",
     "digits": "scikit-learn's 1,797 handwritten digits; needs no --data",
+    CIFAR10_SAMPLES: "200 of CIFAR-10's test images, for a first look; needs no --data, has the split test only",
 }
 
 __all__ = ["DATASETS", "SPLITS", "Dataset", "check_classes", "image_files", "load_dataset", "load_images"]
@@ -41,7 +45,8 @@ def load_dataset(
 ) -> Dataset:
     """One split of a data set: ``train``, ``validation`` (never part of ``train``) or ``test``.
 
-    ``limit`` keeps the first images (all of them when there are fewer). ``data_dir`` is not used by ``digits``.
+    ``limit`` keeps the first images (all of them when there are fewer). ``data_dir`` is not used by ``digits`` and
+    ``cifar10-samples``.
     Raises :class:`UsageError` for an unknown name or split or a missing ``data_dir``, and :class:`DatasetError`
     naming the file for everything that is wrong with the data.
     """
@@ -51,9 +56,16 @@ def load_dataset(
         raise UsageError("unknown split", got=repr(split), expected=f"one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise UsageError("number of images", got=limit, expected="at least 1")
-    settings = SplitSettings(validation_share, seed)
-    dataset = load_digits(split, settings) if name == "digits" else _load_from(name, data_dir, split, settings)
+    dataset = _load(name, data_dir, split, SplitSettings(validation_share, seed))
     return dataset if limit is None else dataset.first(limit)
+
+
+def _load(name: str, data_dir: Path | None, split: str, settings: SplitSettings) -> Dataset:
+    if name == "digits":
+        return load_digits(split, settings)
+    if name == CIFAR10_SAMPLES:
+        return load_samples(split)
+    return _load_from(name, data_dir, split, settings)
 
 
 def _load_from(name: str, data_dir: Path | None, split: str, settings: SplitSettings) -> Dataset:

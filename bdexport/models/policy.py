@@ -23,14 +23,19 @@ class PolicyNet(nn.Module):
         self.stem, self.blocks = backbone.stem, backbone.blocks
         self.fc = nn.Linear(spec.widths[-1], spec.num_blocks)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Log-odds of keeping each block, (N, K)."""
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer decides from, (N, widths[-1])."""
         if self.spec.input_pool > 1:
             x = F.avg_pool2d(x, self.spec.input_pool)
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.fc(x.mean(dim=(2, 3)))
+        out: Tensor = x.mean(dim=(2, 3))
+        return out
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Log-odds of keeping each block, (N, K)."""
+        out: Tensor = self.fc(self.features(x))
         return out
 
     def forward(self, x: Tensor) -> Tensor:

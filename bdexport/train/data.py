@@ -81,6 +81,15 @@ class DeviceImages:
         return (images.float() * self.scale - self.offset).permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """The held-out split is never trained on; every choice is made on it."""
+
+    train: DeviceImages
+    validation: DeviceImages
+    augmentation: Augmentation
+
+
 def steps_per_epoch(images: int, batch: int, share: float) -> int:
     """Batches in a pass over ``share`` of the images, at least one."""
     return max(1, int(images * share) // min(batch, images))
@@ -93,8 +102,7 @@ def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generat
     device = images.device
 
     def draw(high: int) -> Tensor:
-        whole = torch.randint(0, high, (count * world.size, 1), generator=generator, device=generator.device)
-        return world.mine(whole).to(device)
+        return world.randint(0, high, count, generator)[:, None].to(device)
 
     padded = torch.nn.functional.pad(images, (0, 0, shift, shift, shift, shift))
     rows = draw(2 * shift + 1) + torch.arange(height, device=device)

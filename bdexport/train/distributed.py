@@ -45,8 +45,8 @@ Array = TypeVar("Array", bound=NDArray[Any])
 class World:
     """One process among the ``size`` of a run. Rank 0 leads: it alone writes files and prints.
 
-    All methods but ``mine`` and ``rand`` are collective: every process must call them, in the same order. A process
-    that is gone ends them with :class:`TrainingError`.
+    All methods but ``mine``, ``rand`` and ``randint`` are collective: every process must call them, in the same order.
+    A process that is gone ends them with :class:`TrainingError`.
     """
 
     rank: int = 0
@@ -66,8 +66,7 @@ class World:
         """
         if self.size == 1:
             return rows
-        own = torch.arange(self.rank, rows.shape[dim], self.size, device=rows.device)
-        return rows.index_select(dim, own)
+        return rows[(slice(None),) * dim + (slice(self.rank, None, self.size),)]
 
     def rand(self, shape: tuple[int, ...], generator: torch.Generator, rows: int = 0) -> Tensor:
         """Uniform numbers, float32, of ``shape`` for this shard; dimension ``rows`` counts its images.
@@ -76,6 +75,11 @@ class World:
         """
         whole = [length * self.size if dim == rows else length for dim, length in enumerate(shape)]
         return self.mine(torch.rand(whole, generator=generator, device=generator.device), rows)
+
+    def randint(self, low: int, high: int, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` whole numbers from ``low`` to ``high`` - 1, int64, for this shard, as :meth:`rand`."""
+        whole = torch.randint(low, high, (count * self.size,), generator=generator, device=generator.device)
+        return self.mine(whole)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes, without gradient."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bdexport.errors import DivergedError, TrainingError
-from bdexport.evaluate import Outcome, keep_all, run_masks
+from bdexport.evaluate import Outcome, run_masks
 from bdexport.models.pair import BlockDropNet
-from bdexport.train.data import Augmentation, DeviceImages, steps_per_epoch
+from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.distributed import World
 from bdexport.train.events import EventLog
-from bdexport.train.phases import PHASES, Phase, Setting
+from bdexport.train.phases import METHODS, Phase, PolicyPhase, Setting
 from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
 
 COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
@@ -40,15 +40,6 @@ class Reporter(Protocol):
         """A choice with its reason, or a warning."""
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """The held-out split is never trained on; every choice is made on it."""
-
-    train: DeviceImages
-    validation: DeviceImages
-    augmentation: Augmentation
-
-
 def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
     """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch."""
     events = EventLog(run, len(state.history), writes=setting.world.leads)
@@ -61,13 +52,14 @@ def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path,
 def _run_phases(
     setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter, events: EventLog
 ) -> None:
-    phases = [phase(setting) for phase in PHASES]
+    phases = [phase(setting) for phase in METHODS[setting.config.method]]
     for index in range(state.phase, len(phases)):
         phase = phases[index]
         if phase.epochs > state.epoch:
-            _enter(phase, setting, state, data)
+            _enter(phase, setting, state, data, reporter)
         if state.epoch > 0:  # resumed: what ended the run by collapse ends it again
             _stop_on_collapse(phase, state, reporter)
+            _keep_diverse(phase, state, reporter)
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
             row = _train_epoch(phase, epoch, data, reporter)
@@ -78,21 +70,30 @@ def _run_phases(
             _remember(state, setting, phase, index, epoch + 1)
             state.history.append(row)
             events.add(row, len(state.history))  # before the state: what a crash leaves in between is purged
-            setting.world.once(lambda: save_state(run, state))
             reporter.line(row)
+            _keep_diverse(phase, state, reporter)
+            setting.world.once(lambda: save_state(run, state))
             _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
+        state.helpers = {}
         _remember_weights(state, setting)
 
 
-def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData) -> None:
+def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, reporter: Reporter) -> None:
     """Prepare a phase; the network as it is when BlockDrop's own phases begin becomes the teacher."""
     config = setting.config
-    if setting.teacher is None and phase.name != "pretrain" and config.distillation_weight > 0:
-        setting.teacher = frozen_copy(setting.model)
-        state.teacher = _weights(setting.teacher)
-    if setting.teacher is not None and setting.teacher_logits is None and config.distillation == "cached":
-        setting.teacher_logits = _all_logits(setting, data.train)
+    taught = phase.name != "pretrain" and config.distillation_weight > 0
+    if not setting.teachers and taught:
+        setting.teachers = [frozen_copy(setting.model)]
+        state.teacher = _weights(setting.teachers[0])
+    if setting.teachers and setting.teacher_logits is None and taught and config.distillation == "cached":
+        mirrored = config.mirrored_teacher and data.augmentation.flip
+        setting.teacher_logits = _all_logits(setting, data.train, mirrored)
+    if state.epoch == 0:
+        phase.begin(data, reporter.note)
+        state.fixed_mask, state.order = setting.fixed_mask, setting.order
+    else:
+        phase.helpers().load_state_dict(state.helpers)
     phase.start()
     for optimiser, saved in zip(phase.optimisers, state.optimisers, strict=False):
         optimiser.load_state_dict(saved)
@@ -137,9 +138,7 @@ def _check_weights(phase: Phase) -> None:
 
 
 def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, Any]:
-    model = setting.model
-    strategy = model.masks if phase.uses_policy else keep_all(setting.num_blocks)
-    outcome = validation_outcome(setting, data.validation, strategy)
+    outcome = validation_outcome(setting, data.validation, phase.strategy())
     used = outcome.blocks_used
     return {
         "validation": {
@@ -174,15 +173,19 @@ def _mean_reward(outcome: Outcome, setting: Setting) -> float:
 
 def _choose(phase: Phase, setting: Setting, state: RunState, row: dict[str, Any]) -> None:
     """Keep the best finetuned model: within the block budget first, then by accuracy (without one: by reward)."""
-    if phase.name != "finetune":
+    if not phase.decisive:
         return
     figures = row["validation"]
     target = setting.config.policy.target_blocks
-    if target is None:
-        score: tuple[float, ...] = (figures["reward"],)
+    if not phase.uses_policy:
+        score: tuple[float, ...] = (figures["accuracy"],)
+    elif target is None:
+        score = (figures["reward"],)
     else:
         excess = figures["blocks_used"]["mean"] - target - BUDGET_TOLERANCE * setting.num_blocks
         score = (1.0, figures["accuracy"]) if excess <= 0 else (0.0, -excess)
+    if phase.uses_policy:  # a pruned network is chosen only if the run gave nothing else
+        score = (float(figures["unique_masks"] > 1), *score)
     row["score"] = list(score)
     if state.best is None or score > state.best.score:
         state.best = Best(score, _weights(setting.model), {"epoch": row["epoch"], **figures})
@@ -192,6 +195,7 @@ def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch
     _remember_weights(state, setting)
     state.phase, state.epoch = index, epoch
     state.optimisers = [optimiser.state_dict() for optimiser in phase.optimisers]
+    state.helpers = _weights(phase.helpers())
 
 
 def _remember_weights(state: RunState, setting: Setting) -> None:
@@ -201,9 +205,9 @@ def _remember_weights(state: RunState, setting: Setting) -> None:
 def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
     """A policy that keeps everything saves nothing, one that keeps nothing is no network: end the run if it stays so.
 
-    One mask for all images is merely pruning, and only warned about.
+    One mask for all images is another matter (:func:`_keep_diverse`).
     """
-    if phase.name != "finetune":
+    if not (phase.decisive and phase.uses_policy):
         return
     num_blocks = phase.setting.num_blocks
     rows = [row for row in state.history if row["phase"] == phase.name][-COLLAPSED_EPOCHS:]
@@ -218,11 +222,25 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
             raise DivergedError(f"{text}: it has collapsed", remedy=remedy)
         reporter.note(f"warning: {text}; {remedy} if it stays so")
         return
-    if rows[-1]["validation"]["unique_masks"] == 1:
-        reporter.note(
-            "warning: the policy gives every image the same mask, which is a pruned network, not BlockDrop; "
-            "a longer curriculum, an entropy bonus (--set policy.entropy_bonus=0.02) or --estimator leave_one_out help"
-        )
+
+
+def _keep_diverse(phase: Phase, state: RunState, reporter: Reporter) -> None:
+    """Against one mask for all images: say so, and let the policy explore again from the next epoch on."""
+    rows = [row for row in state.history if row["phase"] == phase.name]
+    if not (phase.decisive and isinstance(phase, PolicyPhase) and rows):
+        return
+    if rows[-1]["validation"]["unique_masks"] == 1 and rows[-1]["validation"]["blocks_used"]["mean"] > 0:
+        rows[-1]["reopened"] = True
+        reporter.note(f"warning: {STATIC_WARNING}; exploration is raised from here on")
+    if any(row.get("reopened") for row in rows) and not phase.reopened:
+        phase.reopen()
+
+
+STATIC_WARNING = (
+    "the policy gives every image the same mask, which is a pruned network, not BlockDrop: the network has learned "
+    "that mask alone, so that no other one pays; --estimator nested, --set finetune.level_share=0.3 or a longer "
+    "curriculum help"
+)
 
 
 @dataclass(frozen=True)
@@ -239,12 +257,13 @@ def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
     if not state.history:
         return None
     row = state.history[-1]
-    if row["phase"] != "finetune":
-        return GoodModel(state.model, row, has_policy=row["phase"] == "curriculum")
-    if state.best is None or state.best.figures["blocks_used"]["mean"] in (0, num_blocks):
+    has_policy = row["phase"] in ("curriculum", "finetune")
+    if "score" not in row:
+        return GoodModel(state.model, row, has_policy)
+    if state.best is None or (has_policy and state.best.figures["blocks_used"]["mean"] in (0, num_blocks)):
         return None
-    row = next(r for r in state.history if r["phase"] == "finetune" and r["epoch"] == state.best.figures["epoch"])
-    return GoodModel(state.best.weights, row, has_policy=True)
+    row = next(r for r in state.history if "score" in r and r["epoch"] == state.best.figures["epoch"])
+    return GoodModel(state.best.weights, row, has_policy)
 
 
 def frozen_copy(model: BlockDropNet) -> Any:
@@ -253,11 +272,14 @@ def frozen_copy(model: BlockDropNet) -> Any:
 
 
 @torch.no_grad()
-def _all_logits(setting: Setting, images: DeviceImages) -> Tensor:
-    """The teacher's logits for every image as it is, float32 (N, C)."""
-    assert setting.teacher is not None
+def _all_logits(setting: Setting, images: DeviceImages, mirrored: bool) -> Tensor:
+    """The teachers' mean logits for every image as it is (and mirrored), float32 (N, C)."""
+    logits = []
     with setting.autocast():
-        logits = [setting.teacher(x).float() for x, _ in images.batches(setting.config.evaluation_batch)]
+        for x, _ in images.batches(setting.config.evaluation_batch):
+            views = (x, x.flip(3)) if mirrored else (x,)
+            outputs = [teacher(view).float() for teacher in setting.teachers for view in views]
+            logits.append(torch.stack(outputs).mean(dim=0))
     return torch.cat(logits)
 
 
@@ -269,10 +291,11 @@ def restore(state: RunState, setting: Setting) -> None:
     """Put a loaded state's weights and teacher in place. Weights that do not fit: :class:`TrainingError`."""
     try:
         setting.model.load_state_dict(state.model)
+        setting.fixed_mask, setting.order = state.fixed_mask, state.order
         if state.teacher is not None:
             teacher = frozen_copy(setting.model)
             teacher.load_state_dict(state.teacher)
-            setting.teacher = teacher
+            setting.teachers = [teacher]
     except (RuntimeError, TypeError, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise TrainingError(

@@ -56,8 +56,9 @@ class MemoryPlan:
         return batch if batch >= self.processes and self.available is None else None
 
     def _per_image(self, phase: Phase) -> float:
-        network = self.network if phase.learns_network else FROZEN * self.network
-        return network + (self.policy if phase.uses_policy else 0.0)
+        if not phase.learns_network:
+            return FROZEN * self.network + self.policy
+        return self.network + (self.policy if phase.uses_policy else 0.0)
 
 
 def memory_plan(setting: Setting, image_size: tuple[int, int], data_bytes: int) -> MemoryPlan:

@@ -1,4 +1,4 @@
-"""The phases of a run: pretrain, adapt, curriculum, finetune. Each knows its parameters, its schedule and one step.
+"""The phases of a run: pretrain, prime, adapt, curriculum, finetune. Each knows its parameters, schedule and one step.
 
 All phases share one shape, so that the loop (:mod:`bdexport.train.loop`) treats them alike: ``start`` prepares modules
 and optimisers, ``at`` sets what depends on progress, ``step`` learns from one batch and returns figures to average.
@@ -7,7 +7,7 @@ and optimisers, ``at`` sets what depends on progress, ``step`` learns from one b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,11 +16,15 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from bdexport.config import AdaptConfig, Optimiser, PretrainConfig, TrainConfig
-from bdexport.errors import DivergedError
+from bdexport.errors import DivergedError, UsageError
+from bdexport.evaluate import Strategy, fixed_strategy, keep_all
+from bdexport.mask_search import drop_order
 from bdexport.models.pair import BlockDropNet
+from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
-from bdexport.train import rollout
-from bdexport.train.data import Batch
+from bdexport.parts import mask_to_text
+from bdexport.train import nested, rollout
+from bdexport.train.data import Batch, DeviceImages, TrainingData
 from bdexport.train.distributed import ALONE, World
 from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
 
@@ -29,19 +33,22 @@ from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
 class Setting:
     """What every phase works on.
 
-    ``teacher`` is the frozen, undropped base network, or None; ``teacher_logits`` are its outputs (N, C) for the
-    training images as they are, where they are cached. ``world``: which shard of each batch this process sees; what is
-    random per image is drawn with :meth:`rand`, what is not linear in a mean over the batch takes ``world.batch_mean``.
+    ``teachers`` are frozen, undropped networks whose logits are averaged (the base itself, or others that were asked
+    for), or none; ``teacher_logits`` are their outputs (N, C) for the training images as they are, where cached.
+    ``world``: which shard of each batch this process sees; what is random per image is drawn with :meth:`rand` or
+    :meth:`randint`, what is not linear in a mean over the batch takes ``world.batch_mean``.
     """
 
     model: BlockDropNet
-    teacher: ResNet | None
+    teachers: list[ResNet]
     teacher_logits: Tensor | None
     config: TrainConfig
     device: str
     bf16: bool
     generator: torch.Generator
     world: World = ALONE
+    order: list[int] | None = None  # blocks from the least to the most important, once it is known
+    fixed_mask: str | None = None  # method fixed: what :func:`bdexport.evaluate.fixed_strategy` takes, once it is known
 
     @property
     def num_blocks(self) -> int:
@@ -51,6 +58,10 @@ class Setting:
     def rand(self, *shape: int, rows: int = 0) -> Tensor:
         """Uniform numbers, float32; dimension ``rows`` counts the images that this process sees."""
         return self.world.rand(shape, self.generator, rows)
+
+    def randint(self, low: int, high: int, images: int) -> Tensor:
+        """A whole number from ``low`` to ``high`` - 1 for each of the images that this process sees."""
+        return self.world.randint(low, high, images, self.generator)
 
     def autocast(self) -> torch.autocast:
         """bf16 where the run uses it."""
@@ -66,6 +77,7 @@ class Phase:
     share = 1.0
     uses_policy = False
     learns_network = True
+    decisive = False  # the best model of the run is chosen among this phase's epochs
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -76,6 +88,17 @@ class Phase:
     def start(self) -> None:
         """Prepare modules and optimisers; called once per run of the phase, also on resuming."""
         raise NotImplementedError
+
+    def strategy(self) -> Strategy:
+        """The masks under which the model is validated after each epoch."""
+        return self.setting.model.masks if self.uses_policy else keep_all(self.setting.num_blocks)
+
+    def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
+        """What happens once, before the first epoch, and not on resuming: nothing, for most phases."""
+
+    def helpers(self) -> nn.ModuleDict:
+        """Modules of the phase's own that learn with it and are thrown away at its end; kept for resuming."""
+        return nn.ModuleDict()
 
     def opened(self, epoch: int) -> int:
         """How many of the last blocks the policy decides in this epoch."""
@@ -96,6 +119,12 @@ class Phase:
     def step(self, batch: Batch) -> dict[str, float]:
         """Learn from one batch; returns figures that the loop averages over the epoch."""
         raise NotImplementedError
+
+    def _drop_order(self, images: DeviceImages, count: int) -> list[int]:
+        """Blocks in the order of :func:`bdexport.mask_search.drop_order` on the first ``count`` images."""
+        network = self.setting.model.network.eval()
+        with self.setting.autocast():
+            return self.setting.world.once(lambda: drop_order(network, list(images.batches(250, count))))
 
     def _learn(self, loss: Tensor) -> None:
         world = self.setting.world
@@ -136,11 +165,10 @@ class Phase:
         """The teacher's logits for the batch, (B, C), or None without a teacher."""
         if self.setting.teacher_logits is not None:
             return self.setting.teacher_logits[batch.rows]
-        if self.setting.teacher is None:
+        if not self.setting.teachers:
             return None
         with torch.no_grad(), self.setting.autocast():
-            taught: Tensor = self.setting.teacher(batch.images)
-        return taught.float()
+            return torch.stack([teacher(batch.images).float() for teacher in self.setting.teachers]).mean(dim=0)
 
 
 class NetworkPhase(Phase):
@@ -175,26 +203,164 @@ class Pretrain(NetworkPhase):
         return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
 
 
+class Prime(Phase):
+    """The policy's backbone learns to classify, through a linear layer that is then thrown away."""
+
+    name = "prime"
+    learns_network = False
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.prime
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+        self.peak_rates = [config.learning_rate]
+        self._classifier = nn.Linear(setting.model.policy.fc.in_features, setting.model.network.spec.num_classes)
+        self._classifier.to(setting.device)
+
+    def helpers(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"classifier": self._classifier})
+
+    def start(self) -> None:
+        policy = self.setting.model.policy
+        _trainable(self.setting.model.network, False)
+        _trainable(policy, True)
+        learning = nn.ModuleList([policy.stem, policy.blocks, self._classifier])
+        self.optimisers = [_sgd(learning, self.peak_rates[0], self.setting.config.prime.weight_decay)]
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        with self.setting.autocast():
+            logits = self._classifier(self.setting.model.policy.features(batch.images))
+        loss = self._classification_loss(logits, batch)
+        self._learn(loss)
+        return {"loss": loss.item(), "accuracy": _accuracy(logits, batch.labels)}
+
+
 class Adapt(NetworkPhase):
-    """Stochastic depth: each image runs a mask drawn at a keep rate of its own."""
+    """The network gets used to missing blocks: at random (stochastic depth), or the least important ones first."""
 
     name = "adapt"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting, setting.config.adapt)
+        self._levels = levels_from_text(setting.config.adapt.levels, setting.num_blocks)
+
+    def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
+        if not self._levels:
+            return
+        config = self.setting.config.adapt
+        order = self._drop_order(data.train, config.order_images)
+        self.setting.order = order
+        note(f"blocks in the order of backward elimination on {config.order_images} training images: {order}")
+
+    def rate_factor(self, epoch: float) -> float:
+        floor = self.setting.config.adapt.final_rate
+        return floor + (1 - floor) * super().rate_factor(epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        config, setting = self.setting.config.adapt, self.setting
-        images, labels, _ = batch
-        span = config.keep_high - config.keep_low
-        rates = config.keep_low + span * setting.rand(len(images), 1)
-        masks = setting.rand(len(images), setting.num_blocks) < rates
+        setting, (images, labels, _) = self.setting, batch
+        masks = self._nested_masks(images) if self._levels else self._random_masks(images)
         with setting.autocast():
             logits = setting.model.network.forward_masked(images, masks)
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
         used = masks.float().sum(dim=1).mean().item()
         return {"loss": loss.item(), "accuracy": _accuracy(logits, labels), "blocks_used": used}
+
+    def _random_masks(self, images: Tensor) -> Tensor:
+        """Every block on its own, at a keep rate that is drawn per image."""
+        config, setting = self.setting.config.adapt, self.setting
+        span = config.keep_high - config.keep_low
+        rates = config.keep_low + span * setting.rand(len(images), 1)
+        return setting.rand(len(images), setting.num_blocks) < rates
+
+    def _nested_masks(self, images: Tensor) -> Tensor:
+        """One of the levels per image; of two levels, the one with fewer blocks is contained in the other."""
+        config, setting, device = self.setting.config.adapt, self.setting, images.device
+        assert setting.order is not None
+        importance = torch.empty(setting.num_blocks, device=device)
+        importance[torch.tensor(setting.order, device=device)] = torch.arange(setting.num_blocks, device=device).float()
+        levels = torch.tensor(self._levels, device=device)
+        others = setting.randint(1, max(2, len(levels)), len(images))
+        chosen = levels[others.clamp(max=len(levels) - 1)]
+        chosen[: round(config.full_share * len(images))] = levels[0]
+        return nested.most_probable(importance.expand(len(images), -1), chosen)
+
+
+def levels_from_text(text: str, num_blocks: int) -> list[int]:
+    """``"15,8,4"`` -> [15, 8, 4]; raises UsageError unless these are different numbers of blocks, most first."""
+    if not text.strip():
+        return []
+    try:
+        levels = [int(word) for word in text.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or sorted(set(levels), reverse=True) != levels or not 1 <= levels[-1] <= levels[0] <= num_blocks:
+        raise UsageError(
+            "adapt.levels", got=repr(text), expected=f"numbers of blocks like 15,8,4, at most {num_blocks}"
+        )
+    return levels
+
+
+class FinetuneFixed(Phase):
+    """The network learns under masks that do not depend on the image (method ``fixed``)."""
+
+    name = "finetune_fixed"
+    decisive = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.finetune
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+        self.peak_rates = [config.network_learning_rate]
+
+    def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
+        config, setting = self.setting.config.fixed, self.setting
+        if config.mask != "search":
+            setting.fixed_mask = config.mask
+            return
+        assert config.kept is not None  # checked before the run starts
+        order = self._drop_order(data.validation, config.search_images)
+        mask = [index in order[len(order) - config.kept :] for index in range(setting.num_blocks)]
+        setting.fixed_mask = mask_to_text(mask)
+        note(
+            f"searched mask, by backward elimination on {config.search_images} validation images: {setting.fixed_mask}"
+        )
+
+    def start(self) -> None:
+        config, model = self.setting.config.finetune, self.setting.model
+        _trainable(model.network, True)
+        _trainable(model.policy, False)
+        self.optimisers = [_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
+
+    def rate_factor(self, epoch: float) -> float:
+        return _finetuning_rate(self, super().rate_factor(epoch), epoch)
+
+    def strategy(self) -> Strategy:
+        setting = self.setting
+        assert setting.fixed_mask is not None
+        seed = setting.config.seed
+        return fixed_strategy(setting.fixed_mask, setting.config.fixed.kept, seed, setting.model)[1]
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        images, labels, _ = batch
+        masks = self._masks(images)
+        with self.setting.autocast():
+            logits = self.setting.model.network.forward_masked(images, masks)
+        loss = self._classification_loss(logits, batch)
+        self._learn(loss)
+        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
+
+    def _masks(self, images: Tensor) -> Tensor:
+        """The fixed masks of one batch; RandomK draws from the run's own random source, so that resuming agrees."""
+        setting = self.setting
+        if setting.fixed_mask != "random-k":
+            return self.strategy()(images)
+        draws = setting.rand(len(images), setting.num_blocks)
+        kept = torch.full((len(images),), setting.config.fixed.kept or 0, device=images.device)
+        return nested.most_probable(draws, kept)
+
+
+REOPENED_ENTROPY, REOPENED_BOUND = 0.05, 0.8  # of a policy that gave every image the same mask
 
 
 class PolicyPhase(Phase):
@@ -207,11 +373,17 @@ class PolicyPhase(Phase):
         self.exploration_bound = setting.config.policy.exploration_bound
         self.entropy_weight = setting.config.policy.entropy_bonus
         self.now_open = setting.num_blocks
+        self.reopened = False
 
     def at(self, epoch: float) -> None:
         super().at(epoch)
         self.now_open = self.opened(int(epoch))
-        self.entropy_weight = self.setting.config.policy.entropy_bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+        bonus = max(self.setting.config.policy.entropy_bonus, REOPENED_ENTROPY if self.reopened else 0.0)
+        self.entropy_weight = bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+
+    def reopen(self) -> None:
+        """Make the policy explore again: what the loop does about one mask for all images."""
+        self.reopened = True
 
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.setting.autocast():
@@ -237,7 +409,10 @@ class PolicyPhase(Phase):
         """REINFORCE (Eqn. 6) over masks (S, N, K) with advantages (S, N), minus the entropy bonus, plus the budget."""
         sampled_from = rollout.bounded(probabilities, self.exploration_bound)
         log_probability = rollout.log_probability(sampled_from, masks, self.now_open)
-        loss = -(advantages * log_probability).mean()
+        return self._regularised(-(advantages * log_probability).mean(), probabilities)
+
+    def _regularised(self, loss: Tensor, probabilities: Tensor) -> Tensor:
+        """A policy loss minus the entropy bonus, plus the budget; the same for every estimator."""
         loss = loss - self.entropy_weight * rollout.entropy(probabilities, self.now_open)
         config = self.setting.config.policy
         # While the curriculum holds blocks, the open ones alone cannot meet the budget and would all be dropped.
@@ -245,20 +420,31 @@ class PolicyPhase(Phase):
             return loss
         return loss + config.budget_weight * budget_loss(probabilities, config.target_blocks, self.setting.world)
 
+    def _nested(self, images: Tensor, labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards (N, J) at the cuts and the policy loss of the nested estimator (:mod:`bdexport.train.nested`)."""
+        config, setting = self.setting.config.policy, self.setting
+        closed = setting.num_blocks - self.now_open
+        cuts = nested.cut_points(setting.num_blocks, closed, config.cuts, setting.generator)
+        held = torch.cat([torch.ones_like(probabilities[:, :closed]), probabilities[:, closed:]], dim=1)
+        rewards = []
+        for kept in cuts:
+            masks = nested.most_probable(held.detach(), torch.full_like(labels, kept))
+            rewards.append(self._rewards(self._evaluated(images, masks), labels, masks))
+        stacked = torch.stack(rewards, dim=1)
+        loss = -nested.expected_reward(held, stacked, cuts).mean()
+        return stacked, self._regularised(loss, probabilities)
+
     def _sampled(self, probabilities: Tensor) -> Tensor:
         config, setting = self.setting.config.policy, self.setting
         sampled_from = rollout.bounded(probabilities, self.exploration_bound)
         return rollout.sample_masks(sampled_from, self.now_open, config.samples, setting.generator, setting.world)
 
-    def _advantages(
-        self, rewards: Tensor, probabilities: Tensor, images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Advantages (S, N) of sampled rewards (S, N), and the greedy masks (N, K) where they were run."""
-        greedy = rollout.greedy_masks(probabilities, self.now_open)
+    def _advantages(self, rewards: Tensor, probabilities: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Advantages (S, N) of sampled rewards (S, N)."""
         if self.setting.config.policy.estimator == "leave_one_out":
-            return leave_one_out_advantage(rewards), greedy
-        baseline = self._rewards(self._evaluated(images, greedy), labels, greedy)
-        return rewards - baseline, greedy
+            return leave_one_out_advantage(rewards)
+        greedy = rollout.greedy_masks(probabilities, self.now_open)
+        return rewards - self._rewards(self._evaluated(images, greedy), labels, greedy)
 
 
 class Curriculum(PolicyPhase):
@@ -271,6 +457,14 @@ class Curriculum(PolicyPhase):
         super().__init__(setting)
         config = setting.config.curriculum
         self.epochs, self.batch, self.share = config.epochs, config.batch, config.epoch_share
+
+    def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
+        config = self.setting.config.policy
+        if config.order_images == 0:
+            return
+        order = self.setting.order or self._drop_order(data.train, config.order_images)
+        note(f"blocks in the order of backward elimination on {config.order_images} training images: {order}")
+        start_in_order(self.setting.model.policy, order, config.initial_keep_logit, config.order_spread)
 
     def start(self) -> None:
         config = self.setting.config.curriculum
@@ -289,12 +483,14 @@ class Curriculum(PolicyPhase):
     def step(self, batch: Batch) -> dict[str, float]:
         images, labels, _ = batch
         probabilities = self._probabilities(images)
-        masks = self._sampled(probabilities)
-        rewards = torch.stack([self._rewards(self._evaluated(images, one), labels, one) for one in masks])
-        advantages, greedy = self._advantages(rewards, probabilities, images, labels)
-        loss = self._policy_loss(probabilities, masks, advantages)
+        if self.setting.config.policy.estimator == "nested":
+            rewards, loss = self._nested(images, labels, probabilities)
+        else:
+            masks = self._sampled(probabilities)
+            rewards = torch.stack([self._rewards(self._evaluated(images, one), labels, one) for one in masks])
+            loss = self._policy_loss(probabilities, masks, self._advantages(rewards, probabilities, images, labels))
         self._learn(loss)
-        used = greedy.float().sum(dim=1).mean().item()
+        used = rollout.greedy_masks(probabilities, self.now_open).float().sum(dim=1).mean().item()
         return {"loss": loss.item(), "reward": rewards.mean().item(), "blocks_used": used}
 
 
@@ -302,6 +498,7 @@ class Finetune(PolicyPhase):
     """Algorithm 1, lines 14-16: network and policy learn together."""
 
     name = "finetune"
+    decisive = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -325,29 +522,39 @@ class Finetune(PolicyPhase):
         progress = min(1.0, epoch / max(1, self.epochs))
         span = config.finetune_bound_end - config.finetune_bound_start
         self.exploration_bound = config.finetune_bound_start + span * progress
+        if self.reopened:
+            self.exploration_bound = min(self.exploration_bound, REOPENED_BOUND)
 
     def rate_factor(self, epoch: float) -> float:
-        if self.setting.config.finetune.schedule == "step":
-            return 1.0 if epoch < 0.8 * self.epochs else 0.1
-        return super().rate_factor(epoch)
+        return _finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
         setting, config = self.setting, self.setting.config.finetune
         images, labels, _ = batch
         probabilities = self._probabilities(images)
-        masks = self._sampled(probabilities)
-        # The batch: images that run every block, images that the policy learns from, and the rest, on which only the
-        # network learns. Images that ran every block say nothing about the masks that were drawn for them.
-        whole = int(config.full_share * len(images))
-        judged = slice(whole, whole + max(1, int(config.policy_share * (len(images) - whole))))
+        estimator = setting.config.policy.estimator
+        if estimator == "nested":
+            masks = rollout.greedy_masks(probabilities, self.now_open)[None]
+        else:
+            masks = self._sampled(probabilities)
+        # The batch: images that run every block, images that run a random number of their most probable blocks, images
+        # that the policy learns from, and the rest, on which only the network learns. Images that ran every block say
+        # nothing about the masks that were drawn for them.
+        whole, levels = int(config.full_share * len(images)), int(config.level_share * len(images))
+        learned = len(images) - whole - levels
+        judged = slice(len(images) - max(1, int(config.policy_share * learned)), len(images))
         run = masks[0].clone()
         run[:whole] = True
+        run[whole : whole + levels] = self._random_levels(probabilities[whole : whole + levels])
         with setting.autocast():
             logits = setting.model.network.forward_masked(images, run)
         loss = self._classification_loss(logits, batch)
-        rewards, policy_loss = self._judge(
-            logits[judged], images[judged], labels[judged], probabilities[judged], masks[:, judged]
-        )
+        if estimator == "nested":
+            rewards, policy_loss = self._nested(images[judged], labels[judged], probabilities[judged])
+        else:
+            rewards, policy_loss = self._judge(
+                logits[judged], images[judged], labels[judged], probabilities[judged], masks[:, judged]
+            )
         self._learn(loss + policy_loss)
         used = rollout.greedy_masks(probabilities, self.now_open).float().sum(dim=1).mean().item()
         return {
@@ -363,11 +570,38 @@ class Finetune(PolicyPhase):
         """Rewards (S, N) and the policy loss; ``logits`` (N, C) belong to the first of the masks (S, N, K)."""
         others = [self._rewards(self._evaluated(images, one), labels, one) for one in masks[1:]]
         rewards = torch.stack([self._rewards(logits, labels, masks[0]), *others])
-        advantages, _ = self._advantages(rewards, probabilities, images, labels)
+        advantages = self._advantages(rewards, probabilities, images, labels)
         return rewards, self._policy_loss(probabilities, masks, advantages)
 
+    def _random_levels(self, probabilities: Tensor) -> Tensor:
+        """Masks (N, K) of each image's most probable blocks, their number uniform in 1..K."""
+        kept = self.setting.randint(1, self.setting.num_blocks + 1, len(probabilities))
+        return nested.most_probable(probabilities.detach(), kept)
 
-PHASES: tuple[type[Phase], ...] = (Pretrain, Adapt, Curriculum, Finetune)
+
+METHODS: dict[str, tuple[type[Phase], ...]] = {
+    "blockdrop": (Pretrain, Prime, Adapt, Curriculum, Finetune),
+    "fixed": (Pretrain, Adapt, FinetuneFixed),
+}
+
+
+@torch.no_grad()
+def start_in_order(policy: PolicyNet, order: list[int], center: float, spread: float) -> None:
+    """Set the policy's last layer so that every image drops blocks in ``order``, some images earlier than others.
+
+    All blocks share one random direction (a tenth of it would do: learning separates them), and their biases run from
+    ``center - spread`` for the first block to drop to ``center + spread`` for the last.
+    """
+    policy.fc.weight.copy_(policy.fc.weight[:1].expand_as(policy.fc.weight))
+    steps = torch.linspace(center - spread, center + spread, len(order), device=policy.fc.bias.device)
+    policy.fc.bias[torch.tensor(order, device=steps.device)] = steps
+
+
+def _finetuning_rate(phase: Phase, cosine: float, epoch: float) -> float:
+    """The factor of the configured schedule; ``step``: x0.1 for the last fifth."""
+    if phase.setting.config.finetune.schedule == "step":
+        return 1.0 if epoch < 0.8 * phase.epochs else 0.1
+    return cosine
 
 
 def _trainable(module: nn.Module, trainable: bool) -> None:

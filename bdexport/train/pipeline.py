@@ -16,17 +16,19 @@ from bdexport.config import TrainConfig
 from bdexport.dataset import Dataset, check_classes
 from bdexport.dataset.base import Pixels, all_of
 from bdexport.errors import DivergedError, ImageError, TrainingError, UsageError
-from bdexport.evaluate import keep_all, policy_statistics
+from bdexport.evaluate import fixed_strategy, keep_all, policy_statistics
 from bdexport.hardware import machine
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.policy import PolicyNet
+from bdexport.models.resnet import ResNet
 from bdexport.preprocess import Preprocess
-from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages
+from bdexport.retarget import policy_logits, retarget
+from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
 from bdexport.train.distributed import ALONE, World, check_batches
-from bdexport.train.loop import Reporter, TrainingData, good_model, restore, run_phases, validation_outcome
+from bdexport.train.loop import STATIC_WARNING, Reporter, good_model, restore, run_phases, validation_outcome
 from bdexport.train.memory import check_memory, memory_explained, memory_plan
-from bdexport.train.phases import PHASES, Phase, Setting
+from bdexport.train.phases import METHODS, Phase, Setting, levels_from_text
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
@@ -53,6 +55,7 @@ class TrainRequest:
     out: Path
     initial: Checkpoint | None = None
     base: str | None = None  # what to call the base in the record
+    teachers: tuple[tuple[str, Checkpoint], ...] = ()  # names and networks to distil from; none: the base
     base_only: bool = False
     device: str = "auto"
 
@@ -68,7 +71,8 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
     bf16, bf16_reason = _precision(config, device)
     setting = _setting(request, config, device, bf16)
     setting.world = world
-    phases = [phase(setting) for phase in PHASES]
+    with torch.random.fork_rng(devices=[]):  # asked for their batches only; those that learn draw their own weights
+        phases = [phase(setting) for phase in METHODS[config.method]]
     check_batches({f"{phase.name}.batch": phase.batch for phase in phases if phase.epochs}, world)
     resumed = _agree(request, config, world)
     reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
@@ -110,6 +114,8 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     if request.base_only:
         config = replace(
             config,
+            method="blockdrop",
+            prime=replace(config.prime, epochs=0),
             adapt=replace(config.adapt, epochs=0),
             curriculum=replace(config.curriculum, epochs=0),
             finetune=replace(config.finetune, epochs=0),
@@ -120,6 +126,9 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         raise UsageError("no base network to start from", remedy="pass --base CKPT or --pretrain-epochs N")
     if config.policy.estimator == "leave_one_out" and config.policy.samples < 2:
         raise UsageError("leave_one_out", got=f"{config.policy.samples} sample", expected="--samples of at least 2")
+    levels_from_text(config.adapt.levels, request.network.num_blocks)
+    if config.method == "fixed":
+        _check_fixed(request, config)
     target = config.policy.target_blocks
     if target is not None and not 0 < target <= request.network.num_blocks:
         raise UsageError("target blocks", got=target, expected=f"above 0, at most {request.network.num_blocks}")
@@ -128,6 +137,15 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         if not 0.5 < alpha <= 1:
             raise UsageError("alpha", got=alpha, expected="above 0.5, at most 1")
     return config
+
+
+def _check_fixed(request: TrainRequest, config: TrainConfig) -> None:
+    mask, kept, num_blocks = config.fixed.mask, config.fixed.kept, request.network.num_blocks
+    if mask == "search":
+        if kept is None or not 1 <= kept <= num_blocks:
+            raise UsageError("fixed.kept", got=kept, expected=f"1 to {num_blocks} blocks", remedy="pass --kept K")
+        return
+    fixed_strategy(mask, kept, 0, BlockDropNet(request.network))
 
 
 def _description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
@@ -140,6 +158,7 @@ def _description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
         "preprocess": request.preprocess.to_json(),
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "base": request.base,
+        "teachers": [name for name, _ in request.teachers],
         "base_only": request.base_only,
     }
 
@@ -162,7 +181,24 @@ def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool
             model.policy.fc.bias.fill_(config.policy.initial_keep_logit)
     _check_size(model, request.preprocess)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Setting(model, None, None, config, device, bf16, generator_for(config.seed, 0, 0, device))
+    teachers = [_teacher(name, found, request, device) for name, found in request.teachers]
+    return Setting(model, teachers, None, config, device, bf16, generator_for(config.seed, 0, 0, device))
+
+
+def _teacher(name: str, found: Checkpoint, request: TrainRequest, device: str) -> ResNet:
+    """A network to distil from, frozen. It must know the same classes and read the same preprocessed images."""
+    if found.network.num_classes != request.network.num_classes:
+        raise UsageError(
+            f"teacher {name}", got=f"{found.network.num_classes} classes", expected=request.network.num_classes
+        )
+    if found.preprocess != request.preprocess:
+        raise UsageError(
+            f"teacher {name}: another preprocessing than the base's",
+            got=found.preprocess.to_json(),
+            expected=request.preprocess.to_json(),
+        )
+    network = build_model(found, with_policy=False).network.requires_grad_(False)
+    return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _check_size(model: BlockDropNet, preprocess: Preprocess) -> None:
@@ -236,18 +272,14 @@ def _finish(
     training = _record(request, config, state, complete=True)
     if setting.world.size > 1:
         training["processes"] = setting.world.size
+    has_policy = config.method == "blockdrop" and not request.base_only
+    if has_policy:
+        training |= _policy_result(request, config, setting, data, reporter)
+    elif config.method == "fixed":
+        training |= _fixed_result(request, config, setting, data)
     full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
-    training["validation"] = {"full_accuracy": full.accuracy}
-    if not request.base_only:
-        training["validation"] |= _settle_batch_norm(config, setting, data, reporter)
-        outcome = validation_outcome(setting, data.validation, model.masks)
-        flops = count_flops(model, request.preprocess.size)
-        training["validation"] |= {
-            "full_accuracy": validation_outcome(setting, data.validation, keep_all(setting.num_blocks)).accuracy,
-            "policy": outcome.to_json(flops, with_policy=True),
-        }
-        training["policy_statistics"] = policy_statistics(outcome, "validation")
-    checkpoint = _checkpoint(request, model, model.state_dict(), training, with_policy=not request.base_only)
+    training["validation"] = {"full_accuracy": full.accuracy} | training.get("validation", {})
+    checkpoint = _checkpoint(request, model, model.state_dict(), training, has_policy)
 
     def write() -> None:
         save_checkpoint(request.out / MODEL_FILE, checkpoint)
@@ -258,12 +290,57 @@ def _finish(
     return request.out / MODEL_FILE
 
 
+def _policy_result(
+    request: TrainRequest, config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter
+) -> dict[str, Any]:
+    """Settle the policy's budget and the batch norms; what the model then does on the validation split."""
+    model = setting.model
+    shift = _settle_budget(config, setting, data, reporter)
+    settled = _settle_batch_norm(config, setting, data, reporter)
+    outcome = validation_outcome(setting, data.validation, model.masks)
+    flops = count_flops(model, request.preprocess.size)
+    if outcome.unique_masks == 1:
+        reporter.note(f"warning: {STATIC_WARNING}")
+    return {
+        "logit_shift": shift,
+        "validation": settled | {"policy": outcome.to_json(flops, with_policy=True)},
+        "policy_statistics": policy_statistics(outcome, "validation"),
+    }
+
+
+def _settle_budget(config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter) -> float:
+    """Shift the policy's logits so that the validation split meets the budget, if there is one; returns the shift."""
+    target = config.policy.target_blocks
+    if target is None or not config.retarget:
+        return 0.0
+    setting.model.eval()
+    logits = policy_logits(setting.model, data.validation.batches(config.evaluation_batch))
+    shift = retarget(setting.model, logits, target)
+    reporter.note(f"policy logits shifted by {shift:+.3f}: {target:g} blocks on average on the validation split")
+    return shift
+
+
+def _fixed_result(request: TrainRequest, config: TrainConfig, setting: Setting, data: TrainingData) -> dict[str, Any]:
+    assert setting.fixed_mask is not None
+    title, strategy = fixed_strategy(setting.fixed_mask, config.fixed.kept, config.seed, setting.model)
+    outcome = validation_outcome(setting, data.validation, strategy)
+    flops = count_flops(setting.model, request.preprocess.size)
+    return {
+        "fixed_mask": {"mask": setting.fixed_mask, "kept": config.fixed.kept},
+        "validation": {
+            "full_accuracy": validation_outcome(setting, data.validation, keep_all(setting.num_blocks)).accuracy,
+            "fixed": {title: outcome.to_json(flops, with_policy=False)},
+        },
+    }
+
+
 def _record(request: TrainRequest, config: TrainConfig, state: RunState, complete: bool) -> dict[str, Any]:
     """The training result, but for what it reached."""
     return {
         "bdexport": __version__,
         "complete": complete,
         "base": request.base,
+        "teachers": [name for name, _ in request.teachers],
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "settings": config.to_json(),
         "seconds": round(sum(row["seconds"] for row in state.history), 1),

@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from bdexport.models.pair import BlockDropNet
 
+# A block that fewer images of a batch keep is left out of it: their own mean and variance are no estimate of anything.
+FEWEST_IMAGES = 16
+
 
 @torch.no_grad()
 def recalibrate_batch_norm(model: BlockDropNet, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Replace the network's running statistics by averages over ``batches`` under the greedy masks, in place.
+    """Replace the network's running statistics by those over ``batches`` under the greedy masks, in place.
 
-    A block that no image keeps has nothing to estimate from and retains its statistics (the full network needs them).
+    Every image counts the same, however many of its batch keep the block. Batch norm normalises by the batch meanwhile,
+    so that what later blocks see is right from the first batch on. A block that no batch has enough images for retains
+    its statistics (the full network needs them).
     """
     norms = [layer for layer in model.network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    before = [(_stat(layer.running_mean).clone(), _stat(layer.running_var).clone()) for layer in norms]
+    sums = {layer: Moments() for layer in norms}
     momenta = [layer.momentum for layer in norms]
+    hooks = [layer.register_forward_pre_hook(_observe(sums[layer])) for layer in norms]
     model.eval()
     for layer in norms:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average over the batches
+        layer.momentum = 0.0  # normalise by the batch, but leave the running statistics to the sums
         layer.train()
-    for images, _labels in batches:
-        masks = model.masks(images)
-        # A batch norm over a single value per channel is undefined; leave such a block out of this batch's estimate.
-        model.network.forward_masked(images, masks & (masks.sum(dim=0) > 1))
-    for layer, (mean, variance), momentum in zip(norms, before, momenta, strict=True):
-        if _stat(layer.num_batches_tracked).item() == 0:
-            _stat(layer.running_mean).copy_(mean)
-            _stat(layer.running_var).copy_(variance)
-        layer.momentum = momentum
-    model.eval()
+    try:
+        for images, _labels in batches:
+            masks = model.masks(images)
+            model.network.forward_masked(images, masks & (masks.sum(dim=0) >= min(FEWEST_IMAGES, len(images))))
+    finally:
+        for layer, hook, momentum in zip(norms, hooks, momenta, strict=True):
+            hook.remove()
+            layer.momentum = momentum
+        model.eval()
+    for layer in norms:
+        sums[layer].store(layer)
 
 
-def _stat(buffer: Tensor | None) -> Tensor:
-    assert buffer is not None  # the networks never build batch norms without running statistics
-    return buffer
+class Moments:
+    """Sums of a layer's inputs per channel, over all images and positions, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Take in (N, C, H, W)."""
+        x = x.double()
+        self.count += x.numel() // x.shape[1]
+        self.first = self.first.to(x.device) + x.sum(dim=(0, 2, 3))
+        self.second = self.second.to(x.device) + x.square().sum(dim=(0, 2, 3))
+
+    def store(self, layer: nn.BatchNorm2d) -> None:
+        """Write mean and unbiased variance into ``layer``, if anything was taken in."""
+        if self.count < 2:
+            return
+        assert layer.running_mean is not None  # the networks never build batch norms without running statistics
+        assert layer.running_var is not None
+        mean = self.first / self.count
+        variance = (self.second - self.count * mean.square()) / (self.count - 1)
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance.clamp_min(0))
+
+
+def _observe(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments.add(inputs[0])
+
+    return hook

@@ -16,16 +16,22 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "distillation_temperature": (0.01, 1000),
     "evaluation_batch": (1, ANY),
     "pretrain.batch": (1, ANY),
+    "prime.batch": (1, ANY),
     "adapt.batch": (1, ANY),
     "adapt.keep_low": (0, 1),
     "adapt.keep_high": (0, 1),
+    "adapt.full_share": (0, 1),
+    "adapt.final_rate": (0, 1),
+    "adapt.order_images": (1, ANY),
     "curriculum.batch": (1, ANY),
     "curriculum.epoch_share": (0, 1),
     "curriculum.blocks_per_epoch": (1, ANY),
     "finetune.batch": (1, ANY),
     "finetune.policy_share": (0, 1),
     "finetune.full_share": (0, 0.99),  # the policy learns nothing from images that run every block
+    "finetune.level_share": (0, 0.99),
     "policy.samples": (1, 1000),
+    "policy.cuts": (2, 1000),
     "policy.input_pool": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
     "policy.wrong_prediction_penalty": (0, 1e6),
@@ -41,6 +47,13 @@ def check_ranges(config: TrainConfig) -> None:
             raise UsageError(path, got=value, expected=f"at least {low:g}" if high == ANY else f"{low:g} to {high:g}")
     if config.adapt.keep_low > config.adapt.keep_high:
         raise UsageError("adapt.keep_low", got=config.adapt.keep_low, expected="at most adapt.keep_high")
+    shares = config.finetune.full_share + config.finetune.level_share
+    if shares > 0.99:
+        raise UsageError(
+            "finetune.full_share + finetune.level_share",
+            got=round(shares, 4),
+            expected="at most 0.99: the policy learns from the rest",
+        )
 
 
 def with_setting(settings: Settings, path: str, value: Any) -> Settings:
@@ -89,6 +102,8 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         if value not in get_args(wanted):
             raise UsageError(path, got=repr(value), expected=f"one of {', '.join(get_args(wanted))}")
         return value
+    if wanted is bool:
+        return _boolean(path, value)
     try:
         converted = wanted(value)
     except (TypeError, ValueError):
@@ -99,3 +114,12 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         expected = "a finite number, not negative" if lowest == 0 else f"a finite number, at least {lowest:g}"
         raise UsageError(path, got=repr(value), expected=expected)
     return converted
+
+
+def _boolean(path: str, value: Any) -> bool:
+    """``bool("false")`` is true; a setting's text is read as it is meant."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise UsageError(path, got=repr(value), expected="true or false") from None

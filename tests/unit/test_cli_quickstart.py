@@ -27,7 +27,7 @@ def test_leaves_a_run_a_bundle_and_a_result(
     out = tmp_path / "quick"
     assert main(["quickstart", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    for line in command.command_lines(out, TINY.preset, TINY.threads):
+    for line in command.training_plan(out, None, TINY.threads).lines:
         assert f"$ bdexport {line[0]}" in shown
     result = json.loads((out / command.RESULT).read_text())
     assert str(out / command.RESULT) in shown

@@ -27,6 +27,7 @@ RUN_TIME_HALF = [
     "bdexport.preprocess",
     "bdexport.runtime",
     "bdexport.tensors",
+    "bdexport.zoo",
     "bdexport.cli.console",
     "bdexport.cli.main",
     "bdexport.cli.quickstart",
@@ -39,6 +40,7 @@ RUN_TIME_HALF = [
     "bdexport.cli.run",
     "bdexport.cli.bench",
     "bdexport.cli.doctor",
+    "bdexport.cli.zoo",
 ]
 BUILD_HALF_ONLY = ("torch", "onnx", "safetensors", "sklearn", "scipy", "tensorboard")
 

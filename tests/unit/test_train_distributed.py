@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import LONGER, learned
-from test_train_run import Recorder, request
+from test_train_run import CONFIG, Recorder, request
 
 from bdexport.checkpoint import load_checkpoint
 from bdexport.errors import UsageError
 from bdexport.train.distributed import ALONE, World, check_batches, joined
-from bdexport.train.phases import PHASES, Phase
+from bdexport.train.phases import METHODS, Phase
 from bdexport.train.pipeline import train
 from bdexport.train.state import load_state
 
@@ -38,17 +38,21 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     return out, run([*TORCHRUN, str(WORKER), str(out)])
 
 
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
 Together = tuple[Path, subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
+@pytest.mark.parametrize("phase", METHODS[CONFIG.method], ids=lambda phase: phase.name)
 def test_steps_of_two_processes_are_those_of_one(phase: type[Phase], together: Together) -> None:
     """Oracle: the weights after three steps in one process, to float32's rounding (batch norm in eval mode)."""
     expected = learned(phase, ALONE)
     got = torch.load(together[0] / "steps.pt", weights_only=True)[phase.name]
-    differences = {name: (expected[name].float() - got[name].float()).abs() for name in expected}
-    largest = max(float(difference.max()) for difference in differences.values())
+    largest = largest_difference(expected, got)
     assert largest < 2e-5, f"largest difference {largest:.2e}"
+    assert largest_difference(expected, learned(phase, ALONE, steps=0)) > 1e-3  # it has learned anything at all
 
 
 def test_a_whole_run_of_two_processes_learns_as_much(together: Together, tmp_path: Path) -> None:
@@ -97,6 +101,7 @@ def test_shards_are_the_batch_dealt_out() -> None:
     rows = torch.arange(12)
     worlds = [World(rank, 3) for rank in range(3)]
     assert torch.stack([world.mine(rows) for world in worlds], dim=1).flatten().tolist() == rows.tolist()
+    assert all(len(world.mine(rows[:0])) == 0 for world in worlds)
     whole = torch.rand(2, 12, 5, generator=torch.Generator().manual_seed(1))
     for world in worlds:
         part = world.rand((2, 4, 5), torch.Generator().manual_seed(1), rows=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bdexport.errors import TrainingError
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.memory import MemoryPlan, check_memory, memory_explained, memory_plan
-from bdexport.train.phases import PHASES, Phase, Setting
+from bdexport.train.phases import METHODS, Phase, Setting
 from bdexport.train.state import generator_for
 
 GB = 10**9
@@ -24,7 +24,7 @@ GB = 10**9
 def setting() -> Setting:
     """Three blocks, all phases."""
     model = BlockDropNet(request(Path("unused")).network)
-    return Setting(model, None, None, CONFIG, "cpu", False, generator_for(0, 0, 0, "cpu"))
+    return Setting(model, [], None, CONFIG, "cpu", False, generator_for(0, 0, 0, "cpu"))
 
 
 class Small(nn.Module):
@@ -61,7 +61,7 @@ def test_measuring_leaves_no_trace(setting: Setting) -> None:
 
 def phases_of(setting: Setting, batch: int) -> list[Phase]:
     config = replace(CONFIG, finetune=replace(CONFIG.finetune, batch=batch))
-    return [phase(replace(setting, config=config)) for phase in PHASES]
+    return [phase(replace(setting, config=config)) for phase in METHODS[CONFIG.method]]
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_one_that_does(setting: Setting) -> None:

@@ -361,20 +361,23 @@ def test_the_last_good_model_is_the_best_before_the_collapse() -> None:
     """Oracle: by hand; the best finetuned epoch where its policy kept some blocks, before any the last epoch's."""
     weights = {"network.x": torch.ones(1)}
 
-    def state_of(*rows: tuple[str, int, float], best: tuple[int, float] | None) -> RunState:
-        history = [{"phase": name, "epoch": epoch, "blocks": blocks} for name, epoch, blocks in rows]
+    def state_of(*rows: tuple[str, int], best: tuple[int, float] | None) -> RunState:
+        history: list[dict[str, Any]] = [{"phase": name, "epoch": epoch} for name, epoch in rows]
+        for row in history:
+            if row["phase"] == "finetune":  # the phase whose epochs are scored
+                row["score"] = [1.0]
         figures = None if best is None else {"epoch": best[0], "blocks_used": {"mean": best[1]}}
         chosen = None if figures is None else Best((1.0,), {"network.x": torch.zeros(1)}, figures)
         return RunState(model=weights, best=chosen, history=history)
 
     assert good_model(state_of(best=None), 3) is None
-    learned = good_model(state_of(("pretrain", 1, 3), ("curriculum", 1, 2), best=None), 3)
+    learned = good_model(state_of(("pretrain", 1), ("curriculum", 1), best=None), 3)
     assert learned is not None
     assert (learned.weights, learned.has_policy, learned.figures["phase"]) == (weights, True, "curriculum")
-    tuned = good_model(state_of(("finetune", 1, 2), ("finetune", 2, 0), best=(1, 2.0)), 3)
+    tuned = good_model(state_of(("finetune", 1), ("finetune", 2), best=(1, 2.0)), 3)
     assert tuned is not None
     assert (tuned.weights["network.x"].item(), tuned.figures["epoch"]) == (0.0, 1)
-    assert good_model(state_of(("finetune", 1, 0), best=(1, 0.0)), 3) is None
+    assert good_model(state_of(("finetune", 1), best=(1, 0.0)), 3) is None
 
 
 def test_a_short_run_that_keeps_everything_is_warned_about(tmp_path: Path) -> None:
