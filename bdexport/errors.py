@@ -7,6 +7,7 @@
     |-- ImageError          an image cannot be decoded or converted
     |-- InputError          an array given to the run time has a wrong dtype, shape or value
     |-- TrainingError       training cannot start, resume or go on
+    |   `-- DivergedError   .. because the loss is not finite or the policy has collapsed
     |-- ExportError         a part cannot be expressed as ONNX
     |-- BuildError          a backend cannot build an engine
     |-- BundleError         a bundle is missing, damaged, tampered with or of another version
@@ -64,7 +65,11 @@ class InputError(BdexportError):
 
 
 class TrainingError(BdexportError):
-    """Training cannot start, cannot resume, or has diverged."""
+    """Training cannot start, resume or go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss or a weight is not finite any more, or the policy keeps or drops every block."""
 
 
 class ExportError(BdexportError):

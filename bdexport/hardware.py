@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -89,6 +90,24 @@ def usable_memory() -> int | None:
     except (ValueError, OSError, AttributeError):
         total = 0
     return min((limit for limit in (total, *_cgroup_memory()) if limit > 0), default=None)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still get: what the kernel calls available, cut by control groups and ulimit -v."""
+    found = [_entry(PROC / "meminfo", "MemAvailable")]
+    for version, limit, used, cache in (
+        (2, "memory.max", "memory.current", "inactive_file"),
+        (1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for folder in _cgroup_folders("memory", version):
+            most, now = _number(_text(folder / limit)), _number(_text(folder / used))
+            if most and now:
+                reclaimable = _number(dict(map(str.split, _text(folder / "memory.stat").splitlines())).get(cache)) or 0
+                found.append(most - now + reclaimable)
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        found.append(address_space - (_entry(PROC / "self/status", "VmSize") or 0))
+    return min((max(0, value) for value in found if value is not None), default=None)
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -195,6 +214,16 @@ def _cgroup_folders(controller: str, version: int) -> list[Path]:
         own = root / place.strip("/")
         folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]
     return folders
+
+
+def _entry(path: Path, name: str) -> int | None:
+    """An entry in kB of one of the kernel's tables, in bytes."""
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            kilobytes = _number(value.strip())
+            return None if kilobytes is None else 1024 * kilobytes
+    return None
 
 
 def _text(path: Path) -> str:

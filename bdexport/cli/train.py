@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from bdexport.checkpoint import Checkpoint
     from bdexport.config import TrainConfig
+    from bdexport.train.distributed import World
     from bdexport.train.pipeline import TrainRequest
 
 PRESET_HELP = "Settings to start from: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()) + "."
@@ -66,9 +67,12 @@ def train(
     ] = None,
     json: Annotated[str | None, typer.Option(help="Write the training result to this file ('-': stdout).")] = None,
 ) -> None:
-    """Train a BlockDrop policy: curriculum on the frozen network, then joint finetuning. Resumes RUN if cut off."""
+    """Train a BlockDrop policy: curriculum on the frozen network, then joint finetuning. Resumes RUN if cut off.
+
+    Several GPUs or machines: torchrun --nproc-per-node N -m bdexport train ...
+    """
     from bdexport.checkpoint import load_checkpoint
-    from bdexport.train.pipeline import train as run_training
+    from bdexport.train.distributed import joined
 
     settings = {
         "method": method,
@@ -92,17 +96,29 @@ def train(
         "policy.reward": reward,
         "distillation_weight": distillation,
     }
-    found, num_blocks = _base(base, arch)
-    config = resolved_config(preset, num_blocks, settings, set_ or [])
-    request = replace(
-        _request(dataset, data, config.validation_share, arch, found, out),
-        base=None if base is None else base.name,
-        teachers=tuple((path.name, load_checkpoint(path)) for path in teacher or []),
-        base_only=base_only,
-        device=device,
-    )
+    with joined(device) as world:
+        found, num_blocks = _base(base, arch)
+        config = resolved_config(preset, num_blocks, settings, set_ or [])
+        request = replace(
+            _request(dataset, data, config.validation_share, arch, found, out),
+            base=None if base is None else base.name,
+            teachers=tuple((path.name, load_checkpoint(path)) for path in teacher or []),
+            base_only=base_only,
+            device=device,
+        )
+        _run(request, config, world, json)
+
+
+def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | None) -> None:
+    """Train; of several processes, the first one shows what it gave."""
+    from bdexport.checkpoint import load_checkpoint
+    from bdexport.train.pipeline import train as run_training
+
+    if not world.leads:
+        run_training(request, config, QuietReporter(), world)
+        return
     shown = table_console(json)
-    path = run_training(request, config, ConsoleReporter(shown))
+    path = run_training(request, config, ConsoleReporter(shown), world)
     training = load_checkpoint(path).training
     shown.print(f"{path}: {summary(training)}")
     if json is not None:
@@ -203,6 +219,21 @@ class ConsoleReporter:
     def note(self, text: str) -> None:
         """A choice with its reason, or a warning; on stderr."""
         err_console.print(text)
+
+
+class QuietReporter:
+    """For the processes that leave talking to the first one."""
+
+    @contextmanager
+    def epoch(self, _title: str, _steps: int) -> Iterator[Callable[[], None]]:
+        """No bar."""
+        yield lambda: None
+
+    def line(self, row: dict[str, Any]) -> None:
+        """No line."""
+
+    def note(self, text: str) -> None:
+        """No note."""
 
 
 def epoch_line(row: dict[str, Any]) -> str:

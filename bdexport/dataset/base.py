@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bdexport.errors import DatasetError
+from bdexport.errors import BdexportError, DatasetError, ImageError
 from bdexport.hardware import usable_cores
 from bdexport.preprocess import Preprocess, read_image, to_rgb
 
@@ -19,6 +20,8 @@ DECODERS = 8  # threads that decode image files, at most; Pillow lets go of the 
 
 Rows = slice | Sequence[int] | NDArray[np.intp]
 Pixels = NDArray[np.uint8]
+Failure = TypeVar("Failure", bound=BdexportError)
+SEPARATOR, NAMED_ERRORS = " | ", 100  # between the errors of one message; how many of them it names
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,25 +81,39 @@ class Dataset:
 
 
 def fit_files(paths: Sequence[Path], preprocess: Preprocess) -> Pixels:
-    """Image files decoded and fitted, several at a time: uint8 (n, H, W, 3). Raises :class:`ImageError`."""
+    """Image files decoded and fitted, several at a time: uint8 (n, H, W, 3). ImageError names all that are damaged."""
     fitted = np.empty((len(paths), *preprocess.size, 3), np.uint8)
 
-    def fill(row: int) -> None:
-        fitted[row] = preprocess.fit_image(read_image(paths[row]))
+    def fill(row: int) -> ImageError | None:
+        try:
+            fitted[row] = preprocess.fit_image(read_image(paths[row]))
+        except ImageError as error:
+            return error
+        return None
 
     workers = min(DECODERS, usable_cores(), len(paths))
     if workers < 2:
-        for row in range(len(paths)):
-            fill(row)
-        return fitted
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for _ in pool.map(fill, range(len(paths))):
-                pass
-        except BaseException:  # a damaged file, or Ctrl-C: what has not begun need not be decoded any more
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        results = [fill(row) for row in range(len(paths))]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                results = list(pool.map(fill, range(len(paths))))
+            except BaseException:  # Ctrl-C: what has not begun need not be decoded any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    errors = [error for error in results if error is not None]
+    if errors:
+        raise all_of(errors)
     return fitted
+
+
+def all_of(errors: Sequence[Failure]) -> Failure:
+    """One error that says what all of ``errors`` (one or more of a kind) say: who mends data wants the whole list."""
+    if len(errors) == 1:
+        return errors[0]
+    named = [name for error in errors for name in str(error).split(SEPARATOR)]
+    rest = f"{SEPARATOR}and {len(named) - NAMED_ERRORS} more" if len(named) > NAMED_ERRORS else ""
+    return type(errors[0])(SEPARATOR.join(named[:NAMED_ERRORS]) + rest)
 
 
 def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str] = ()) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bdexport.dataset.base import Dataset
+from bdexport.dataset.base import Dataset, all_of
 from bdexport.dataset.pickles import read_pickle
 from bdexport.dataset.splits import SplitSettings, split_rows
 from bdexport.errors import DatasetError
@@ -63,9 +63,7 @@ CIFAR100 = CifarLayout(
 def load_cifar(layout: CifarLayout, data_dir: Path, split: str, settings: SplitSettings) -> Dataset:
     """One split; validation is held out of the training batches. Raises :class:`DatasetError` naming the file."""
     folder = _find_folder(layout, data_dir)
-    names = _class_names(layout, folder)
-    files = (layout.test,) if split == "test" else layout.train
-    batches = [_read_batch(layout, folder / file) for file in files]
+    names, batches = _read_all(layout, folder, (layout.test,) if split == "test" else layout.train)
     labels = np.concatenate([labels for _, labels in batches])
     pixels = [pixels for pixels, _ in batches]
     del batches  # so that _gather can free each batch as it goes
@@ -77,6 +75,26 @@ def load_cifar(layout: CifarLayout, data_dir: Path, split: str, settings: SplitS
     if len(rows) == 0:
         raise DatasetError(f"{folder}: too few images", got=len(labels), expected="some left for each split")
     return Dataset(layout.name, split, names, labels[rows], _gather(pixels, rows))
+
+
+def _read_all(
+    layout: CifarLayout, folder: Path, files: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[tuple[NDArray[np.uint8], NDArray[np.int64]]]]:
+    """Class names and batches. The error names every file that is missing or damaged, not only the first."""
+    names: tuple[str, ...] = ()
+    batches, errors = [], []
+    try:
+        names = _class_names(layout, folder)
+    except DatasetError as error:
+        errors.append(error)
+    for file in files:
+        try:
+            batches.append(_read_batch(layout, folder / file))
+        except DatasetError as error:
+            errors.append(error)
+    if errors:
+        raise all_of(errors)
+    return names, batches
 
 
 def _find_folder(layout: CifarLayout, data_dir: Path) -> Path:

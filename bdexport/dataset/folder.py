@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 
 from bdexport.config import DatasetConfig
-from bdexport.dataset.base import SPLITS, Dataset, Pixels, fit_files
+from bdexport.dataset.base import SPLITS, Dataset, Pixels, all_of, fit_files
 from bdexport.dataset.splits import SplitSettings, split_rows
 from bdexport.errors import DatasetError, ImageError
 from bdexport.preprocess import Preprocess
@@ -64,7 +64,10 @@ def image_files(paths: Path | Iterable[Path], *, recursive: bool = False) -> tup
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
         if path.is_dir():
-            found += _images_below(path, recursive) or _no_images(path)
+            inside = _images_below(path, recursive)
+            if not inside:
+                raise _no_images(path)
+            found += inside
         elif path.exists():
             found.append(path)
         else:
@@ -133,13 +136,20 @@ def _samples(folder: Path, names: tuple[str, ...]) -> Samples:
     """Every image below the class folders, in rounds over the classes."""
     unknown = [path.name for path in _folders(folder) if path.name not in names]
     if unknown:
-        raise DatasetError(f"{folder}: class {unknown[0]!r} is not one of the training set's {len(names)}")
-    ranked = []
+        classes = "class" if len(unknown) == 1 else "classes"
+        is_not = "is not one" if len(unknown) == 1 else "are not"
+        listed = ", ".join(map(repr, unknown))
+        raise DatasetError(f"{folder}: {classes} {listed} {is_not} of the training set's {len(names)}")
+    ranked, empty = [], []
     for label, name in enumerate(names):
         if not (folder / name).is_dir():
             continue  # a class of the training set need not occur in the others
-        images = _images_below(folder / name, recursive=True) or _no_images(folder / name)
+        images = _images_below(folder / name, recursive=True)
+        if not images:
+            empty.append(_no_images(folder / name))
         ranked += [(position, label, path) for position, path in enumerate(images)]
+    if empty:
+        raise all_of(empty)
     return [(path, label) for _, label, path in sorted(ranked, key=lambda entry: entry[:2])]
 
 
@@ -161,8 +171,8 @@ def _images_below(folder: Path, recursive: bool) -> list[Path]:
     return sorted(found, key=Path.as_posix)
 
 
-def _no_images(folder: Path) -> NoReturn:
-    raise DatasetError(f"{folder}: no image files in it", remedy="add images, or remove the folder")
+def _no_images(folder: Path) -> DatasetError:
+    return DatasetError(f"{folder}: no image files in it", remedy="add images, or remove the folder")
 
 
 def _unreadable(error: OSError) -> NoReturn:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bdexport.preprocess import Preprocess
+from bdexport.train.distributed import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,30 @@ class DeviceImages:
         """The given images, not augmented: float32 (B, 3, H, W) in channels_last memory, and labels (B,)."""
         return self._normalised(self.images[rows]), self.labels[rows]
 
-    def batches(self, batch: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """In order, not augmented."""
+    def batches(self, batch: int, limit: int | None = None, world: World = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+        """In order, not augmented; of several processes, each gets its shard in batches of ``batch``."""
         total = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, total, batch):
-            yield self.batch(torch.arange(start, min(start + batch, total), device=self.labels.device))
+        rows = world.mine(torch.arange(total, device=self.labels.device))
+        for start in range(0, len(rows), batch):
+            yield self.batch(rows[start : start + batch])
 
     def epoch(
-        self, batch: int, share: float, augmentation: Augmentation, generator: torch.Generator
+        self,
+        batch: int,
+        share: float,
+        augmentation: Augmentation,
+        generator: torch.Generator,
+        world: World = ALONE,
     ) -> Iterator[Batch]:
-        """A shuffled, augmented pass over ``share`` of the images; the last, short batch is left out."""
+        """A shuffled, augmented pass over ``share`` of the images; the last, short batch is left out.
+
+        ``batch`` counts the images of all processes; each gets its shard.
+        """
         order = torch.randperm(len(self), generator=generator, device=generator.device)
-        batch = min(batch, len(self))
+        batch = min(batch, len(self) - len(self) % world.size)
         for step in range(steps_per_epoch(len(self), batch, share)):
-            rows = order[step * batch : (step + 1) * batch].to(self.labels.device)
-            images = augment(self.images[rows], augmentation, generator)
+            rows = world.mine(order[step * batch : (step + 1) * batch]).to(self.labels.device)
+            images = augment(self.images[rows], augmentation, generator, world)
             yield Batch(self._normalised(images), self.labels[rows], rows)
 
     def _normalised(self, images: Tensor) -> Tensor:
@@ -85,14 +95,14 @@ def steps_per_epoch(images: int, batch: int, share: float) -> int:
     return max(1, int(images * share) // min(batch, images))
 
 
-def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator, world: World = ALONE) -> Tensor:
     """Shift (zero border) and mirror each image by its own draw; uint8 (B, H, W, 3) -> the same shape."""
     count, height, width, _ = images.shape
     shift = augmentation.shift
     device = images.device
 
     def draw(high: int) -> Tensor:
-        return torch.randint(0, high, (count, 1), generator=generator, device=generator.device).to(device)
+        return world.randint(0, high, count, generator)[:, None].to(device)
 
     padded = torch.nn.functional.pad(images, (0, 0, shift, shift, shift, shift))
     rows = draw(2 * shift + 1) + torch.arange(height, device=device)

@@ -13,11 +13,12 @@ EVENTS_FOLDER = "tensorboard"
 class EventLog:
     """Writes each epoch's row under ``RUN/tensorboard``; does nothing without the ``tensorboard`` package.
 
-    ``done`` epochs are in the log already; what a cut-off epoch may have left behind them is purged.
+    ``writes``: of several processes, only one does. ``done`` epochs are in the log already; what a cut-off epoch may
+    have left behind them is purged.
     """
 
-    def __init__(self, run: Path, done: int) -> None:
-        self.installed = importlib.util.find_spec("tensorboard") is not None
+    def __init__(self, run: Path, done: int, writes: bool = True) -> None:
+        self.installed = writes and importlib.util.find_spec("tensorboard") is not None
         self._writer: Any = None
         if self.installed:
             from torch.utils.tensorboard import SummaryWriter

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bdexport.errors import TrainingError
+from bdexport.errors import DivergedError, TrainingError
 from bdexport.evaluate import Outcome, run_masks
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
+from bdexport.train.distributed import World
 from bdexport.train.events import EventLog
 from bdexport.train.phases import METHODS, Phase, PolicyPhase, Setting
 from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
@@ -40,7 +42,7 @@ class Reporter(Protocol):
 
 def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
     """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch."""
-    events = EventLog(run, len(state.history))
+    events = EventLog(run, len(state.history), writes=setting.world.leads)
     try:
         _run_phases(setting, data, state, run, reporter, events)
     finally:
@@ -61,6 +63,8 @@ def _run_phases(
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
             row = _train_epoch(phase, epoch, data, reporter)
+            setting.world.settle(setting.model)
+            _check_weights(phase)
             row |= _validate(phase, setting, data)
             _choose(phase, setting, state, row)
             _remember(state, setting, phase, index, epoch + 1)
@@ -68,7 +72,7 @@ def _run_phases(
             events.add(row, len(state.history))  # before the state: what a crash leaves in between is purged
             reporter.line(row)
             _keep_diverse(phase, state, reporter)
-            save_state(run, state)
+            setting.world.once(lambda: save_state(run, state))
             _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
         state.helpers = {}
@@ -101,23 +105,36 @@ def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporte
     sums: dict[str, float] = {}
     images_seen = 0
     started = time.perf_counter()
-    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator)
+    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator, setting.world)
     with reporter.epoch(f"{phase.name} {epoch + 1}/{phase.epochs}", steps) as advance:
         for step, batch in enumerate(batches):
             phase.at(epoch + step / steps)
             for name, value in phase.step(batch).items():
                 sums[name] = sums.get(name, 0.0) + value
-            images_seen += len(batch.labels)
+            images_seen += len(batch.labels) * setting.world.size
             advance()
     seconds = time.perf_counter() - started
     return {
         "phase": phase.name,
         "epoch": epoch + 1,
-        "train": {name: value / steps for name, value in sums.items()},
+        "train": _averages(sums, steps, setting.world),
         "open_blocks": phase.opened(epoch) if phase.uses_policy else None,
         "seconds": round(seconds, 2),
         "images_per_s": round(images_seen / seconds, 1),
     }
+
+
+def _averages(sums: dict[str, float], steps: int, world: World) -> dict[str, float]:
+    """Means over an epoch's steps and over the processes."""
+    means = world.mean(torch.tensor([value / steps for value in sums.values()], dtype=torch.float64))
+    return dict(zip(sums, means.tolist(), strict=True))
+
+
+def _check_weights(phase: Phase) -> None:
+    """The last step of an epoch can spoil the weights without a loss that shows it: they must not be saved as good."""
+    for name, tensor in phase.setting.model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(f"{phase.name}: {name} is not finite", remedy=phase.calmer())
 
 
 def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, Any]:
@@ -134,12 +151,14 @@ def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, A
 
 
 def validation_outcome(setting: Setting, images: DeviceImages, strategy: Any) -> Outcome:
-    """One pass over a split in eval mode, leaving each module's training mode as it was."""
+    """One pass over a split in eval mode, leaving each module's training mode as it was; each process takes a shard."""
     model = setting.model
     modes = {module: module.training for module in (model.network, model.policy)}
     model.eval()
+    world, batch = setting.world, setting.config.evaluation_batch
     with setting.autocast():
-        outcome = run_masks(model, images.batches(setting.config.evaluation_batch), strategy)
+        outcome = run_masks(model, images.batches(batch, world=world), strategy)
+    outcome = Outcome(world.gathered(outcome.masks), world.gathered(outcome.correct))
     for module, training in modes.items():
         module.train(training)
     return outcome
@@ -200,7 +219,7 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
         text = f"the policy {what} every block for every image"
         remedy = f"{way} --gamma" + (", or learn for more epochs" if has_budget else " or set --target-blocks")
         if len(rows) == COLLAPSED_EPOCHS and set(means) == {extreme}:
-            raise TrainingError(f"{text}: it has collapsed; the last state is kept", remedy=remedy)
+            raise DivergedError(f"{text}: it has collapsed", remedy=remedy)
         reporter.note(f"warning: {text}; {remedy} if it stays so")
         return
 
@@ -222,6 +241,29 @@ STATIC_WARNING = (
     "that mask alone, so that no other one pays; --estimator nested, --set finetune.level_share=0.3 or a longer "
     "curriculum help"
 )
+
+
+@dataclass(frozen=True)
+class GoodModel:
+    """Weights worth keeping, and the row of the epoch that they are from."""
+
+    weights: Weights
+    figures: dict[str, Any]
+    has_policy: bool
+
+
+def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
+    """The best finetuned model, or before any the last epoch's; None where there is none or its policy is collapsed."""
+    if not state.history:
+        return None
+    row = state.history[-1]
+    has_policy = row["phase"] in ("curriculum", "finetune")
+    if "score" not in row:
+        return GoodModel(state.model, row, has_policy)
+    if state.best is None or (has_policy and state.best.figures["blocks_used"]["mean"] in (0, num_blocks)):
+        return None
+    row = next(r for r in state.history if "score" in r and r["epoch"] == state.best.figures["epoch"])
+    return GoodModel(state.best.weights, row, has_policy)
 
 
 def frozen_copy(model: BlockDropNet) -> Any:

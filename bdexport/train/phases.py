@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from bdexport.config import AdaptConfig, Optimiser, PretrainConfig, TrainConfig
-from bdexport.errors import TrainingError, UsageError
+from bdexport.errors import DivergedError, UsageError
 from bdexport.evaluate import Strategy, fixed_strategy, keep_all
 from bdexport.mask_search import drop_order
 from bdexport.models.pair import BlockDropNet
@@ -26,6 +26,7 @@ from bdexport.models.resnet import ResNet
 from bdexport.parts import mask_to_text
 from bdexport.train import gumbel, nested, rollout
 from bdexport.train.data import Batch, DeviceImages, TrainingData
+from bdexport.train.distributed import ALONE, World
 from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
 
 
@@ -35,6 +36,8 @@ class Setting:
 
     ``teachers`` are frozen, undropped networks whose logits are averaged (the base itself, or others that were asked
     for), or none; ``teacher_logits`` are their outputs (N, C) for the training images as they are, where cached.
+    ``world``: which shard of each batch this process sees; what is random per image is drawn with :meth:`rand` or
+    :meth:`randint`, what is not linear in a mean over the batch takes ``world.batch_mean``.
     """
 
     model: BlockDropNet
@@ -44,6 +47,7 @@ class Setting:
     device: str
     bf16: bool
     generator: torch.Generator
+    world: World = ALONE
     order: list[int] | None = None  # blocks from the least to the most important, once it is known
     fixed_mask: str | None = None  # method fixed: what :func:`bdexport.evaluate.fixed_strategy` takes, once it is known
 
@@ -51,6 +55,14 @@ class Setting:
     def num_blocks(self) -> int:
         """K."""
         return len(self.model.network.blocks)
+
+    def rand(self, *shape: int, rows: int = 0) -> Tensor:
+        """Uniform numbers, float32; dimension ``rows`` counts the images that this process sees."""
+        return self.world.rand(shape, self.generator, rows)
+
+    def randint(self, low: int, high: int, images: int) -> Tensor:
+        """A whole number from ``low`` to ``high`` - 1 for each of the images that this process sees."""
+        return self.world.randint(low, high, images, self.generator)
 
     def autocast(self) -> torch.autocast:
         """bf16 where the run uses it."""
@@ -65,6 +77,7 @@ class Phase:
     batch = 128
     share = 1.0
     uses_policy = False
+    learns_network = True
     decisive = False  # the best model of the run is chosen among this phase's epochs
 
     def __init__(self, setting: Setting) -> None:
@@ -112,19 +125,27 @@ class Phase:
         """Blocks in the order of :func:`bdexport.mask_search.drop_order` on the first ``count`` images."""
         network = self.setting.model.network.eval()
         with self.setting.autocast():
-            return drop_order(network, list(images.batches(250, count)))
+            return self.setting.world.once(lambda: drop_order(network, list(images.batches(250, count))))
 
     def _learn(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"{self.name}: the loss is {loss.item()}; the last good state is kept",
-                remedy="lower the learning rate, or use --precision fp32",
-            )
+        world = self.setting.world
+        mean = world.mean(loss.detach())  # of the whole batch: all processes must judge alike
+        if not torch.isfinite(mean):
+            raise DivergedError(f"{self.name}: the loss is {mean.item()}", remedy=self.calmer())
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        world.average_gradients(parameter for group in groups for parameter in group["params"])
         for optimiser in self.optimisers:
             optimiser.step()
+
+    def calmer(self) -> str:
+        """What to change when the phase has diverged."""
+        group = getattr(self.setting.config, self.name, None)
+        rates = [] if group is None else [field.name for field in fields(group) if field.name.endswith("learning_rate")]
+        lower = f"--set {self.name}.{rates[0]}={getattr(group, rates[0]) / 3:.2g}" if rates else "a lower learning rate"
+        return f"in another --out, try {lower}, or --precision fp32"
 
     def _classification_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy plus, with a teacher, the softened KL divergence (Hinton et al., 2015)."""
@@ -187,6 +208,7 @@ class Prime(Phase):
     """The policy's backbone learns to classify, through a linear layer that is then thrown away."""
 
     name = "prime"
+    learns_network = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -249,9 +271,8 @@ class Adapt(NetworkPhase):
         """Every block on its own, at a keep rate that is drawn per image."""
         config, setting = self.setting.config.adapt, self.setting
         span = config.keep_high - config.keep_low
-        shape, device = (len(images), setting.num_blocks), images.device
-        rates = config.keep_low + span * torch.rand(len(images), 1, generator=setting.generator, device=device)
-        return torch.rand(shape, generator=setting.generator, device=device) < rates
+        rates = config.keep_low + span * setting.rand(len(images), 1)
+        return setting.rand(len(images), setting.num_blocks) < rates
 
     def _nested_masks(self, images: Tensor) -> Tensor:
         """One of the levels per image; of two levels, the one with fewer blocks is contained in the other."""
@@ -260,7 +281,7 @@ class Adapt(NetworkPhase):
         importance = torch.empty(setting.num_blocks, device=device)
         importance[torch.tensor(setting.order, device=device)] = torch.arange(setting.num_blocks, device=device).float()
         levels = torch.tensor(self._levels, device=device)
-        others = torch.randint(1, max(2, len(levels)), (len(images),), generator=setting.generator, device=device)
+        others = setting.randint(1, max(2, len(levels)), len(images))
         chosen = levels[others.clamp(max=len(levels) - 1)]
         chosen[: round(config.full_share * len(images))] = levels[0]
         return nested.most_probable(importance.expand(len(images), -1), chosen)
@@ -335,8 +356,7 @@ class FinetuneFixed(Phase):
         setting = self.setting
         if setting.fixed_mask != "random-k":
             return self.strategy()(images)
-        shape = (len(images), setting.num_blocks)
-        draws = torch.rand(shape, generator=setting.generator, device=images.device)
+        draws = setting.rand(len(images), setting.num_blocks)
         kept = torch.full((len(images),), setting.config.fixed.kept or 0, device=images.device)
         return nested.most_probable(draws, kept)
 
@@ -399,7 +419,7 @@ class PolicyPhase(Phase):
         # While the curriculum holds blocks, the open ones alone cannot meet the budget and would all be dropped.
         if config.target_blocks is None or self.now_open < self.setting.num_blocks:
             return loss
-        return loss + config.budget_weight * budget_loss(probabilities, config.target_blocks)
+        return loss + config.budget_weight * budget_loss(probabilities, config.target_blocks, self.setting.world)
 
     def _nested(self, images: Tensor, labels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards (N, J) at the cuts and the policy loss of the nested estimator (:mod:`bdexport.train.nested`)."""
@@ -436,7 +456,7 @@ class PolicyPhase(Phase):
     def _sampled(self, probabilities: Tensor) -> Tensor:
         config, setting = self.setting.config.policy, self.setting
         sampled_from = rollout.bounded(probabilities, self.exploration_bound)
-        return rollout.sample_masks(sampled_from, self.now_open, config.samples, setting.generator)
+        return rollout.sample_masks(sampled_from, self.now_open, config.samples, setting.generator, setting.world)
 
     def _advantages(self, rewards: Tensor, probabilities: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Advantages (S, N) of sampled rewards (S, N)."""
@@ -450,6 +470,7 @@ class Curriculum(PolicyPhase):
     """Algorithm 1, lines 3-13: the policy learns on the frozen network, opening blocks from the last one."""
 
     name = "curriculum"
+    learns_network = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -581,8 +602,7 @@ class Finetune(PolicyPhase):
 
     def _random_levels(self, probabilities: Tensor) -> Tensor:
         """Masks (N, K) of each image's most probable blocks, their number uniform in 1..K."""
-        shape, device = (len(probabilities),), probabilities.device
-        kept = torch.randint(1, self.setting.num_blocks + 1, shape, generator=self.setting.generator, device=device)
+        kept = self.setting.randint(1, self.setting.num_blocks + 1, len(probabilities))
         return nested.most_probable(probabilities.detach(), kept)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bdexport import __version__
@@ -15,7 +14,8 @@ from bdexport.architecture import PolicySpec, ResNetSpec, policy_spec
 from bdexport.checkpoint import Checkpoint, build_model, save_checkpoint
 from bdexport.config import PolicyConfig, TrainConfig
 from bdexport.dataset import Dataset, check_classes
-from bdexport.errors import BdexportError, TrainingError, UsageError
+from bdexport.dataset.base import Pixels, all_of
+from bdexport.errors import DivergedError, ImageError, TrainingError, UsageError
 from bdexport.evaluate import fixed_strategy, keep_all, policy_statistics
 from bdexport.hardware import machine
 from bdexport.models.flops import count_flops
@@ -25,15 +25,19 @@ from bdexport.models.resnet import ResNet
 from bdexport.preprocess import Preprocess
 from bdexport.retarget import policy_logits, retarget
 from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
-from bdexport.train.loop import STATIC_WARNING, Reporter, restore, run_phases, validation_outcome
-from bdexport.train.phases import Setting, levels_from_text
+from bdexport.train.distributed import ALONE, World, check_batches
+from bdexport.train.loop import STATIC_WARNING, Reporter, good_model, restore, run_phases, validation_outcome
+from bdexport.train.memory import check_memory, memory_explained, memory_plan
+from bdexport.train.phases import METHODS, Phase, Setting, levels_from_text
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
+    LAST_GOOD_FILE,
     MODEL_FILE,
     RunState,
     Weights,
     agree_on_run,
+    differences,
     generator_for,
     load_state,
     save_state,
@@ -56,18 +60,25 @@ class TrainRequest:
     device: str = "auto"
 
 
-def train(request: TrainRequest, config: TrainConfig, reporter: Reporter) -> Path:
+def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world: World = ALONE) -> Path:
     """Run every phase and write the chosen model; returns its path.
 
+    Of several processes each calls this with its ``world`` (:func:`bdexport.train.distributed.joined`).
     Raises TrainingError (settings that differ from the run's, NaN loss, collapse, no memory), DatasetError.
     """
     config = _checked(request, config)
-    device, device_reason = _device(request.device)
+    device, device_reason = _device(request.device, world)
     bf16, bf16_reason = _precision(config, device)
     setting = _setting(request, config, device, bf16)
-    resumed = agree_on_run(request.out, _description(request, config))
+    setting.world = world
+    with torch.random.fork_rng(devices=[]):  # asked for their batches only; those that learn draw their own weights
+        phases = [phase(setting) for phase in METHODS[config.method]]
+    check_batches({f"{phase.name}.batch": phase.batch for phase in phases if phase.epochs}, world)
+    resumed = _agree(request, config, world)
     reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
-    state = load_state(request.out)
+    if world.size > 1:
+        reporter.note(f"{world.size} processes, each with its shard of every batch")
+    state = world.once(lambda: load_state(request.out))
     if state is None:
         state = RunState()
     else:
@@ -80,9 +91,18 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter) -> Pat
         reporter.note(f"resuming {request.out} from its start: its first epoch was not finished")
     if config.distillation_weight > 0 and not request.teachers and _just_pruned(request):
         reporter.note("warning: the teacher is the pruned base itself; better: --teacher with the network it was")
-    data = _training_data(request, device)
-    with _memory_errors(config):
-        run_phases(setting, data, state, request.out, reporter)
+    plan = memory_plan(setting, request.preprocess.size, _bytes_to_load(request, device))
+    check_memory(plan, phases[state.phase :], reporter.note)
+
+    def running() -> Phase | None:
+        return phases[state.phase] if state.phase < len(phases) else None
+
+    with memory_explained(plan, running, config.evaluation_batch):
+        data = _training_data(request, device)
+        try:
+            run_phases(setting, data, state, request.out, reporter)
+        except DivergedError as error:
+            raise _with_last_good(error, request, config, setting, state) from error
         return _finish(request, config, setting, data, state, reporter)
 
 
@@ -211,12 +231,47 @@ def _check_size(model: BlockDropNet, preprocess: Preprocess) -> None:
         ) from error
 
 
-def _training_data(request: TrainRequest, device: str) -> TrainingData:
-    def on_device(split: Dataset) -> DeviceImages:
-        return DeviceImages(split.arrays(request.preprocess), split.labels, request.preprocess, device)
+def _agree(request: TrainRequest, config: TrainConfig, world: World) -> bool:
+    """Whether the run existed; every process must have been given the same one."""
+    own = _description(request, config)
+    leader, *others = world.everyones(own)
+    for rank, other in enumerate(others, 1):
+        found = differences(leader, other)
+        if found:
+            raise TrainingError(
+                f"rank {rank} was given another run than rank 0",
+                got="; ".join(found.values()),
+                remedy="start every process with the same settings and data",
+            )
+    return world.once(lambda: agree_on_run(request.out, own))
 
-    augmentation = AUGMENTATION.get(request.train.name, Augmentation())
-    return TrainingData(on_device(request.train), on_device(request.validation), augmentation)
+
+def _bytes_to_load(request: TrainRequest, device: str) -> int:
+    """What the images will take beside what they take already."""
+    height, width = request.preprocess.size
+    splits = (request.train, request.validation)
+    return sum(
+        3 * height * width * len(split)
+        for split in splits
+        if device != "cpu" or not isinstance(split.source, np.ndarray)
+    )
+
+
+def _training_data(request: TrainRequest, device: str) -> TrainingData:
+    errors: list[ImageError] = []
+
+    def fitted(split: Dataset) -> Pixels:
+        try:
+            return split.arrays(request.preprocess)
+        except ImageError as error:  # whoever mends the data wants to know of the other split's damage too
+            errors.append(error)
+            return np.empty((0, *request.preprocess.size, 3), np.uint8)
+
+    splits = [(split, fitted(split)) for split in (request.train, request.validation)]
+    if errors:
+        raise all_of(errors)
+    train, validation = (DeviceImages(pixels, split.labels, request.preprocess, device) for split, pixels in splits)
+    return TrainingData(train, validation, AUGMENTATION.get(request.train.name, Augmentation()))
 
 
 def _finish(
@@ -231,17 +286,9 @@ def _finish(
     model = setting.model
     if state.best is not None:
         model.load_state_dict(state.best.weights)
-    training: dict[str, Any] = {
-        "bdexport": __version__,
-        "complete": True,
-        "base": request.base,
-        "teachers": [name for name, _ in request.teachers],
-        "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
-        "settings": config.to_json(),
-        "seconds": round(sum(row["seconds"] for row in state.history), 1),
-        "machine": machine(),
-        "torch": torch.__version__,
-    }
+    training = _record(request, config, state, complete=True)
+    if setting.world.size > 1:
+        training["processes"] = setting.world.size
     has_policy = config.method == "blockdrop" and not request.base_only
     if has_policy:
         training |= _policy_result(request, config, setting, data, reporter)
@@ -249,18 +296,14 @@ def _finish(
         training |= _fixed_result(request, config, setting, data)
     full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
     training["validation"] = {"full_accuracy": full.accuracy} | training.get("validation", {})
-    checkpoint = Checkpoint(
-        network=request.network,
-        policy=model.policy.spec if has_policy else None,
-        preprocess=request.preprocess,
-        class_names=request.train.class_names,
-        state=_kept_weights(model, with_policy=has_policy),
-        training=training,
-        form="bdexport",
-    )
-    save_checkpoint(request.out / MODEL_FILE, checkpoint)
-    state.finished = True
-    save_state(request.out, state)
+    checkpoint = _checkpoint(request, model, model.state_dict(), training, has_policy)
+
+    def write() -> None:
+        save_checkpoint(request.out / MODEL_FILE, checkpoint)
+        state.finished = True
+        save_state(request.out, state)
+
+    setting.world.once(write)
     return request.out / MODEL_FILE
 
 
@@ -308,13 +351,55 @@ def _fixed_result(request: TrainRequest, config: TrainConfig, setting: Setting, 
     }
 
 
-def _kept_weights(model: BlockDropNet, with_policy: bool) -> Weights:
-    """What a checkpoint stores: everything but batch norm's step counters, and the policy only if it was trained."""
+def _record(request: TrainRequest, config: TrainConfig, state: RunState, complete: bool) -> dict[str, Any]:
+    """The training result, but for what it reached."""
     return {
+        "bdexport": __version__,
+        "complete": complete,
+        "base": request.base,
+        "teachers": [name for name, _ in request.teachers],
+        "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
+        "settings": config.to_json(),
+        "seconds": round(sum(row["seconds"] for row in state.history), 1),
+        "machine": machine(),
+        "torch": torch.__version__,
+    }
+
+
+def _checkpoint(
+    request: TrainRequest, model: BlockDropNet, weights: Weights, training: dict[str, Any], with_policy: bool
+) -> Checkpoint:
+    """Everything but batch norm's step counters, and the policy only if it was trained."""
+    kept = {
         name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in weights.items()
         if not name.endswith("num_batches_tracked") and (with_policy or not name.startswith("policy."))
     }
+    return Checkpoint(
+        network=request.network,
+        policy=model.policy.spec if with_policy else None,
+        preprocess=request.preprocess,
+        class_names=request.train.class_names,
+        state=kept,
+        training=training,
+        form="bdexport",
+    )
+
+
+def _with_last_good(
+    error: DivergedError, request: TrainRequest, config: TrainConfig, setting: Setting, state: RunState
+) -> DivergedError:
+    """Write the best model before the run went astray, for what it is worth; the error that says where it is."""
+    best = good_model(state, setting.num_blocks)
+    if best is None:
+        kept = "no model before it is worth keeping"
+    else:
+        training = _record(request, config, state, complete=False) | {"stopped": error.what, "epoch": best.figures}
+        checkpoint = _checkpoint(request, setting.model, best.weights, training, with_policy=best.has_policy)
+        path = request.out / LAST_GOOD_FILE
+        setting.world.once(lambda: save_checkpoint(path, checkpoint))
+        kept = f"the last good model ({best.figures['phase']} {best.figures['epoch']}) is {path}"
+    return DivergedError(f"{error.what}; {kept}", remedy=error.remedy)
 
 
 def _settle_batch_norm(config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter) -> dict[str, Any]:
@@ -338,7 +423,9 @@ def _settle_batch_norm(config: TrainConfig, setting: Setting, data: TrainingData
     return {"recalibrated": kept}
 
 
-def _device(wanted: str) -> tuple[str, str]:
+def _device(wanted: str, world: World) -> tuple[str, str]:
+    if world.size > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{world.local_rank}", "one CUDA device for each process"
     if wanted == "auto":
         return ("cuda", "a CUDA device is present") if torch.cuda.is_available() else ("cpu", "no CUDA device")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
@@ -357,20 +444,3 @@ def _precision(config: TrainConfig, device: str) -> tuple[bool, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     fast = any("bf16" in extension for extension in machine()["isa"])
     return fast, f"the CPU has {'' if fast else 'no '}bf16 units, {capability}"
-
-
-@contextmanager
-def _memory_errors(config: TrainConfig) -> Iterator[None]:
-    try:
-        yield
-    except BdexportError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, MemoryError) and "memory" not in text.lower():
-            raise
-        batch = max(config.finetune.batch, config.adapt.batch, config.curriculum.batch)
-        raise TrainingError(
-            f"out of memory at batch {batch} ({text.splitlines()[0] if text else 'MemoryError'})",
-            remedy=f"try --batch {max(1, batch // 2)}",
-        ) from error

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bdexport.config import RewardKind
 from bdexport.parts import KEEP_THRESHOLD
+from bdexport.train.distributed import ALONE, World
 
 
 def reward(logits: Tensor, labels: Tensor, masks: Tensor, wrong_prediction_penalty: float, kind: RewardKind) -> Tensor:
@@ -35,12 +36,12 @@ def leave_one_out_advantage(rewards: Tensor) -> Tensor:
     return rewards - others
 
 
-def budget_loss(probabilities: Tensor, target_blocks: float) -> Tensor:
+def budget_loss(probabilities: Tensor, target_blocks: float, world: World = ALONE) -> Tensor:
     """Squared distance between the share of blocks that greedy masks keep and ``target_blocks`` / K; a scalar.
 
     ``probabilities`` (N, K). Its value is that of the greedy masks, its gradient that of the mean keep-probability
     (straight-through). It binds the mean over the batch alone: which image keeps what is left to the reward.
     """
     greedy = (probabilities.detach() >= KEEP_THRESHOLD).float()
-    usage = (probabilities + (greedy - probabilities).detach()).mean()
+    usage = world.batch_mean((probabilities + (greedy - probabilities).detach()).mean())
     return (usage - target_blocks / probabilities.shape[1]) ** 2

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bdexport.parts import KEEP_THRESHOLD
+from bdexport.train.distributed import ALONE, World
 
 
 def open_blocks(epoch: int, num_blocks: int, blocks_per_epoch: int) -> int:
@@ -28,11 +29,11 @@ def force_closed(masks: Tensor, opened: int) -> Tensor:
     return masks
 
 
-def sample_masks(probabilities: Tensor, opened: int, samples: int, generator: torch.Generator) -> Tensor:
+def sample_masks(
+    probabilities: Tensor, opened: int, samples: int, generator: torch.Generator, world: World = ALONE
+) -> Tensor:
     """Draw bool (S, N, K) from Bernoulli(probabilities (N, K)), closed blocks kept."""
-    uniform = torch.rand(
-        (samples, *probabilities.shape), generator=generator, device=probabilities.device, dtype=torch.float32
-    )
+    uniform = world.rand((samples, *probabilities.shape), generator, rows=1)
     return force_closed(uniform < probabilities.detach(), opened)
 
 

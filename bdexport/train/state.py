@@ -4,7 +4,8 @@
     RUN/state.pt           weights, optimisers, teacher, best model so far: written after every epoch, atomically
     RUN/metrics.jsonl      one JSON object per epoch
     RUN/tensorboard/       the same for TensorBoard, where it is installed
-    RUN/model.safetensors  the chosen model (see ``complete`` in its training result)
+    RUN/model.safetensors  the chosen model, once the run is complete
+    RUN/last_good.safetensors  where the loss or the policy went astray: the best model before (``complete``: false)
 
 Data order, augmentation and sampled masks of an epoch are drawn from a generator seeded by (seed, phase, epoch), so
 that an epoch that was cut off and starts again sees exactly what it would have seen.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from bdexport.errors import TrainingError
 from bdexport.files import write_bytes, write_json, write_text
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
+LAST_GOOD_FILE = "last_good.safetensors"
 Weights = dict[str, torch.Tensor]
 
 
@@ -91,7 +94,8 @@ def load_state(run: Path) -> RunState | None:
 def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
     """Write ``description`` into a new run; for an existing one, check that nothing differs. True when it existed.
 
-    A run that has not finished its first epoch has nothing to lose, and takes the new description.
+    A run that has not finished its first epoch has nothing to lose, and takes the new description; so does a phase's
+    batch before its first epoch is finished, and the batch of evaluations: what too little memory asks for.
     """
     path = run / RUN_FILE
     if not path.exists():
@@ -105,16 +109,37 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({error})", remedy="choose another --out") from error
-    differences = _differences(before, json.loads(json.dumps(description)))
-    if differences and not any((run / name).exists() for name in (STATE_FILE, MODEL_FILE)):
+    changed = differences(before, json.loads(json.dumps(description)))
+    if changed and not any((run / name).exists() for name in (STATE_FILE, MODEL_FILE)):
         write_json(path, description)
         return False
-    if differences:
+    begun = _begun_phases(run) if changed else ()
+    lasting = [text for name, text in changed.items() if not _may_change(name, begun)]
+    if lasting:
         raise TrainingError(
-            f"{run}: holds a run with other settings: {'; '.join(differences)}",
+            f"{run}: holds a run with other settings: {'; '.join(lasting)}",
             remedy="repeat the settings it was started with to resume it, or choose another --out",
         )
+    if changed:
+        write_json(path, description)
     return True
+
+
+def _begun_phases(run: Path) -> Collection[str] | None:
+    """The phases with a finished epoch; None where that cannot be read."""
+    try:
+        lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        return {json.loads(line)["phase"] for line in lines}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _may_change(name: str, begun: Collection[str] | None) -> bool:
+    """Whether a run can go on with another value of ``name``, e.g. ``settings.finetune.batch``."""
+    if name == "settings.evaluation_batch":
+        return True
+    group, _, setting = name.removeprefix("settings.").partition(".")
+    return setting == "batch" and begun is not None and group not in begun
 
 
 def _is_leftover(entry: Path) -> bool:
@@ -122,10 +147,11 @@ def _is_leftover(entry: Path) -> bool:
     return entry.name.startswith(".") and entry.name.endswith(".partial")
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
+    """What differs, by its dotted name, as a text."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found: list[str] = []
+        found: dict[str, str] = {}
         for key in sorted(before.keys() | now.keys()):
-            found += _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            found |= differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         return found
-    return [] if before == now else [f"{name} was {before!r}, now {now!r}"]
+    return {} if before == now else {name: f"{name} was {before!r}, now {now!r}"}

@@ -276,6 +276,25 @@ def test_missing_batch_is_named(tmp_path: Path) -> None:
     assert len(load_dataset("cifar10", tmp_path, "test")) == 20
 
 
+def test_all_damaged_and_missing_batches_are_named(tmp_path: Path) -> None:
+    """Oracle: the files that were spoiled, all in one error, and none that was not."""
+    folder = write_cifar10(tmp_path)
+    (folder / "batches.meta").write_bytes(b"")
+    (folder / "data_batch_1").unlink()
+    data = (folder / "data_batch_3").read_bytes()
+    (folder / "data_batch_3").write_bytes(data[: len(data) // 2])
+    (folder / "data_batch_5").write_bytes(pickle.dumps(batch(20, 0) | {"data": np.zeros((20, 3071), np.uint8)}, 2))
+    with pytest.raises(DatasetError) as caught:
+        load_dataset("cifar10", tmp_path, "train")
+    said = str(caught.value)
+    assert [name in said for name in ("batches.meta", *(f"data_batch_{number}" for number in range(1, 6)))] == [
+        *(True, True, False, True, False, True),
+    ]
+    assert "data_batch_1: no such file" in said
+    assert "data_batch_5: wrong images: got uint8 (20, 3071)" in said
+    assert "\n" not in said
+
+
 def test_cifar_elsewhere(tmp_path: Path) -> None:
     """Oracle: the sentence tells what to do: unpack, fetch another version, or give another folder."""
     with pytest.raises(DatasetError, match="no cifar10 here"):
@@ -383,6 +402,38 @@ def test_damaged_image_is_named(tmp_path: Path) -> None:
     for read in (test.images, lambda: test.arrays(Preprocess()), lambda: list(test.batches(Preprocess(), 16))):
         with pytest.raises(ImageError, match=r"bee.003\.png"):
             read()
+
+
+def test_all_damaged_images_are_named_up_to_a_hundred(tmp_path: Path) -> None:
+    """Oracle: the files that were spoiled; of very many, a hundred and the number of the others."""
+    write_images(tmp_path / "test", {"ant": 90, "bee": 90})
+    for number in (3, 50, 71):
+        (tmp_path / "test" / "bee" / f"{number:03d}.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    test = load_dataset("folder", tmp_path, "test")
+    with pytest.raises(ImageError) as caught:
+        test.arrays(Preprocess())
+    assert [name for name in ("003", "050", "071", "004") if f"{name}.png" in str(caught.value)] == [
+        "003",
+        "050",
+        "071",
+    ]
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ImageError, match=r"and 80 more$") as caught:
+        test.arrays(Preprocess())
+    assert str(caught.value).count(".png: ") == 100
+
+
+def test_all_empty_and_unknown_classes_are_named(tmp_path: Path) -> None:
+    """Oracle: the folders that were made so."""
+    write_images(tmp_path / "train", {"ant": 3, "bee": 3})
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir()
+    with pytest.raises(DatasetError, match=r"cat: no image files in it.*dog: no image files in it"):
+        load_dataset("folder", tmp_path, "train")
+    write_images(tmp_path / "val", {"eel": 1, "fox": 1})
+    with pytest.raises(DatasetError, match="classes 'eel', 'fox' are not of the training set's 4"):
+        load_dataset("folder", tmp_path, "validation")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,20 @@ def test_memory_limit(kernel: Path, file: str, lines: str) -> None:
     assert hardware.usable_memory() == whole
 
 
+def test_available_memory(kernel: Path) -> None:
+    """Oracle: the least of MemAvailable and, per control group, limit - use + what its cache can give back."""
+    assert hardware.available_memory() is None
+    write(kernel / "proc/meminfo", "MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
+    assert hardware.available_memory() == 4000 * 1024
+    write(kernel / "cgroup/memory.max", "max\n")
+    write(kernel / "cgroup/memory.current", "1000000\n")
+    assert hardware.available_memory() == 4000 * 1024
+    write(kernel / "cgroup/memory.max", "3000000\n")
+    assert hardware.available_memory() == 2_000_000
+    write(kernel / "cgroup/memory.stat", "anon 12\ninactive_file 500000\n")
+    assert hardware.available_memory() == 2_500_000
+
+
 def cpuinfo(flags: str, model: str = "143") -> str:
     one = (
         f"vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: {model}\nmodel name\t: Some  CPU\nflags\t\t: {flags}\n"

@@ -29,10 +29,11 @@ from bdexport.config import (
     TrainConfig,
 )
 from bdexport.dataset import load_dataset
-from bdexport.errors import OutputError, TrainingError, UsageError
+from bdexport.errors import DivergedError, OutputError, TrainingError, UsageError
 from bdexport.preprocess import Preprocess
+from bdexport.train.loop import good_model
 from bdexport.train.pipeline import TrainRequest, train
-from bdexport.train.state import METRICS_FILE, STATE_FILE
+from bdexport.train.state import METRICS_FILE, STATE_FILE, Best, RunState, load_state
 
 CONFIG = TrainConfig(
     preset="smoke",
@@ -199,7 +200,23 @@ def test_a_run_without_a_finished_epoch_takes_other_settings(tmp_path: Path) -> 
     with pytest.raises(CutError):
         train(request(out), smaller, Recorder(cut_in=("adapt", 1)))
     assert json.loads((out / "run.json").read_text())["settings"]["finetune"]["batch"] == 32
-    with pytest.raises(TrainingError, match=r"finetune\.batch was 32, now 64"):
+    other = replace(smaller, pretrain=replace(smaller.pretrain, batch=64), finetune=CONFIG.finetune)
+    with pytest.raises(TrainingError, match=r"settings: settings\.pretrain\.batch was 32, now 64;"):
+        train(request(out), other, Recorder())
+
+
+def test_a_phase_that_has_not_begun_takes_another_batch(tmp_path: Path) -> None:
+    """Oracle: what running out of memory in a late phase advises; run.json says what the run goes on with."""
+    out = tmp_path / "run"
+    with pytest.raises(CutError):
+        train(request(out), CONFIG, Recorder(cut_in=("adapt", 1)))
+    smaller = replace(CONFIG, adapt=replace(CONFIG.adapt, batch=32), evaluation_batch=100)
+    recorder = Recorder(cut_in=("curriculum 2", 1))
+    with pytest.raises(CutError):
+        train(request(out), smaller, recorder)
+    assert [row["phase"] for row in recorder.rows] == ["adapt", "curriculum"]
+    assert json.loads((out / "run.json").read_text())["settings"]["adapt"]["batch"] == 32
+    with pytest.raises(TrainingError, match=r"adapt\.batch was 32, now 64"):
         train(request(out), CONFIG, Recorder())
 
 
@@ -292,14 +309,36 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
-    """Oracle: the error names the phase and the remedy, and the state of the epoch before is still readable."""
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_model(tmp_path: Path) -> None:
+    """Oracle: the error names phase, file and remedy; the file holds the epoch before, and a run can start from it."""
     out = tmp_path / "run"
-    wild = replace(CONFIG, adapt=replace(CONFIG.adapt, learning_rate=1e30, warmup_epochs=0.0))
-    with pytest.raises(TrainingError, match=r"adapt: the loss is .*lower the learning rate"):
+    wild = replace(
+        CONFIG, pretrain=PretrainConfig(epochs=1), adapt=AdaptConfig(epochs=1, learning_rate=1e30, warmup_epochs=0.0)
+    )
+    with pytest.raises(DivergedError) as caught:
         train(request(out), wild, Recorder())
-    assert (out / STATE_FILE).is_file()
+    kept = out / "last_good.safetensors"
+    assert "adapt: the loss is" in str(caught.value)
+    assert f"the last good model (pretrain 1) is {kept}" in str(caught.value)
+    assert "--set adapt.learning_rate=3.3e+29" in str(caught.value)
     assert not (out / "model.safetensors").exists()
+    found, state = load_checkpoint(kept), load_state(out)
+    assert state is not None
+    assert found.policy is None
+    assert found.training["complete"] is False
+    assert "adapt: the loss is" in found.training["stopped"]
+    assert all(torch.equal(weight, state.model[name]) for name, weight in found.state.items())
+    calm = replace(CONFIG, finetune=replace(CONFIG.finetune, epochs=1))
+    assert train(request(tmp_path / "calm", initial=found, base=kept.name), calm, Recorder()).is_file()
+
+
+def test_weights_that_the_last_step_spoiled_are_not_saved(tmp_path: Path) -> None:
+    """Oracle: one step an epoch, so that no loss shows it; the rate is beyond float32, so that the weights are too."""
+    out = tmp_path / "run"
+    wild = replace(CONFIG, pretrain=PretrainConfig(epochs=2, batch=512, learning_rate=1e39, warmup_epochs=0.0))
+    with pytest.raises(DivergedError, match=r"pretrain: network\..* is not finite; no model before it"):
+        train(request(out), wild, Recorder())
+    assert load_state(out) is None
 
 
 def test_a_policy_that_drops_everything_stops_the_run(tmp_path: Path) -> None:
@@ -311,9 +350,34 @@ def test_a_policy_that_drops_everything_stops_the_run(tmp_path: Path) -> None:
         finetune=replace(CONFIG.finetune, epochs=3),
     )
     for _ in range(2):
-        with pytest.raises(TrainingError, match="drops every block"):
+        with pytest.raises(
+            DivergedError, match=r"drops every block.*no model before it is worth keeping.*raise --gamma"
+        ):
             train(request(tmp_path / "run"), greedy, Recorder())
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_last_good_model_is_the_best_before_the_collapse() -> None:
+    """Oracle: by hand; the best finetuned epoch where its policy kept some blocks, before any the last epoch's."""
+    weights = {"network.x": torch.ones(1)}
+
+    def state_of(*rows: tuple[str, int], best: tuple[int, float] | None) -> RunState:
+        history: list[dict[str, Any]] = [{"phase": name, "epoch": epoch} for name, epoch in rows]
+        for row in history:
+            if row["phase"] == "finetune":  # the phase whose epochs are scored
+                row["score"] = [1.0]
+        figures = None if best is None else {"epoch": best[0], "blocks_used": {"mean": best[1]}}
+        chosen = None if figures is None else Best((1.0,), {"network.x": torch.zeros(1)}, figures)
+        return RunState(model=weights, best=chosen, history=history)
+
+    assert good_model(state_of(best=None), 3) is None
+    learned = good_model(state_of(("pretrain", 1), ("curriculum", 1), best=None), 3)
+    assert learned is not None
+    assert (learned.weights, learned.has_policy, learned.figures["phase"]) == (weights, True, "curriculum")
+    tuned = good_model(state_of(("finetune", 1), ("finetune", 2), best=(1, 2.0)), 3)
+    assert tuned is not None
+    assert (tuned.weights["network.x"].item(), tuned.figures["epoch"]) == (0.0, 1)
+    assert good_model(state_of(("finetune", 1), best=(1, 0.0)), 3) is None
 
 
 def test_a_short_run_that_keeps_everything_is_warned_about(tmp_path: Path) -> None:
