@@ -135,7 +135,8 @@ class PolicySpec:
     """A policy network: image -> K keep-probabilities in one shot (Wu et al. 2018, section 3.2).
 
     The image is average-pooled ``input_pool`` times first (2 for ImageNet: 112x112), then runs through a small ResNet
-    with one or more basic blocks per stage and a linear layer with bias.
+    with one or more basic blocks per stage and a linear layer with bias. ``hidden`` > 0: a layer of so many units with
+    a ReLU comes before that one (the paper has none).
     """
 
     family: Family
@@ -144,6 +145,7 @@ class PolicySpec:
     num_blocks: int
     shortcut: Shortcut = "avgpool"
     input_pool: int = 1
+    hidden: int = 0
 
     def backbone(self) -> ResNetSpec:
         """The policy's residual network without its final layer."""
@@ -151,8 +153,11 @@ class PolicySpec:
         return ResNetSpec(self.family, "basic", self.stages, self.widths, self.shortcut, num_classes=2)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that :func:`policy_spec_from_json` reads back."""
-        return asdict(self) | {"stages": list(self.stages), "widths": list(self.widths)}
+        """A JSON object that :func:`policy_spec_from_json` reads back; ``hidden`` only where there is such a layer."""
+        data = asdict(self) | {"stages": list(self.stages), "widths": list(self.widths)}
+        if self.hidden == 0:
+            del data["hidden"]
+        return data
 
 
 def resnet_spec(

@@ -125,6 +125,13 @@ class PolicyConfig:
     initial_keep_logit: float = 0.0  # bias of the policy's last layer at the start of the curriculum
     target_blocks: float | None = None  # mean number of kept blocks to aim at; None: whatever the reward leads to
     budget_weight: float = 20.0  # weight of the squared distance from target_blocks / K, once all blocks are open
+    # What the policy gradient reaches: all of the policy, or its head alone, while the backbone goes on learning to
+    # classify in finetuning (rewards are a weak teacher: they spoil what prime has taught the backbone).
+    learns: Literal["all", "head"] = "all"
+    # nested: weight of each block's entropy, throughout; the best logit is then the block's marginal reward / softness,
+    # so that decisions stay open instead of saturating for all images alike
+    softness: float = 0.0
+    hidden: int = 0  # units of a layer between backbone and last layer; the paper has none
     input_pool: int | None = None  # average-pool the policy's input so many times; None: as in the paper
 
 
@@ -226,7 +233,7 @@ def _nested(num_blocks: int) -> TrainConfig:
             levels=",".join(str(level) for level in sorted(set(levels), reverse=True)),
         ),
         curriculum=CurriculumConfig(
-            epochs=6, batch=128, epoch_share=0.25, learning_rate=2e-3, blocks_per_epoch=num_blocks
+            epochs=6, batch=128, epoch_share=0.2, learning_rate=3e-3, blocks_per_epoch=num_blocks
         ),
         finetune=FinetuneConfig(
             epochs=8,
@@ -241,6 +248,9 @@ def _nested(num_blocks: int) -> TrainConfig:
             estimator="nested",
             reward="probability",
             order_images=1000,
+            learns="head",
+            softness=0.03,
+            hidden=64,
             target_blocks=round(0.46 * num_blocks, 2),
             budget_weight=60.0,
         ),

@@ -161,7 +161,8 @@ def _network(field: _Field) -> ResNetSpec:
 def _policy(field: _Field, network: ResNetSpec) -> PolicySpec | None:
     if field.value is None:
         return None
-    fields = field.object("family", "stages", "widths", "num_blocks", "shortcut", "input_pool")
+    names = ("family", "stages", "widths", "num_blocks", "shortcut", "input_pool")
+    fields = field.object(*names, optional=("hidden",))
     policy = PolicySpec(
         family=cast(Family, fields["family"].choice(get_args(Family))),
         stages=_stages(fields["stages"]),
@@ -169,6 +170,7 @@ def _policy(field: _Field, network: ResNetSpec) -> PolicySpec | None:
         num_blocks=fields["num_blocks"].integer(network.num_blocks, network.num_blocks),
         shortcut=cast(Shortcut, fields["shortcut"].choice(get_args(Shortcut))),
         input_pool=fields["input_pool"].integer(1, 16),
+        hidden=fields["hidden"].integer(1, MAX_WIDTH) if "hidden" in fields else 0,
     )
     policy.backbone()  # raises when stages and widths do not fit
     return policy

@@ -48,6 +48,9 @@ def train(
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Train the base network and stop.")] = False,
     prime_epochs: Annotated[int | None, typer.Option(help="Epochs in which the policy's backbone classifies.")] = None,
+    fresh_policy: Annotated[
+        bool, typer.Option("--fresh-policy", help="Learn a new policy although the base has one.")
+    ] = False,
     pretrain_epochs: Annotated[int | None, typer.Option(help="Epochs for the base network itself.")] = None,
     adapt_epochs: Annotated[int | None, typer.Option(help="Epochs of stochastic depth before the policy.")] = None,
     curriculum_epochs: Annotated[int | None, typer.Option(help="Epochs of curriculum learning.")] = None,
@@ -104,6 +107,7 @@ def train(
             base=None if base is None else base.name,
             teachers=tuple((path.name, load_checkpoint(path)) for path in teacher or []),
             base_only=base_only,
+            fresh_policy=fresh_policy,
             device=device,
         )
         _run(request, config, world, json)

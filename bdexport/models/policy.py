@@ -21,10 +21,13 @@ class PolicyNet(nn.Module):
         self.spec = spec
         backbone = ResNet(spec.backbone())
         self.stem, self.blocks = backbone.stem, backbone.blocks
-        self.fc = nn.Linear(spec.widths[-1], spec.num_blocks)
+        width = spec.widths[-1]
+        if spec.hidden:
+            self.hidden = nn.Linear(width, spec.hidden)
+        self.fc = nn.Linear(spec.hidden or width, spec.num_blocks)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last layer decides from, (N, widths[-1])."""
+        """What the backbone says of an image, (N, widths[-1])."""
         if self.spec.input_pool > 1:
             x = F.avg_pool2d(x, self.spec.input_pool)
         x = self.stem(x)
@@ -33,10 +36,19 @@ class PolicyNet(nn.Module):
         out: Tensor = x.mean(dim=(2, 3))
         return out
 
+    def decide(self, features: Tensor) -> Tensor:
+        """Log-odds of keeping each block, (N, K), from :meth:`features`."""
+        out: Tensor = self.fc(F.relu(self.hidden(features)) if self.spec.hidden else features)
+        return out
+
     def logits(self, x: Tensor) -> Tensor:
         """Log-odds of keeping each block, (N, K)."""
-        out: Tensor = self.fc(self.features(x))
-        return out
+        return self.decide(self.features(x))
+
+    def backbone_and_head(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """What gives the features, and what decides from them."""
+        head = [self.hidden, self.fc] if self.spec.hidden else [self.fc]
+        return nn.ModuleList([self.stem, self.blocks]), nn.ModuleList(head)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x).sigmoid()

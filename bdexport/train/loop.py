@@ -75,7 +75,6 @@ def _run_phases(
             setting.world.once(lambda: save_state(run, state))
             _stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
-        state.helpers = {}
         _remember_weights(state, setting)
 
 
@@ -92,8 +91,6 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
     if state.epoch == 0:
         phase.begin(data, reporter.note)
         state.fixed_mask, state.order = setting.fixed_mask, setting.order
-    else:
-        phase.helpers().load_state_dict(state.helpers)
     phase.start()
     for optimiser, saved in zip(phase.optimisers, state.optimisers, strict=False):
         optimiser.load_state_dict(saved)
@@ -195,11 +192,11 @@ def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch
     _remember_weights(state, setting)
     state.phase, state.epoch = index, epoch
     state.optimisers = [optimiser.state_dict() for optimiser in phase.optimisers]
-    state.helpers = _weights(phase.helpers())
 
 
 def _remember_weights(state: RunState, setting: Setting) -> None:
     state.model = _weights(setting.model)
+    state.classifier = _weights(setting.classifier)
 
 
 def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
@@ -291,6 +288,8 @@ def restore(state: RunState, setting: Setting) -> None:
     """Put a loaded state's weights and teacher in place. Weights that do not fit: :class:`TrainingError`."""
     try:
         setting.model.load_state_dict(state.model)
+        if state.classifier:
+            setting.classifier.load_state_dict(state.classifier)
         setting.fixed_mask, setting.order = state.fixed_mask, state.order
         if state.teacher is not None:
             teacher = frozen_copy(setting.model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,14 @@ class Setting:
     bf16: bool
     generator: torch.Generator
     world: World = ALONE
+    # From the policy's features to classes: the policy's backbone learns through it, and it is thrown away at the end.
+    classifier: nn.Linear = field(init=False)
     order: list[int] | None = None  # blocks from the least to the most important, once it is known
     fixed_mask: str | None = None  # method fixed: what :func:`bdexport.evaluate.fixed_strategy` takes, once it is known
+
+    def __post_init__(self) -> None:
+        features = self.model.policy.spec.widths[-1]
+        self.classifier = nn.Linear(features, self.model.network.spec.num_classes).to(self.device)
 
     @property
     def num_blocks(self) -> int:
@@ -96,10 +102,6 @@ class Phase:
 
     def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
         """What happens once, before the first epoch, and not on resuming: nothing, for most phases."""
-
-    def helpers(self) -> nn.ModuleDict:
-        """Modules of the phase's own that learn with it and are thrown away at its end; kept for resuming."""
-        return nn.ModuleDict()
 
     def opened(self, epoch: int) -> int:
         """How many of the last blocks the policy decides in this epoch."""
@@ -215,22 +217,17 @@ class Prime(Phase):
         config = setting.config.prime
         self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
         self.peak_rates = [config.learning_rate]
-        self._classifier = nn.Linear(setting.model.policy.fc.in_features, setting.model.network.spec.num_classes)
-        self._classifier.to(setting.device)
-
-    def helpers(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"classifier": self._classifier})
 
     def start(self) -> None:
         policy = self.setting.model.policy
         _trainable(self.setting.model.network, False)
         _trainable(policy, True)
-        learning = nn.ModuleList([policy.stem, policy.blocks, self._classifier])
+        learning = nn.ModuleList([policy.backbone_and_head()[0], self.setting.classifier])
         self.optimisers = [_sgd(learning, self.peak_rates[0], self.setting.config.prime.weight_decay)]
 
     def step(self, batch: Batch) -> dict[str, float]:
         with self.setting.autocast():
-            logits = self._classifier(self.setting.model.policy.features(batch.images))
+            logits = self.setting.classifier(self.setting.model.policy.features(batch.images))
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
         return {"loss": loss.item(), "accuracy": _accuracy(logits, batch.labels)}
@@ -386,6 +383,10 @@ class PolicyPhase(Phase):
         """Make the policy explore again: what the loop does about one mask for all images."""
         self.reopened = True
 
+    @property
+    def _learns_head(self) -> bool:
+        return self.setting.config.policy.learns == "head"
+
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.setting.autocast():
             logits = self.setting.model.policy.logits(images)
@@ -433,6 +434,8 @@ class PolicyPhase(Phase):
             rewards.append(self._rewards(self._evaluated(images, masks), labels, masks))
         stacked = torch.stack(rewards, dim=1)
         loss = -nested.expected_reward(held, stacked, cuts).mean()
+        # The bonus is a sum over the open blocks, as the reward is; rollout.entropy is their mean.
+        loss = loss - config.softness * self.now_open * rollout.entropy(probabilities, self.now_open)
         return stacked, self._regularised(loss, probabilities)
 
     def _gates(self, probabilities: Tensor) -> Tensor:
@@ -487,9 +490,13 @@ class Curriculum(PolicyPhase):
 
     def start(self) -> None:
         config = self.setting.config.curriculum
+        policy = self.setting.model.policy
         _trainable(self.setting.model.network, False)
-        _trainable(self.setting.model.policy, True)
-        self.optimisers = [Adam(self.setting.model.policy.parameters(), config.learning_rate)]
+        _trainable(policy, True)
+        backbone, head = policy.backbone_and_head()
+        if self._learns_head:
+            _trainable(backbone, False)
+        self.optimisers = [Adam((head if self._learns_head else policy).parameters(), config.learning_rate)]
         self.peak_rates = [config.learning_rate]
 
     def opened(self, epoch: int) -> int:
@@ -532,9 +539,14 @@ class Finetune(PolicyPhase):
         _trainable(model.network, True)
         _trainable(model.policy, True)
         rates = (config.network_learning_rate, config.policy_learning_rate)
+        classifying: nn.Module = model.network
+        deciding: nn.Module = model.policy
+        if self._learns_head:
+            backbone, deciding = model.policy.backbone_and_head()
+            classifying = nn.ModuleList([model.network, backbone, self.setting.classifier])
         self.optimisers = [
-            _optimiser(config.optimiser, model.network, rates[0], config.weight_decay),
-            Adam(model.policy.parameters(), rates[1]),
+            _optimiser(config.optimiser, classifying, rates[0], config.weight_decay),
+            Adam(deciding.parameters(), rates[1]),
         ]
         self.peak_rates = list(rates)
 
@@ -553,7 +565,7 @@ class Finetune(PolicyPhase):
     def step(self, batch: Batch) -> dict[str, float]:
         setting, config = self.setting, self.setting.config.finetune
         images, labels, _ = batch
-        probabilities = self._probabilities(images)
+        probabilities, backbone_loss = self._decided(batch)
         estimator = setting.config.policy.estimator
         gates = self._gates(probabilities) if estimator == "gumbel" else None
         if gates is not None:
@@ -582,7 +594,7 @@ class Finetune(PolicyPhase):
             rewards, policy_loss = self._judge(
                 logits[judged], images[judged], labels[judged], probabilities[judged], masks[:, judged]
             )
-        self._learn(loss + policy_loss)
+        self._learn(loss + policy_loss + backbone_loss)
         used = rollout.greedy_masks(probabilities, self.now_open).float().sum(dim=1).mean().item()
         return {
             "loss": loss.item(),
@@ -590,6 +602,16 @@ class Finetune(PolicyPhase):
             "accuracy": _accuracy(logits, labels),
             "blocks_used": used,
         }
+
+    def _decided(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        """Keep-probabilities (N, K), and what the backbone learns from where the policy gradient does not reach it."""
+        if not self._learns_head:
+            return self._probabilities(batch.images), 0.0
+        policy = self.setting.model.policy
+        with self.setting.autocast():
+            features = policy.features(batch.images)
+            logits, classes = policy.decide(features.detach()), self.setting.classifier(features)
+        return logits.float().sigmoid(), self._classification_loss(classes, batch)
 
     def _judge(
         self, logits: Tensor, images: Tensor, labels: Tensor, probabilities: Tensor, masks: Tensor
@@ -614,12 +636,12 @@ METHODS: dict[str, tuple[type[Phase], ...]] = {
 
 @torch.no_grad()
 def start_in_order(policy: PolicyNet, order: list[int], center: float, spread: float) -> None:
-    """Set the policy's last layer so that every image drops blocks in ``order``, some images earlier than others.
+    """Set the policy's last layer so that every image drops blocks in ``order``.
 
-    All blocks share one random direction (a tenth of it would do: learning separates them), and their biases run from
-    ``center - spread`` for the first block to drop to ``center + spread`` for the last.
+    Biases run from ``center - spread`` for the first block to drop to ``center + spread`` for the last; the weights are
+    zero, so that images differ only in what is learned from here.
     """
-    policy.fc.weight.copy_(policy.fc.weight[:1].expand_as(policy.fc.weight))
+    policy.fc.weight.zero_()
     steps = torch.linspace(center - spread, center + spread, len(order), device=policy.fc.bias.device)
     policy.fc.bias[torch.tensor(order, device=steps.device)] = steps
 

@@ -57,6 +57,7 @@ class TrainRequest:
     base: str | None = None  # what to call the base in the record
     teachers: tuple[tuple[str, Checkpoint], ...] = ()  # names and networks to distil from; none: the base
     base_only: bool = False
+    fresh_policy: bool = False  # leave the base's policy aside and learn a new one
     device: str = "auto"
 
 
@@ -129,7 +130,7 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         )
     if request.initial is not None:
         config = replace(config, pretrain=replace(config.pretrain, epochs=0))
-        if request.initial.policy is not None:  # it goes on from where it is; these are for a fresh one
+        if _kept_policy(request) is not None:  # it goes on from where it is; these are for a fresh one
             config = replace(
                 config, prime=replace(config.prime, epochs=0), policy=replace(config.policy, order_images=0)
             )
@@ -177,14 +178,21 @@ def _description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
         "base": request.base,
         "teachers": [name for name, _ in request.teachers],
         "base_only": request.base_only,
+        "fresh_policy": request.fresh_policy,
     }
+
+
+def _kept_policy(request: TrainRequest) -> PolicySpec | None:
+    """The base's policy, where training goes on with it."""
+    return None if request.initial is None or request.fresh_policy else request.initial.policy
 
 
 def _policy_spec(request: TrainRequest, config: TrainConfig) -> PolicySpec:
     """The policy of the checkpoint that training starts from, or the paper's, with its input pooled as configured."""
-    if request.initial is not None and request.initial.policy is not None:
-        return request.initial.policy
-    spec = policy_spec(request.network)
+    kept = _kept_policy(request)
+    if kept is not None:
+        return kept
+    spec = replace(policy_spec(request.network), hidden=config.policy.hidden)
     return spec if config.policy.input_pool is None else replace(spec, input_pool=config.policy.input_pool)
 
 
@@ -192,7 +200,7 @@ def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool
     torch.manual_seed(config.seed)
     initial = request.initial
     model = BlockDropNet(request.network) if initial is None else build_model(initial, with_policy=False)
-    if initial is None or initial.policy is None:
+    if _kept_policy(request) is None:
         model.policy = PolicyNet(_policy_spec(request, config))
         with torch.no_grad():
             model.policy.fc.bias.fill_(config.policy.initial_keep_logit)

@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "policy.samples": (1, 1000),
     "policy.temperature": (0.01, 100),
     "policy.cuts": (2, 1000),
+    "policy.hidden": (0, 4096),
     "policy.input_pool": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
     "policy.wrong_prediction_penalty": (0, 1e6),

@@ -49,7 +49,7 @@ class RunState:
     model: Weights = field(default_factory=dict)
     teacher: Weights | None = None
     optimisers: list[dict[str, Any]] = field(default_factory=list)
-    helpers: Weights = field(default_factory=dict)  # modules of the phase's own (:meth:`Phase.helpers`)
+    classifier: Weights = field(default_factory=dict)  # see :attr:`bdexport.train.phases.Setting.classifier`
     order: list[int] | None = None
     fixed_mask: str | None = None
     best: Best | None = None
