@@ -333,9 +333,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_model(tmp_pa
 
 
 def test_weights_that_the_last_step_spoiled_are_not_saved(tmp_path: Path) -> None:
-    """Oracle: one step an epoch, so that no loss shows it; the rate is beyond float32, so that the weights are too."""
+    """Oracle: one step an epoch, so that no loss shows it; the step leads beyond float32."""
     out = tmp_path / "run"
-    wild = replace(CONFIG, pretrain=PretrainConfig(epochs=2, batch=512, learning_rate=1e39, warmup_epochs=0.0))
+    wild = replace(
+        CONFIG, pretrain=PretrainConfig(epochs=2, batch=512, learning_rate=3e38, weight_decay=1e6, warmup_epochs=0.0)
+    )
     with pytest.raises(DivergedError, match=r"pretrain: network\..* is not finite; no model before it"):
         train(request(out), wild, Recorder())
     assert load_state(out) is None
