@@ -35,7 +35,8 @@ from bdexport.hardware import gpus, machine, package_versions
 from bdexport.models.pair import BlockDropNet
 from bdexport.preprocess import Preprocess
 from bdexport.train.data import Augmentation, Batch, DeviceImages
-from bdexport.train.phases import METHODS, Phase, Setting
+from bdexport.train.methods import METHODS
+from bdexport.train.phases import Phase, Setting
 from bdexport.train.state import generator_for
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices that the peak is measured with

@@ -60,7 +60,7 @@ def train(
     target_blocks: Annotated[float | None, typer.Option(help="Mean kept blocks to aim at (budget loss).")] = None,
     alpha: Annotated[float | None, typer.Option(help="Exploration bound, throughout.")] = None,
     estimator: Annotated[
-        str | None, typer.Option(help="self_critical (paper), leave_one_out, nested or gumbel.")
+        str | None, typer.Option(help="self_critical (paper), leave_one_out, nested, gumbel or marginal.")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Masks drawn per image and step.")] = None,
     reward: Annotated[str | None, typer.Option(help="correct (paper) or probability.")] = None,
@@ -247,10 +247,10 @@ def epoch_line(row: dict[str, Any]) -> str:
     if "accuracy" in learned:
         parts.append(f"train {learned['accuracy']:.2f} %")
     parts.append(f"val {validation['accuracy']:.2f} %")
-    if "reward" in learned:
+    if row["open_blocks"] is not None:
         used = validation["blocks_used"]
         parts += [
-            f"reward {learned['reward']:.3f}",
+            *(f"{name} {learned[name]:.3f}" for name in ("reward", "success") if name in learned),
             f"blocks {used['mean']:.2f} +- {used['std']:.2f}",
             f"masks {validation['unique_masks']}",
         ]

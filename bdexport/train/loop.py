@@ -20,7 +20,8 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.distributed import World
 from bdexport.train.events import EventLog
-from bdexport.train.phases import METHODS, Phase, PolicyPhase, Setting
+from bdexport.train.methods import phases_of
+from bdexport.train.phases import Phase, PolicyPhase, Setting
 from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
 
 COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
@@ -52,7 +53,7 @@ def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path,
 def _run_phases(
     setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter, events: EventLog
 ) -> None:
-    phases = [phase(setting) for phase in METHODS[setting.config.method]]
+    phases = [phase(setting) for phase in phases_of(setting.config)]
     for index in range(state.phase, len(phases)):
         phase = phases[index]
         if phase.epochs > state.epoch:
@@ -196,7 +197,8 @@ def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch
 
 def _remember_weights(state: RunState, setting: Setting) -> None:
     state.model = _weights(setting.model)
-    state.classifier = _weights(setting.classifier)
+    state.classifier, state.critic = _weights(setting.classifier), _weights(setting.critic)
+    state.price = setting.price
 
 
 def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
@@ -290,6 +292,8 @@ def restore(state: RunState, setting: Setting) -> None:
         setting.model.load_state_dict(state.model)
         if state.classifier:
             setting.classifier.load_state_dict(state.classifier)
+            setting.critic.load_state_dict(state.critic)
+            setting.price = state.price
         setting.fixed_mask, setting.order = state.fixed_mask, state.order
         if state.teacher is not None:
             teacher = frozen_copy(setting.model)

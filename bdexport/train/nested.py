@@ -24,6 +24,13 @@ def most_probable(probabilities: Tensor, kept: Tensor) -> Tensor:
     return place < kept[:, None]
 
 
+def importance(order: list[int], device: torch.device | str) -> Tensor:
+    """Places (K,) of blocks that are listed from the least to the most important one."""
+    places = torch.empty(len(order), device=device)
+    places[torch.tensor(order, device=device)] = torch.arange(len(order), device=device).float()
+    return places
+
+
 def cut_points(num_blocks: int, closed: int, count: int, generator: torch.Generator) -> list[int]:
     """``count`` numbers of kept blocks, ascending: the fewest and the most that can be kept, and random ones between.
 

@@ -50,12 +50,17 @@ class Setting:
     world: World = ALONE
     # From the policy's features to classes: the policy's backbone learns through it, and it is thrown away at the end.
     classifier: nn.Linear = field(init=False)
+    critic: nn.Sequential = field(init=False)  # of the marginal estimator: features -> success at each level, log-odds
+    price: float = 0.0  # .. and what a block costs, in points of accuracy
     order: list[int] | None = None  # blocks from the least to the most important, once it is known
     fixed_mask: str | None = None  # method fixed: what :func:`bdexport.evaluate.fixed_strategy` takes, once it is known
 
     def __post_init__(self) -> None:
         features = self.model.policy.spec.widths[-1]
         self.classifier = nn.Linear(features, self.model.network.spec.num_classes).to(self.device)
+        levels = levels_from_text(self.config.adapt.levels, self.num_blocks)
+        self.critic = nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, max(1, len(levels))))
+        self.critic.to(self.device)
 
     @property
     def num_blocks(self) -> int:
@@ -184,9 +189,9 @@ class NetworkPhase(Phase):
         self._weight_decay = config.weight_decay
 
     def start(self) -> None:
-        _trainable(self.setting.model.network, True)
-        _trainable(self.setting.model.policy, False)
-        self.optimisers = [_sgd(self.setting.model.network, self.peak_rates[0], self._weight_decay)]
+        trainable(self.setting.model.network, True)
+        trainable(self.setting.model.policy, False)
+        self.optimisers = [sgd(self.setting.model.network, self.peak_rates[0], self._weight_decay)]
 
 
 class Pretrain(NetworkPhase):
@@ -220,10 +225,10 @@ class Prime(Phase):
 
     def start(self) -> None:
         policy = self.setting.model.policy
-        _trainable(self.setting.model.network, False)
-        _trainable(policy, True)
+        trainable(self.setting.model.network, False)
+        trainable(policy, True)
         learning = nn.ModuleList([policy.backbone_and_head()[0], self.setting.classifier])
-        self.optimisers = [_sgd(learning, self.peak_rates[0], self.setting.config.prime.weight_decay)]
+        self.optimisers = [sgd(learning, self.peak_rates[0], self.setting.config.prime.weight_decay)]
 
     def step(self, batch: Batch) -> dict[str, float]:
         with self.setting.autocast():
@@ -275,13 +280,11 @@ class Adapt(NetworkPhase):
         """One of the levels per image; of two levels, the one with fewer blocks is contained in the other."""
         config, setting, device = self.setting.config.adapt, self.setting, images.device
         assert setting.order is not None
-        importance = torch.empty(setting.num_blocks, device=device)
-        importance[torch.tensor(setting.order, device=device)] = torch.arange(setting.num_blocks, device=device).float()
         levels = torch.tensor(self._levels, device=device)
         others = setting.randint(1, max(2, len(levels)), len(images))
         chosen = levels[others.clamp(max=len(levels) - 1)]
         chosen[: round(config.full_share * len(images))] = levels[0]
-        return nested.most_probable(importance.expand(len(images), -1), chosen)
+        return nested.most_probable(nested.importance(setting.order, device).expand(len(images), -1), chosen)
 
 
 def levels_from_text(text: str, num_blocks: int) -> list[int]:
@@ -326,12 +329,12 @@ class FinetuneFixed(Phase):
 
     def start(self) -> None:
         config, model = self.setting.config.finetune, self.setting.model
-        _trainable(model.network, True)
-        _trainable(model.policy, False)
+        trainable(model.network, True)
+        trainable(model.policy, False)
         self.optimisers = [_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
 
     def rate_factor(self, epoch: float) -> float:
-        return _finetuning_rate(self, super().rate_factor(epoch), epoch)
+        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def strategy(self) -> Strategy:
         setting = self.setting
@@ -491,11 +494,11 @@ class Curriculum(PolicyPhase):
     def start(self) -> None:
         config = self.setting.config.curriculum
         policy = self.setting.model.policy
-        _trainable(self.setting.model.network, False)
-        _trainable(policy, True)
+        trainable(self.setting.model.network, False)
+        trainable(policy, True)
         backbone, head = policy.backbone_and_head()
         if self._learns_head:
-            _trainable(backbone, False)
+            trainable(backbone, False)
         self.optimisers = [Adam((head if self._learns_head else policy).parameters(), config.learning_rate)]
         self.peak_rates = [config.learning_rate]
 
@@ -536,8 +539,8 @@ class Finetune(PolicyPhase):
 
     def start(self) -> None:
         config, model = self.setting.config.finetune, self.setting.model
-        _trainable(model.network, True)
-        _trainable(model.policy, True)
+        trainable(model.network, True)
+        trainable(model.policy, True)
         rates = (config.network_learning_rate, config.policy_learning_rate)
         classifying: nn.Module = model.network
         deciding: nn.Module = model.policy
@@ -560,7 +563,7 @@ class Finetune(PolicyPhase):
             self.exploration_bound = min(self.exploration_bound, REOPENED_BOUND)
 
     def rate_factor(self, epoch: float) -> float:
-        return _finetuning_rate(self, super().rate_factor(epoch), epoch)
+        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
         setting, config = self.setting, self.setting.config.finetune
@@ -628,12 +631,6 @@ class Finetune(PolicyPhase):
         return nested.most_probable(probabilities.detach(), kept)
 
 
-METHODS: dict[str, tuple[type[Phase], ...]] = {
-    "blockdrop": (Pretrain, Prime, Adapt, Curriculum, Finetune),
-    "fixed": (Pretrain, Adapt, FinetuneFixed),
-}
-
-
 @torch.no_grad()
 def start_in_order(policy: PolicyNet, order: list[int], center: float, spread: float) -> None:
     """Set the policy's last layer so that every image drops blocks in ``order``.
@@ -646,14 +643,14 @@ def start_in_order(policy: PolicyNet, order: list[int], center: float, spread: f
     policy.fc.bias[torch.tensor(order, device=steps.device)] = steps
 
 
-def _finetuning_rate(phase: Phase, cosine: float, epoch: float) -> float:
+def finetuning_rate(phase: Phase, cosine: float, epoch: float) -> float:
     """The factor of the configured schedule; ``step``: x0.1 for the last fifth."""
     if phase.setting.config.finetune.schedule == "step":
         return 1.0 if epoch < 0.8 * phase.epochs else 0.1
     return cosine
 
 
-def _trainable(module: nn.Module, trainable: bool) -> None:
+def trainable(module: nn.Module, trainable: bool) -> None:
     """Train mode with gradients, or eval mode (fixed batch-norm statistics) without."""
     module.train(trainable)
     module.requires_grad_(trainable)
@@ -681,13 +678,13 @@ def _decayed(module: nn.Module) -> Iterable[dict[str, object]]:
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _sgd(module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+def sgd(module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     return SGD(_decayed(module), learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
 
 
 def _optimiser(kind: Optimiser, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     if kind == "sgd":
-        return _sgd(module, learning_rate, weight_decay)
+        return sgd(module, learning_rate, weight_decay)
     return Adam(_decayed(module), learning_rate, weight_decay=weight_decay)
 
 

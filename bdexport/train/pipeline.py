@@ -28,7 +28,8 @@ from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, Traini
 from bdexport.train.distributed import ALONE, World, check_batches
 from bdexport.train.loop import STATIC_WARNING, Reporter, good_model, restore, run_phases, validation_outcome
 from bdexport.train.memory import check_memory, memory_explained, memory_plan
-from bdexport.train.phases import METHODS, Phase, Setting, levels_from_text
+from bdexport.train.methods import phases_of
+from bdexport.train.phases import Phase, Setting, levels_from_text
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
@@ -73,7 +74,7 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
     setting = _setting(request, config, device, bf16)
     setting.world = world
     with torch.random.fork_rng(devices=[]):  # asked for their batches only; those that learn draw their own weights
-        phases = [phase(setting) for phase in METHODS[config.method]]
+        phases = [phase(setting) for phase in phases_of(config)]
     check_batches({f"{phase.name}.batch": phase.batch for phase in phases if phase.epochs}, world)
     resumed = _agree(request, config, world)
     reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
@@ -140,6 +141,8 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     if config.method == "fixed":
         _check_fixed(request, config)
     _check_policy(config.policy, request.network.num_blocks)
+    if config.method == "blockdrop" and config.policy.estimator == "marginal" and not request.base_only:
+        _check_marginal(config)
     return config
 
 
@@ -155,6 +158,13 @@ def _check_policy(policy: PolicyConfig, num_blocks: int) -> None:
     for alpha in (policy.exploration_bound, policy.finetune_bound_start, policy.finetune_bound_end):
         if not 0.5 < alpha <= 1:
             raise UsageError("alpha", got=alpha, expected="above 0.5, at most 1")
+
+
+def _check_marginal(config: TrainConfig) -> None:
+    if not config.adapt.levels:
+        raise UsageError("estimator marginal", got="no levels", expected="--set adapt.levels=15,10,7,5 or the like")
+    if config.policy.target_blocks is None:
+        raise UsageError("estimator marginal", got="no block budget", expected="--target-blocks")
 
 
 def _check_fixed(request: TrainRequest, config: TrainConfig) -> None:

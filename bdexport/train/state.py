@@ -49,6 +49,8 @@ class RunState:
     model: Weights = field(default_factory=dict)
     teacher: Weights | None = None
     optimisers: list[dict[str, Any]] = field(default_factory=list)
+    critic: Weights = field(default_factory=dict)  # .. and ``critic`` and ``price`` there
+    price: float = 0.0
     classifier: Weights = field(default_factory=dict)  # see :attr:`bdexport.train.phases.Setting.classifier`
     order: list[int] | None = None
     fixed_mask: str | None = None

@@ -15,7 +15,8 @@ from bdexport.cli.failures import explain
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import Augmentation, DeviceImages
 from bdexport.train.distributed import World, joined
-from bdexport.train.phases import METHODS, Phase, Setting
+from bdexport.train.methods import METHODS
+from bdexport.train.phases import Phase, Setting
 from bdexport.train.pipeline import train
 from bdexport.train.state import generator_for
 

@@ -14,7 +14,8 @@ from test_train_run import CONFIG, Recorder, request
 from bdexport.checkpoint import load_checkpoint
 from bdexport.errors import UsageError
 from bdexport.train.distributed import ALONE, World, check_batches, joined
-from bdexport.train.phases import METHODS, Phase
+from bdexport.train.methods import METHODS
+from bdexport.train.phases import Phase
 from bdexport.train.pipeline import train
 from bdexport.train.state import load_state
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bdexport.errors import TrainingError
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.memory import MemoryPlan, check_memory, memory_explained, memory_plan
-from bdexport.train.phases import METHODS, Phase, Setting
+from bdexport.train.methods import METHODS
+from bdexport.train.phases import Phase, Setting
 from bdexport.train.state import generator_for
 
 GB = 10**9

@@ -1,0 +1,187 @@
+"""The marginal estimator: the policy's logits are what the next blocks are worth to an image, minus their price.
+
+Where the paper samples masks and compares rewards (Wu et al. 2018, Eqn. 6), this runs each judged image at a few nested
+levels (the same blocks for all images, in their order of importance) and learns three things from the outcomes:
+
+* a critic q_l(x), from the policy's features to the probability that level l classifies x rightly (cross-entropy with
+  the probability of the true class; it takes the noise out of single outcomes, and is thrown away at the end);
+* the policy's logits z_k(x) = 100 (q_l(x) - q_(l-1)(x)) / (n_l - n_(l-1)) - price, by least squares, for the blocks k
+  that level l (n_l blocks) has and level l - 1 has not: points of accuracy per block, minus what a block costs;
+* the price, which moves all logits alike so that greedy masks (z >= 0) keep ``target_blocks`` on average.
+
+A logit that follows a value does not saturate, as policy-gradient logits do: what is nearly sure for the mean image
+stays open for an unusual one. The reward is success minus a price per block, not Eqn. 3, whose squared usage outweighs
+every gain in accuracy that an image can be predicted to have (gamma = 5: from 7 to 15 of 15 blocks it takes what 13
+points of accuracy earn), so that its best policy is nearly the same mask for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from bdexport.retarget import shift_for
+from bdexport.train import nested
+from bdexport.train.data import Batch, TrainingData
+from bdexport.train.phases import PolicyPhase, Setting, finetuning_rate, levels_from_text, sgd, trainable
+
+LOGIT_LIMIT = 8.0  # the first level's blocks are worth far more than they cost; nothing is gained by learning how much
+PRICE_RATE = 0.05  # share of a batch's error in block usage that its step mends
+
+
+def worth(success: Tensor, levels: list[int], order: list[int], chance: float) -> Tensor:
+    """Points of accuracy that each block adds, (N, K), for probabilities of success (N, L) at ascending ``levels``.
+
+    ``order``: blocks from the least to the most important. Before the first level stands guessing (``chance``).
+    """
+    before = torch.cat([torch.full_like(success[:, :1], chance), success[:, :-1]], dim=1)
+    sizes = torch.tensor([n - m for m, n in zip([0, *levels], levels, strict=False)], device=success.device)
+    per_block = 100 * (success - before) / sizes
+    level_of = [next((i for i, n in enumerate(levels) if place < n), None) for place in range(len(order))]
+    out = torch.full((len(success), len(order)), -LOGIT_LIMIT, device=success.device)  # blocks beyond the last level
+    for place, level in enumerate(level_of):
+        if level is not None:
+            out[:, order[len(order) - 1 - place]] = per_block[:, level]
+    return out
+
+
+class MarginalPhase(PolicyPhase):
+    """What learning on the frozen network and finetuning share."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._levels = levels_from_text(setting.config.adapt.levels, setting.num_blocks)[::-1]
+
+    def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
+        setting, count = self.setting, self.setting.config.adapt.order_images
+        if setting.order is None:
+            setting.order = self._drop_order(data.train, count)
+            note(f"blocks in the order of backward elimination on {count} training images: {setting.order}")
+
+    def _level_masks(self, kept: Tensor) -> Tensor:
+        """Masks (N, K) of the ``kept`` (N,) most important blocks."""
+        setting = self.setting
+        assert setting.order is not None
+        return nested.most_probable(nested.importance(setting.order, kept.device).expand(len(kept), -1), kept)
+
+    def _judged(self, batch: Batch, rows: slice, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Success (N, L) of the images ``rows`` at every level, and the loss of critic and policy there.
+
+        ``features`` and ``logits`` are the whole batch's; no gradient goes beyond critic and head.
+        """
+        setting = self.setting
+        assert setting.order is not None
+        images, labels = batch.images[rows], batch.labels[rows]
+        outcomes = []
+        for level in self._levels:
+            run = self._evaluated(images, self._level_masks(torch.full_like(labels, level)))
+            outcomes.append(run.float().softmax(dim=1).gather(1, labels[:, None]))
+        success = torch.cat(outcomes, dim=1)
+        judged = setting.critic(features[rows].detach().float())
+        critic_loss = F.binary_cross_entropy_with_logits(judged, success)
+        classes = setting.model.network.spec.num_classes
+        value = worth(judged.detach().sigmoid(), self._levels, setting.order, 1 / classes)
+        target = (value - setting.price).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        return success, critic_loss + F.mse_loss(logits[rows], target)
+
+    @torch.no_grad()
+    def _settle_price(self, logits: Tensor) -> None:
+        """Move price and bias so that usage comes nearer to the target; ``logits`` (N, K) are the batch's."""
+        target = self.setting.config.policy.target_blocks
+        assert target is not None  # checked before the run starts
+        shift = torch.tensor(shift_for(logits.detach().float().cpu().numpy(), target))
+        step = PRICE_RATE * self.setting.world.mean(shift).clamp(-2.0, 2.0).item()
+        self.setting.model.policy.fc.bias.add_(step)
+        self.setting.price -= step
+
+
+class LearnMargins(MarginalPhase):
+    """Head and critic learn on the frozen network and the policy's frozen backbone: the curriculum's place."""
+
+    name = "curriculum"
+    learns_network = False
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.curriculum
+        self.epochs, self.batch, self.share = config.epochs, config.batch, config.epoch_share
+
+    def start(self) -> None:
+        config, policy = self.setting.config.curriculum, self.setting.model.policy
+        trainable(self.setting.model.network, False)
+        trainable(policy, False)
+        _, head = policy.backbone_and_head()
+        trainable(head, True)
+        learned = [*head.parameters(), *self.setting.critic.parameters(), *self.setting.classifier.parameters()]
+        self.optimisers = [Adam(learned, config.learning_rate)]
+        self.peak_rates = [config.learning_rate]
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        policy = self.setting.model.policy
+        with torch.no_grad(), self.setting.autocast():
+            features = policy.features(batch.images).float()
+        logits = policy.decide(features)
+        success, loss = self._judged(batch, slice(None), features, logits)
+        # The classifier may be new (it is not part of a checkpoint), and finetuning begins with it.
+        self._learn(loss + self._classification_loss(self.setting.classifier(features), batch))
+        self._settle_price(logits)
+        used = (logits >= 0).float().sum(dim=1).mean().item()
+        return {"loss": loss.item(), "success": success.mean().item(), "blocks_used": used}
+
+
+class FinetuneMargins(MarginalPhase):
+    """The network learns the masks that the policy gives, and the policy what blocks are worth on that network."""
+
+    name = "finetune"
+    decisive = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.finetune
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+
+    def start(self) -> None:
+        config, model = self.setting.config.finetune, self.setting.model
+        trainable(model.network, True)
+        trainable(model.policy, True)
+        backbone, head = model.policy.backbone_and_head()
+        classifying = torch.nn.ModuleList([model.network, backbone, self.setting.classifier])
+        self.optimisers = [
+            sgd(classifying, config.network_learning_rate, config.weight_decay),
+            Adam([*head.parameters(), *self.setting.critic.parameters()], config.policy_learning_rate),
+        ]
+        self.peak_rates = [config.network_learning_rate, config.policy_learning_rate]
+
+    def rate_factor(self, epoch: float) -> float:
+        return finetuning_rate(self, super().rate_factor(epoch), epoch)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        setting, config = self.setting, self.setting.config.finetune
+        policy, count = setting.model.policy, len(batch.images)
+        with setting.autocast():
+            features = policy.features(batch.images)
+            logits, classes = policy.decide(features.detach()).float(), setting.classifier(features)
+        # The batch: images that run every block, images at a random level, and the rest at the policy's masks; the
+        # policy learns from the end of the batch.
+        whole, levels = int(config.full_share * count), int(config.level_share * count)
+        masks = logits.detach() >= 0
+        masks[:whole] = True
+        drawn = torch.tensor(self._levels, device=logits.device)[setting.randint(0, len(self._levels), levels)]
+        masks[whole : whole + levels] = self._level_masks(drawn)
+        with setting.autocast():
+            run = setting.model.network.forward_masked(batch.images, masks)
+        loss = self._classification_loss(run, batch)
+        judged = slice(count - max(1, int(config.policy_share * count)), count)
+        success, policy_loss = self._judged(batch, judged, features, logits)
+        self._learn(loss + self._classification_loss(classes, batch) + policy_loss)
+        self._settle_price(logits)
+        return {
+            "loss": loss.item(),
+            "success": success.mean().item(),
+            "accuracy": 100.0 * (run.argmax(dim=1) == batch.labels).float().mean().item(),
+            "blocks_used": (logits >= 0).float().sum(dim=1).mean().item(),
+        }
