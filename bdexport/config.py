@@ -131,6 +131,8 @@ class PolicyConfig:
     # nested: weight of each block's entropy, throughout; the best logit is then the block's marginal reward / softness,
     # so that decisions stay open instead of saturating for all images alike
     softness: float = 0.0
+    memory: int = 16_384  # marginal: judged images that are remembered, and learned from again ..
+    lessons: int = 8  # .. so many times a step
     hidden: int = 0  # units of a layer between backbone and last layer; the paper has none
     input_pool: int | None = None  # average-pool the policy's input so many times; None: as in the paper
 
@@ -233,7 +235,7 @@ def _marginal(num_blocks: int) -> TrainConfig:
             levels=",".join(str(level) for level in sorted(set(levels), reverse=True)),
         ),
         curriculum=CurriculumConfig(
-            epochs=4, batch=128, epoch_share=0.2, learning_rate=1e-3, blocks_per_epoch=num_blocks
+            epochs=2, batch=128, epoch_share=0.2, learning_rate=1e-3, blocks_per_epoch=num_blocks
         ),
         finetune=FinetuneConfig(
             epochs=8,

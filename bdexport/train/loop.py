@@ -198,7 +198,7 @@ def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch
 def _remember_weights(state: RunState, setting: Setting) -> None:
     state.model = _weights(setting.model)
     state.classifier, state.critic = _weights(setting.classifier), _weights(setting.critic)
-    state.price = setting.price
+    state.price, state.memory = setting.price, list(setting.memory or ())
 
 
 def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
@@ -294,6 +294,7 @@ def restore(state: RunState, setting: Setting) -> None:
             setting.classifier.load_state_dict(state.classifier)
             setting.critic.load_state_dict(state.critic)
             setting.price = state.price
+            setting.memory = (state.memory[0], state.memory[1]) if state.memory else None
         setting.fixed_mask, setting.order = state.fixed_mask, state.order
         if state.teacher is not None:
             teacher = frozen_copy(setting.model)

@@ -20,16 +20,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 from bdexport.retarget import shift_for
 from bdexport.train import nested
 from bdexport.train.data import Batch, TrainingData
 from bdexport.train.phases import PolicyPhase, Setting, finetuning_rate, levels_from_text, sgd, trainable
 
-LOGIT_LIMIT = 8.0  # the first level's blocks are worth far more than they cost; nothing is gained by learning how much
+LOGIT_LIMIT = 3.0  # the first level's blocks are worth far more than they cost; nothing is gained by learning how much
+LESSON = 256  # remembered images in one step of critic and head
 PRICE_RATE = 0.05  # share of a batch's error in block usage that its step mends
 
 
@@ -49,18 +50,33 @@ def worth(success: Tensor, levels: list[int], order: list[int], chance: float) -
     return out
 
 
+@torch.no_grad()
+def tie_levels(last: nn.Linear, levels: list[int], order: list[int]) -> None:
+    """Give the blocks that come in with the same level the same row of the policy's last layer.
+
+    They have the same targets, so that equal rows stay equal, and masks are levels: the network has learned no others.
+    """
+    first_of: dict[int, int] = {}
+    for place, block in enumerate(reversed(order)):
+        level = next((n for n in levels if place < n), levels[-1] + 1)
+        leader = first_of.setdefault(level, block)
+        last.weight[block], last.bias[block] = last.weight[leader].clone(), last.bias[leader].clone()
+
+
 class MarginalPhase(PolicyPhase):
     """What learning on the frozen network and finetuning share."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._levels = levels_from_text(setting.config.adapt.levels, setting.num_blocks)[::-1]
+        self._head_optimiser: Optimizer
 
     def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
         setting, count = self.setting, self.setting.config.adapt.order_images
         if setting.order is None:
             setting.order = self._drop_order(data.train, count)
             note(f"blocks in the order of backward elimination on {count} training images: {setting.order}")
+        tie_levels(setting.model.policy.fc, self._levels, setting.order)
 
     def _level_masks(self, kept: Tensor) -> Tensor:
         """Masks (N, K) of the ``kept`` (N,) most important blocks."""
@@ -68,25 +84,43 @@ class MarginalPhase(PolicyPhase):
         assert setting.order is not None
         return nested.most_probable(nested.importance(setting.order, kept.device).expand(len(kept), -1), kept)
 
-    def _judged(self, batch: Batch, rows: slice, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Success (N, L) of the images ``rows`` at every level, and the loss of critic and policy there.
-
-        ``features`` and ``logits`` are the whole batch's; no gradient goes beyond critic and head.
-        """
-        setting = self.setting
-        assert setting.order is not None
+    def _outcomes(self, batch: Batch, rows: slice) -> Tensor:
+        """The true class's probability at every level, (N, L), for the images ``rows``."""
         images, labels = batch.images[rows], batch.labels[rows]
         outcomes = []
         for level in self._levels:
             run = self._evaluated(images, self._level_masks(torch.full_like(labels, level)))
             outcomes.append(run.float().softmax(dim=1).gather(1, labels[:, None]))
-        success = torch.cat(outcomes, dim=1)
-        judged = setting.critic(features[rows].detach().float())
-        critic_loss = F.binary_cross_entropy_with_logits(judged, success)
-        classes = setting.model.network.spec.num_classes
-        value = worth(judged.detach().sigmoid(), self._levels, setting.order, 1 / classes)
-        target = (value - setting.price).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-        return success, critic_loss + F.mse_loss(logits[rows], target)
+        return torch.cat(outcomes, dim=1)
+
+    def _remember(self, features: Tensor, success: Tensor) -> None:
+        """Keep what was seen: an outcome costs a run at every level, a lesson from it next to nothing."""
+        setting, new = self.setting, (features.detach().float(), success)
+        old = setting.memory or (new[0][:0], new[1][:0])
+        known, outcomes = (torch.cat(pair)[-setting.config.policy.memory :] for pair in zip(old, new, strict=True))
+        setting.memory = known, outcomes
+
+    def _learn_head(self) -> float:
+        """So many steps of critic and head on random remembered images; returns the critic's mean cross-entropy."""
+        setting, optimiser = self.setting, self._head_optimiser
+        assert setting.order is not None
+        assert setting.memory is not None
+        features, success = setting.memory
+        chance = 1 / setting.model.network.spec.num_classes
+        total = 0.0
+        for _ in range(setting.config.policy.lessons):
+            rows = torch.randint(0, len(features), (LESSON,), generator=setting.generator, device=features.device)
+            judged = setting.critic(features[rows])
+            critic_loss = F.binary_cross_entropy_with_logits(judged, success[rows])
+            value = worth(judged.detach().sigmoid(), self._levels, setting.order, chance)
+            target = (value - setting.price).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+            loss = critic_loss + F.mse_loss(setting.model.policy.decide(features[rows]), target)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            setting.world.average_gradients(p for group in optimiser.param_groups for p in group["params"])
+            optimiser.step()
+            total += critic_loss.item()
+        return total / setting.config.policy.lessons
 
     @torch.no_grad()
     def _settle_price(self, logits: Tensor) -> None:
@@ -116,21 +150,26 @@ class LearnMargins(MarginalPhase):
         trainable(policy, False)
         _, head = policy.backbone_and_head()
         trainable(head, True)
-        learned = [*head.parameters(), *self.setting.critic.parameters(), *self.setting.classifier.parameters()]
-        self.optimisers = [Adam(learned, config.learning_rate)]
-        self.peak_rates = [config.learning_rate]
+        rate = config.learning_rate
+        self._head_optimiser = Adam([*head.parameters(), *self.setting.critic.parameters()], rate)
+        self.optimisers = [Adam(self.setting.classifier.parameters(), rate), self._head_optimiser]
+        self.peak_rates = [rate, rate]
 
     def step(self, batch: Batch) -> dict[str, float]:
         policy = self.setting.model.policy
         with torch.no_grad(), self.setting.autocast():
             features = policy.features(batch.images).float()
-        logits = policy.decide(features)
-        success, loss = self._judged(batch, slice(None), features, logits)
         # The classifier may be new (it is not part of a checkpoint), and finetuning begins with it.
-        self._learn(loss + self._classification_loss(self.setting.classifier(features), batch))
+        loss = self._classification_loss(self.setting.classifier(features), batch)
+        self._learn(loss)
+        success = self._outcomes(batch, slice(None))
+        self._remember(features, success)
+        critic_loss = self._learn_head()
+        with torch.no_grad():
+            logits = policy.decide(features)
         self._settle_price(logits)
         used = (logits >= 0).float().sum(dim=1).mean().item()
-        return {"loss": loss.item(), "success": success.mean().item(), "blocks_used": used}
+        return {"loss": critic_loss, "success": success.mean().item(), "blocks_used": used}
 
 
 class FinetuneMargins(MarginalPhase):
@@ -149,11 +188,11 @@ class FinetuneMargins(MarginalPhase):
         trainable(model.network, True)
         trainable(model.policy, True)
         backbone, head = model.policy.backbone_and_head()
-        classifying = torch.nn.ModuleList([model.network, backbone, self.setting.classifier])
-        self.optimisers = [
-            sgd(classifying, config.network_learning_rate, config.weight_decay),
-            Adam([*head.parameters(), *self.setting.critic.parameters()], config.policy_learning_rate),
-        ]
+        classifying = nn.ModuleList([model.network, backbone, self.setting.classifier])
+        rate = config.policy_learning_rate
+        self._head_optimiser = Adam([*head.parameters(), *self.setting.critic.parameters()], rate)
+        network = sgd(classifying, config.network_learning_rate, config.weight_decay)
+        self.optimisers = [network, self._head_optimiser]
         self.peak_rates = [config.network_learning_rate, config.policy_learning_rate]
 
     def rate_factor(self, epoch: float) -> float:
@@ -164,11 +203,13 @@ class FinetuneMargins(MarginalPhase):
         policy, count = setting.model.policy, len(batch.images)
         with setting.autocast():
             features = policy.features(batch.images)
-            logits, classes = policy.decide(features.detach()).float(), setting.classifier(features)
+            classes = setting.classifier(features)
+        with torch.no_grad():
+            logits = policy.decide(features.float())
         # The batch: images that run every block, images at a random level, and the rest at the policy's masks; the
         # policy learns from the end of the batch.
         whole, levels = int(config.full_share * count), int(config.level_share * count)
-        masks = logits.detach() >= 0
+        masks = logits >= 0
         masks[:whole] = True
         drawn = torch.tensor(self._levels, device=logits.device)[setting.randint(0, len(self._levels), levels)]
         masks[whole : whole + levels] = self._level_masks(drawn)
@@ -176,8 +217,10 @@ class FinetuneMargins(MarginalPhase):
             run = setting.model.network.forward_masked(batch.images, masks)
         loss = self._classification_loss(run, batch)
         judged = slice(count - max(1, int(config.policy_share * count)), count)
-        success, policy_loss = self._judged(batch, judged, features, logits)
-        self._learn(loss + self._classification_loss(classes, batch) + policy_loss)
+        self._learn(loss + self._classification_loss(classes, batch))
+        success = self._outcomes(batch, judged)
+        self._remember(features[judged], success)
+        self._learn_head()
         self._settle_price(logits)
         return {
             "loss": loss.item(),

@@ -51,6 +51,7 @@ class Setting:
     # From the policy's features to classes: the policy's backbone learns through it, and it is thrown away at the end.
     classifier: nn.Linear = field(init=False)
     critic: nn.Sequential = field(init=False)  # of the marginal estimator: features -> success at each level, log-odds
+    memory: tuple[Tensor, Tensor] | None = None  # .. judged images: features (M, F), success (M, L)
     price: float = 0.0  # .. and what a block costs, in points of accuracy
     order: list[int] | None = None  # blocks from the least to the most important, once it is known
     fixed_mask: str | None = None  # method fixed: what :func:`bdexport.evaluate.fixed_strategy` takes, once it is known

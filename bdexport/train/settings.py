@@ -34,6 +34,8 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "policy.temperature": (0.01, 100),
     "policy.cuts": (2, 1000),
     "policy.hidden": (0, 4096),
+    "policy.memory": (1, 10**7),
+    "policy.lessons": (1, 1000),
     "policy.input_pool": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
     "policy.wrong_prediction_penalty": (0, 1e6),

@@ -49,7 +49,8 @@ class RunState:
     model: Weights = field(default_factory=dict)
     teacher: Weights | None = None
     optimisers: list[dict[str, Any]] = field(default_factory=list)
-    critic: Weights = field(default_factory=dict)  # .. and ``critic`` and ``price`` there
+    critic: Weights = field(default_factory=dict)  # .. and what else is the marginal estimator's there
+    memory: list[torch.Tensor] = field(default_factory=list)
     price: float = 0.0
     classifier: Weights = field(default_factory=dict)  # see :attr:`bdexport.train.phases.Setting.classifier`
     order: list[int] | None = None
