@@ -348,6 +348,21 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """How ``bdexport profile`` measures."""
+
+    dataset: str = "synthetic"  # random images at the network's size; or a data set as bench takes it
+    split: str = "test"
+    images: int = 200
+    batch: int = 1
+    rounds: int = 1  # how often every batch is measured
+    warmup_batches: int = 5
+    alone_runs: int = 30  # of every part by itself at batch 1, and of every copy that it is compared with
+    bound_share: float = 0.5  # a part is launch- or memory-bound when that takes this share of its time
+    max_events: int = 1_000_000  # recorded; about 200 bytes each, and as many lines in a trace
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How ``bdexport run`` times an image."""
 

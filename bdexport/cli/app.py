@@ -22,6 +22,7 @@ COMMANDS = {  # in the order of the work; each is the function of that name in b
     "verify": "Compare a bundle's parts and paths with the reference.",
     "run": "Classify images: class, confidence, path taken, time.",
     "bench": "Measure dynamic against full: latency, accuracy, usage.",
+    "profile": "Time per part and between parts, and a trace.",
     "zoo": "The trained models that ship with bdexport (zoo:NAME).",
     "doctor": "What is installed here, and how to get what is missing.",
 }

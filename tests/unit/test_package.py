@@ -39,6 +39,7 @@ RUN_TIME_HALF = [
     "bdexport.cli.verify",
     "bdexport.cli.run",
     "bdexport.cli.bench",
+    "bdexport.cli.profile",
     "bdexport.cli.doctor",
     "bdexport.cli.zoo",
 ]
