@@ -25,7 +25,9 @@ from bdexport.cli.main import main
 from bdexport.config import ProfileConfig
 from bdexport.errors import UsageError
 
-LATENCY_MS = {"policy": 1.0, "stem": 0.5, "block_00": 2.0, "block_02": 1.0, "full": 4.0}
+# Short, so that on a busy machine some of the runs are not interrupted.
+LATENCY_MS = {"policy": 0.2, "stem": 0.1, "block_00": 0.4, "block_02": 0.2, "full": 0.8}
+DECLARED_IMAGES = 40
 FEW = ProfileConfig(warmup_batches=0, alone_runs=2)
 
 
@@ -51,7 +53,7 @@ def profiled(bundle: Bundle, count: int = 10, batch: int = 1, rounds: int = 1) -
 
 @pytest.fixture(scope="module")
 def declared(bundle: Bundle) -> tuple[Profile, dict[str, Any]]:
-    return profiled(bundle)
+    return profiled(bundle, DECLARED_IMAGES)
 
 
 def parts_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -64,9 +66,9 @@ def test_every_part_takes_what_is_declared(bundle: Bundle, declared: tuple[Profi
     parts = parts_of(result)
     for part in ("policy", "stem", "block_00", "block_02"):
         fastest = min(event.ms for call in measured.calls for event in call.events if event.what == part)
-        assert LATENCY_MS[part] <= fastest < LATENCY_MS[part] + 0.5
+        assert LATENCY_MS[part] <= fastest < LATENCY_MS[part] + 0.09
         assert LATENCY_MS[part] <= parts[part]["p50_ms"] <= parts[part]["p90_ms"]
-        assert parts[part]["runs"] == parts[part]["images"] == 10
+        assert parts[part]["runs"] == parts[part]["images"] == DECLARED_IMAGES
     assert set(parts) == set(bundle.manifest.parts) - {"full"}
     assert result["full"]["p50"] >= LATENCY_MS["full"]
 
@@ -77,7 +79,7 @@ def test_a_part_that_no_image_ran_has_no_times(declared: tuple[Profile, dict[str
     assert parts["block_01"]["runs"] == parts["block_01"]["images"] == 0
     assert {parts["block_01"][key] for key in ("p50_ms", "p90_ms", "gap_ms", "gflops_per_s", "bound")} == {None}
     assert parts["block_01"]["share"] == 0
-    assert parts["shortcut_01"]["runs"] == 10
+    assert parts["shortcut_01"]["runs"] == DECLARED_IMAGES
 
 
 def test_a_call_is_the_sum_of_its_stages(mixed: Bundle) -> None:
