@@ -331,7 +331,13 @@ class VerifyConfig:
     frequent_masks: int = 20  # of those in the manifest's policy statistics
     seed: int = 0
     logit_scale: float = 100.0  # logits beyond it are compared relative to it: float32 has no more digits
-    tolerances: dict[str, Tolerance] = field(default_factory=lambda: {"fp32": Tolerance(part=1e-4, logits=1e-4)})
+    tolerances: dict[str, Tolerance] = field(
+        default_factory=lambda: {
+            "fp32": Tolerance(part=1e-4, logits=1e-4),
+            # BF16 has 8 significant bits: 0.4 % for each rounding, of which a path has one or two per layer.
+            "bf16": Tolerance(part=0.02, logits=0.5),
+        }
+    )
 
 
 @dataclass(frozen=True)

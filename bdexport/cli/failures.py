@@ -25,6 +25,7 @@ EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
     "sklearn": "build",
     "tensorboard": "build",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     "tensorrt": "gpu",
     "cuda": "gpu",
     "pycuda": "pycuda",
