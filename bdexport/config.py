@@ -339,7 +339,13 @@ class VerifyConfig:
     frequent_masks: int = 20  # of those in the manifest's policy statistics
     seed: int = 0
     logit_scale: float = 100.0  # logits beyond it are compared relative to it: float32 has no more digits
-    tolerances: dict[str, Tolerance] = field(default_factory=lambda: {"fp32": Tolerance(part=1e-4, logits=1e-4)})
+    tolerances: dict[str, Tolerance] = field(
+        default_factory=lambda: {
+            "fp32": Tolerance(part=1e-4, logits=1e-4),
+            # BF16 has 8 significant bits: 0.4 % for each rounding, of which a path has one or two per layer.
+            "bf16": Tolerance(part=0.02, logits=0.5),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -353,6 +359,21 @@ class BenchConfig:
     rounds: int = 1  # how often every batch is measured
     turn: int = 1  # timed calls of one side before it is the other's turn
     warmup_batches: int = 10
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """How ``bdexport profile`` measures."""
+
+    dataset: str = "synthetic"  # random images at the network's size; or a data set as bench takes it
+    split: str = "test"
+    images: int = 200
+    batch: int = 1
+    rounds: int = 1  # how often every batch is measured
+    warmup_batches: int = 5
+    alone_runs: int = 30  # of every part by itself at batch 1, and of every copy that it is compared with
+    bound_share: float = 0.5  # a part is launch- or memory-bound when that takes this share of its time
+    max_events: int = 1_000_000  # recorded; about 200 bytes each, and as many lines in a trace
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def packages() -> tuple[Probe, ...]:
         _package("core", "numpy", "numpy", ""),
         _package("core", "pillow", "PIL", "", imports="from PIL import Image; import PIL"),
         _package("cpu", "onnxruntime", "onnxruntime", _PROVIDERS),
+        _package("openvino", "openvino", "openvino", _OPENVINO, imports=_OPENVINO_IMPORTS),
         _package("build", "torch", "torch", _TORCH),
         _package("build", "onnx", "onnx", ""),
         _package("build", "safetensors", "safetensors", "import safetensors.numpy"),
@@ -162,6 +163,13 @@ print("\\n{MARK}" + json.dumps(answer), flush=True)
 """
 
 _PROVIDERS = "detail = ', '.join(onnxruntime.get_available_providers())"
+# Without its telemetry, which reports every import to a server.
+_OPENVINO_IMPORTS = """
+import sys
+sys.modules["openvino_telemetry"] = None
+import openvino
+"""
+_OPENVINO = "detail = ', '.join(openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'))"
 _TORCH = """
 available = torch.cuda.is_available()
 detail = f"CUDA {torch.version.cuda}, {'available' if available else 'not available'}" if torch.version.cuda else "CPU"

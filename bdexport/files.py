@@ -47,6 +47,23 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
+def check_writable(path: Path) -> None:
+    """Raise :class:`OutputError` where a file ``path`` could not be written; for use before long work. Leaves nothing.
+
+    Folders that are missing would be made. A disk that fills up meanwhile is found by the writing itself.
+    """
+    with _reported(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        if not path.exists() or path.is_file():
+            # Asked of the file system: permissions, read-only mounts and file systems of the kernel's own all count.
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a sibling of ``path`` to write to; it takes the name ``path`` when the block ends without an exception.

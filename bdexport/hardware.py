@@ -23,7 +23,7 @@ from typing import Any
 # Instruction sets that ONNX Runtime's and torch's kernels are chosen by (x86; then ARM).
 ISA_FLAGS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("avx_ne_convert", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
 )
 GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap", "clocks.sm", "clocks.max.sm", "clocks.mem")

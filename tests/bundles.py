@@ -20,11 +20,15 @@ from bdexport.parts import Masks
 
 
 def make_bundle(
-    folder: Path, model: BlockDropNet, backend: str | Backend = "onnxruntime", max_batch: int | None = None
+    folder: Path,
+    model: BlockDropNet,
+    backend: str | Backend = "onnxruntime",
+    max_batch: int | None = None,
+    precision: str = BuildConfig.precision,
 ) -> Bundle:
     """Build ``model``'s bundle at ``folder``, without a cache."""
     chosen = get_backend(backend) if isinstance(backend, str) else backend
-    config = BuildConfig(backend=chosen.name, max_batch=max_batch)
+    config = BuildConfig(backend=chosen.name, max_batch=max_batch, precision=precision)
     built = bundle_from_model(
         model, tiny_checkpoint(model), folder, chosen, config=config, checkpoint_sha256="0" * 64, overwrite=True
     )

@@ -9,6 +9,7 @@ from bdexport.errors import BackendError, UsageError
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "bdexport.backends.onnxruntime:OnnxRuntimeBackend",
+    "openvino": "bdexport.backends.openvino:OpenVinoBackend",
     "torch": "bdexport.backends.torch:TorchBackend",
     "null": "bdexport.backends.null:NullBackend",
 }

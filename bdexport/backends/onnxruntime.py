@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdexport.backends.arrays import no_device_error
+from bdexport.backends.arrays import chosen_threads, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, RunOptions
 from bdexport.backends.onnxruntime_common import channel_block
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession
 from bdexport.errors import BackendError, BuildError
-from bdexport.hardware import usable_cores
 from bdexport.parts import FULL
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from bdexport.models.pair import BlockDropNet
 
 ENGINE_FORMAT = "3"  # of what is in an engine file; part of every cache key, so raise it when building changes
-# Below this, sharing one image between threads costs about what it saves (ResNet-56, 0.25 GFLOP, 2 threads: 1.3 x).
-FLOPS_WORTH_THREADS = 1_000_000_000
 
 
 class OnnxRuntimeBackend:
@@ -97,13 +94,3 @@ def open_graphs(bundle: Bundle) -> OnnxRuntimeSession:
     """The bundle's graphs as they are, every optimisation off, one thread: the reference without torch."""
     graphs = {part: bundle.graph(part) for part in bundle.manifest.parts}
     return OnnxRuntimeSession(bundle.manifest, graphs, 1, "graphs as exported, not optimised", linked=False)
-
-
-def chosen_threads(asked: int | None, flops: int) -> tuple[int, str]:
-    """Threads for one call, and the reason; ``flops`` of one image in the full network."""
-    if asked is not None:
-        return asked, f"threads: {asked}, as asked for"
-    cores = usable_cores()
-    if flops < FLOPS_WORTH_THREADS or cores == 1:
-        return 1, f"threads: 1, since an image of {flops:.2e} FLOPs is too little to share between threads"
-    return cores, f"threads: {cores}, all usable cores"

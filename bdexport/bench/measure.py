@@ -72,7 +72,7 @@ def measure(
     _check(batch, rounds, turn, len(images))
     starts = range(0, len(images) - batch + 1, batch)
     full, dynamic = _Recorder(orchestrator.full), _Recorder(orchestrator)
-    with _without_garbage_collection():
+    with without_garbage_collection():
         for number in range(warmup_batches):
             start = starts[number % len(starts)]
             for side in (full, dynamic):
@@ -130,7 +130,8 @@ def _check(batch: int, rounds: int, turn: int, images: int) -> None:
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
+    """No collection inside, which would fall into one call and not into another; as before afterwards."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -46,7 +46,7 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "precision": manifest.precision,
         "batch": measurement.batch,
         "images": len(dynamic.correct),
-        "versions": _versions(manifest),
+        "versions": versions(manifest),
         "full": {
             "accuracy": _accuracy(full),
             "flops": full_flops,
@@ -131,6 +131,7 @@ def _spread(side: Series) -> dict[str, float]:
     return {"std_ms": float(times.std()), "min_ms": float(times.min()), "max_ms": float(times.max())}
 
 
-def _versions(manifest: Manifest) -> dict[str, str]:
+def versions(manifest: Manifest) -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
     own = {"bdexport": __version__, "python": machine()["python"]}
     return own | package_versions(PACKAGES) | dict(get_backend(manifest.backend).versions())

@@ -24,6 +24,7 @@ COMMANDS = {  # in the order of the work; each is the function of that name in b
     "run": "Classify images: class, confidence, path taken, time.",
     "bench": "Measure dynamic against full: latency, accuracy, usage.",
     "report": "Runs and results as tables, plots and one page.",
+    "profile": "Time per part and between parts, and a trace.",
     "zoo": "The trained models that ship with bdexport (zoo:NAME).",
     "doctor": "What is installed here, and how to get what is missing.",
 }

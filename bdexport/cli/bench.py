@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import BenchConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bdexport.cli.console import StageProgress
-
 DEFAULT = BenchConfig()
-SECONDS_BETWEEN_UPDATES = 0.5
 
 
 def bench(
@@ -44,7 +40,7 @@ def bench(
     from bdexport.dataset import check_classes, load_dataset
     from bdexport.runtime import load
 
-    with load(bundle, threads=threads, device=device, executor=executor) as orchestrator, _quiet_progress() as bar:
+    with load(bundle, threads=threads, device=device, executor=executor) as orchestrator, quiet_progress() as bar:
         chosen = load_dataset(dataset, data, split, limit=images)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
         measurement = measure(
@@ -55,7 +51,7 @@ def bench(
             rounds=rounds,
             warmup_batches=DEFAULT.warmup_batches,
             turn=turn,
-            progress=_updates(bar),
+            progress=updates(bar, "measuring, dynamic and full in turn"),
         )
         result = bench_result(orchestrator, chosen, measurement)
     out = table_console(json)
@@ -64,29 +60,6 @@ def bench(
         out.print(line, soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
-
-
-def _quiet_progress() -> StageProgress:
-    """A bar without a thread of its own, which would take time from what is being measured."""
-    bar = progress()
-    bar.live.auto_refresh = False
-    return bar
-
-
-def _updates(bar: StageProgress) -> Callable[[int, int], None]:
-    """Redraw twice a second, between two timed calls."""
-    task = bar.add_task("measuring, dynamic and full in turn", total=None)
-    drawn = 0.0
-
-    def update(done: int, total: int) -> None:
-        nonlocal drawn
-        now = time.monotonic()
-        if now - drawn >= SECONDS_BETWEEN_UPDATES:
-            drawn = now
-            bar.update(task, completed=done, total=total)
-            bar.refresh()
-
-    return update
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -26,6 +26,7 @@ EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
     "tensorboard": "build",
     "matplotlib": "report",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     "tensorrt": "gpu",
     "cuda": "gpu",
     "pycuda": "pycuda",

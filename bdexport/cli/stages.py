@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from rich.progress import TaskID
 
-from bdexport.cli.console import StageProgress
+from bdexport.cli.console import StageProgress, progress
 
+SECONDS_BETWEEN_UPDATES = 0.5
 TITLES = {
     "load": "loading the checkpoint",
     "export": "exporting parts as ONNX",
@@ -37,3 +39,26 @@ def size_text(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def quiet_progress() -> StageProgress:
+    """A bar without a thread of its own, which would take time from what is being measured."""
+    bar = progress()
+    bar.live.auto_refresh = False
+    return bar
+
+
+def updates(bar: StageProgress, title: str) -> Callable[[int, int], None]:
+    """A callback ``(done, total)`` that redraws ``bar`` twice a second, between two timed calls."""
+    task = bar.add_task(title, total=None)
+    drawn = 0.0
+
+    def update(done: int, total: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn >= SECONDS_BETWEEN_UPDATES:
+            drawn = now
+            bar.update(task, completed=done, total=total)
+            bar.refresh()
+
+    return update

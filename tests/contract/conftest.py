@@ -6,15 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 from bundles import make_bundle
-from contract_cases import CASES, NETWORKS, Case
+from contract_cases import CASES, NETWORKS, OPTIONAL, Case
 
 import bdexport
+from bdexport.backends import backend_class
+from bdexport.backends.openvino_common import no_bf16_reason
 
 
 @pytest.fixture(scope="session", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    backend, network, threads = request.param
+    backend, network, threads, precision = request.param
+    available = backend_class(backend)().available()
+    if backend in OPTIONAL and not available.ok:
+        pytest.skip(f"{backend}: {available.reason}")
+    if (backend, precision) == ("openvino", "bf16") and (reason := no_bf16_reason()):
+        pytest.skip(f"openvino bf16: {reason}")
     model = NETWORKS[network]()
-    bundle = make_bundle(tmp_path_factory.mktemp("bundles") / "bundle", model, backend)
+    bundle = make_bundle(tmp_path_factory.mktemp("bundles") / "bundle", model, backend, precision=precision)
     with bdexport.load(bundle, threads=threads) as orchestrator:
-        yield Case(backend, model, bundle, orchestrator)
+        yield Case(backend, precision, model, bundle, orchestrator)

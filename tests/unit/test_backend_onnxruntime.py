@@ -20,9 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 import bdexport
 from bdexport.architecture import PolicySpec, ResNetSpec
 from bdexport.backends import get_backend
+from bdexport.backends.arrays import chosen_threads
 from bdexport.backends.base import BuildOptions, RunOptions
-from bdexport.backends.onnxruntime import chosen_threads, open_graphs
-from bdexport.backends.onnxruntime_build import NotBlockedError, _without_guards, build_engine, conv_from_pad
+from bdexport.backends.onnx_rewrite import conv_from_pad
+from bdexport.backends.onnxruntime import open_graphs
+from bdexport.backends.onnxruntime_build import NotBlockedError, _without_guards, build_engine
 from bdexport.backends.onnxruntime_common import NCHWC_DOMAIN, Reported, channel_block
 from bdexport.backends.onnxruntime_session import PATH_BYTES, _from_blocked, _to_blocked, frequent_paths
 from bdexport.bundle import Bundle

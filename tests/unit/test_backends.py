@@ -24,7 +24,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "backend", "extra"), [("onnxruntime", "onnxruntime", "cpu"), ("torch", "torch", "build")]
+    ("module", "backend", "extra"),
+    [("onnxruntime", "onnxruntime", "cpu"), ("openvino", "openvino", "openvino"), ("torch", "torch", "build")],
 )
 def test_a_backend_that_is_not_installed_says_how_to_get_it(module: str, backend: str, extra: str) -> None:
     """Oracle: an interpreter in which the package is missing; the name asked for must not be replaced by another."""

@@ -1,0 +1,132 @@
+"""The OpenVINO backend on the CPU, in FP32 or BF16.
+
+An engine file is a stored (not compressed) zip of OpenVINO's own form of a part: ``model.xml`` and ``model.bin``, and
+``part.json``. It belongs to no processor: kernels and weights in the engine's precision are made when it is loaded.
+How engines are run is in :mod:`bdexport.backends.openvino_session`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdexport.backends.arrays import chosen_threads, no_device_error
+from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.backends.openvino_common import (
+    BF16,
+    DESCRIPTION,
+    PRECISIONS,
+    SCHEMA,
+    WEIGHTS,
+    XML,
+    core,
+    import_openvino,
+    no_bf16_reason,
+)
+from bdexport.backends.openvino_session import OpenVinoSession
+from bdexport.errors import BackendError, BuildError
+from bdexport.files import writing
+from bdexport.parts import FULL
+
+if TYPE_CHECKING:
+    from bdexport.bundle import Bundle
+    from bdexport.models.pair import BlockDropNet
+
+ENGINE_VERSION = "openvino-engine"
+ENGINE_FORMAT = "1"  # of what is in an engine file; part of every cache key, so raise it when building changes
+ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal files
+FP32_REMEDY = "build with --precision fp32"
+
+
+class OpenVinoBackend:
+    """Builds and opens engines for OpenVINO's CPU plugin."""
+
+    name = "openvino"
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    engine_suffix = ".openvino"
+    computes = True
+
+    def available(self) -> Availability:
+        """Whether openvino can be imported. Its own telemetry is kept out."""
+        if importlib.util.find_spec("openvino") is None:
+            return Availability(False, "openvino is not installed", 'pip install "bdexport[openvino]"')
+        try:
+            import_openvino()
+        except ImportError as error:
+            return Availability(False, f"openvino cannot be imported: {error}", "reinstall openvino")
+        return Availability(True, f"openvino is installed; bf16: {no_bf16_reason() or 'yes'}")
+
+    def versions(self) -> Mapping[str, str]:
+        """The release of OpenVINO, and the format of an engine file."""
+        return {"openvino": import_openvino().__version__.partition("-")[0], ENGINE_VERSION: ENGINE_FORMAT}
+
+    def fingerprint(self) -> str:
+        """Engines hold nothing of one processor but are verified on its family."""
+        return platform.machine()
+
+    def build_part(
+        self, part: str, graph: Path, engine: Path, options: BuildOptions, model: BlockDropNet | None = None
+    ) -> None:
+        """Convert the part. Raises BuildError naming the part, also for BF16 on a processor without units for it."""
+        if options.precision not in self.precisions:
+            expected = ", ".join(self.precisions)
+            raise BuildError(f"{part} [openvino]: precision", got=options.precision, expected=expected)
+        if options.precision == BF16 and (reason := no_bf16_reason()):
+            raise BuildError(f"{part} [openvino]: bf16 is not available here ({reason})", remedy=FP32_REMEDY)
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+        try:
+            self._convert(part, graph, engine)
+        except (OSError, RuntimeError, ValueError, DecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise BuildError(f"{part} [openvino]: cannot build from {graph} ({reason})") from error
+
+    def _convert(self, part: str, graph: Path, engine: Path) -> None:
+        import onnx
+
+        from bdexport.backends.onnx_rewrite import conv_from_pad
+
+        source = onnx.load(graph)
+        # OpenVINO runs strided slices and padding by reference kernels, in NCHW.
+        conv_from_pad(source)
+        model = core().read_model(source.SerializeToString())
+        for number, operation in enumerate(model.get_ordered_ops()):  # names count on through a process otherwise
+            operation.set_friendly_name(f"{operation.get_type_name()}_{number}")
+        with tempfile.TemporaryDirectory() as folder:
+            xml, weights = Path(folder, XML), Path(folder, WEIGHTS)
+            import_openvino().serialize(model, str(xml), str(weights))
+            members = {XML: xml.read_bytes(), WEIGHTS: weights.read_bytes()}
+        members[DESCRIPTION] = json.dumps({"schema": SCHEMA, "part": part}).encode()
+        with writing(engine) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as packed:
+            for name, data in members.items():
+                packed.writestr(zipfile.ZipInfo(name, ANY_TIME), data)
+
+    def open(self, bundle: Bundle, options: RunOptions) -> OpenVinoSession:
+        """Load the engines. Raises BackendError for another device, format or processor than they can run on."""
+        if options.device != "cpu":
+            raise no_device_error(self.name, options.device, "cpu (this backend has no other device yet)")
+        manifest = bundle.manifest
+        self._check_built_for_this(bundle)
+        threads, note = chosen_threads(options.threads, manifest.parts[FULL].flops)
+        files = {part: bundle.engine(part) for part in manifest.parts}
+        return OpenVinoSession(manifest, files, threads, note)
+
+    def _check_built_for_this(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        remedy = f"rebuild it here: bdexport build CHECKPOINT --backend openvino --out {bundle.path}"
+        checks = (
+            ("are for another processor", manifest.fingerprint, self.fingerprint()),
+            ("are in another form", manifest.versions.get(ENGINE_VERSION), ENGINE_FORMAT),
+        )
+        for what, got, expected in checks:
+            if got != expected:
+                text = f"{bundle.path} [openvino]: its engines {what}"
+                raise BackendError(text, got=got, expected=f"{expected} (here)", remedy=remedy)
+        if manifest.precision == BF16 and (reason := no_bf16_reason()):
+            raise BackendError(f"{bundle.path} [openvino]: bf16 is not available here ({reason})", remedy=FP32_REMEDY)

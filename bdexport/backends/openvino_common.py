@@ -1,0 +1,69 @@
+"""What building and running with OpenVINO share: the import without telemetry, the processor's BF16, its exceptions."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+from bdexport.errors import BackendError
+from bdexport.hardware import machine
+
+SCHEMA = "bdexport-openvino-engine/1"
+XML, WEIGHTS, DESCRIPTION = "model.xml", "model.bin", "part.json"  # inside an engine file
+FP32, BF16 = "fp32", "bf16"
+PRECISIONS = {FP32: "f32", BF16: "bf16"}  # ours -> OpenVINO's
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # instruction sets that have BF16 products
+TELEMETRY = "openvino_telemetry"
+
+
+def import_openvino() -> Any:
+    """The package ``openvino``.
+
+    It reports every import of itself to a server. That part is an own package and may be absent: so it is made to
+    look, for as long as the import lasts. Nothing is changed where the program has imported openvino before.
+    """
+    if "openvino" not in sys.modules:
+        had, before = TELEMETRY in sys.modules, sys.modules.get(TELEMETRY)
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+        try:
+            import openvino  # noqa: F401
+        finally:
+            del sys.modules[TELEMETRY]
+            if had:
+                sys.modules[TELEMETRY] = before  # type: ignore[assignment]
+    return sys.modules["openvino"]
+
+
+@lru_cache(maxsize=1)
+def core() -> Any:
+    """OpenVINO's core: plugins are loaded once per process."""
+    return import_openvino().Core()
+
+
+def no_bf16_reason() -> str | None:
+    """Why this processor does not compute in BF16; None where it does.
+
+    OpenVINO's own list is not enough: it names BF16 where it would only be emulated, slower than FP32.
+    """
+    if "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "OpenVINO does not offer it on this processor"
+    flags = set(machine()["isa"])
+    if flags and not flags & BF16_FLAGS:
+        return f"this processor has no BF16 units (none of {', '.join(sorted(BF16_FLAGS))})"
+    return None
+
+
+class Reported:
+    """Maps what OpenVINO raises, which are RuntimeErrors. A class: ``@contextmanager`` costs microseconds per call."""
+
+    def __init__(self, part: str, what: str) -> None:
+        self._part, self._what = part, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
+            reason = " ".join(str(error).split())[:500]
+            raise BackendError(f"{self._part} [openvino]: {self._what} ({reason})", remedy=None) from error

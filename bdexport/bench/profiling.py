@@ -1,0 +1,364 @@
+"""Where the time of a call goes: every part, copy and regrouping of an executor, with its beginning and end.
+
+The run-time loop knows nothing of it: a :class:`TimedSession` stands between an executor and the backend's session, and
+notes what passes. It runs whole paths part by part, which the backend itself may do in one piece. So four sides take
+turns on the same images, batch by batch: as the executor runs them (*as run*), part by part without clocks, part by
+part with clocks (*profiled*), and the full network's own engine. The second and third tell what the clocks cost, the
+first and second what running part by part does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter_ns
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.backends.base import Rows, Session, Tensor
+from bdexport.bench.measure import Progress, Times, without_garbage_collection
+from bdexport.bundle import Manifest, PartEntry
+from bdexport.config import ProfileConfig
+from bdexport.errors import UsageError
+from bdexport.parts import Masks
+from bdexport.runtime import Orchestrator, Result
+
+PART, COPY, REGROUP = "part", "copy", "regroup"  # kinds of events
+CLOCK_RUNS, CLOCK_ROUNDS = 200, 25  # calls of an empty session, and how often: the clocks' own cost is the median
+FLOAT_BYTES = 4
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One verb of a session: ``what`` is a part's name or the verb; ``rows``: images it worked on. Clock: host, ns."""
+
+    kind: str
+    what: str
+    begin_ns: int
+    end_ns: int
+    rows: int
+
+    @property
+    def ms(self) -> float:
+        """How long it took."""
+        return (self.end_ns - self.begin_ns) / 1e6
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One profiled call of the orchestrator: its events in order, the masks (N, K) that ran and its own timings."""
+
+    begin_ns: int
+    end_ns: int
+    preprocess_ns: int
+    masks: Masks
+    events: tuple[Event, ...]
+
+    @property
+    def ms(self) -> float:
+        """The whole call."""
+        return (self.end_ns - self.begin_ns) / 1e6
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A part by itself at batch 1, and the copy that it is compared with; medians in ms.
+
+    ``copy_ms``: copying as many bytes as the part moves at least (:func:`bytes_moved`) in the profiled calls;
+    ``single_copy_ms``: the same at batch 1. None where the device's memory is not the host's.
+    """
+
+    ms: float
+    copy_ms: float | None
+    single_copy_ms: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What was measured. Times in ms, one per timed call; ``clock_us`` is what noting one event costs."""
+
+    calls: tuple[Call, ...]
+    as_run_ms: Times
+    part_by_part_ms: Times
+    full_ms: Times
+    alone: dict[str, Alone]
+    clock_us: float
+    batch: int
+    rounds: int
+    warmup_calls: int
+    images_not_timed: int
+
+
+class PartByPart:
+    """A session whose paths run part by part. The wrapped session's own verbs otherwise; it is not closed."""
+
+    def __init__(self, session: Session) -> None:
+        self.device, self.threads, self.notes = session.device, session.threads, session.notes
+        # The verbs themselves, not methods that call them: this side is to cost nothing.
+        self.put, self.get, self.run = session.put, session.get, session.run
+        self.take, self.replace, self.merge = session.take, session.replace, session.merge
+
+    def run_path(self, parts: Sequence[str], x: Tensor) -> Tensor:
+        """See :meth:`bdexport.backends.base.Session.run_path`."""
+        for part in parts:
+            x = self.run(part, x)
+        return x
+
+    def close(self) -> None:
+        """Nothing: whoever opened the session closes it."""
+
+
+class TimedSession:
+    """:class:`PartByPart` that notes every verb in :attr:`events`; for one thread."""
+
+    def __init__(self, session: Session) -> None:
+        self.device, self.threads, self.notes = session.device, session.threads, session.notes
+        self._session = session
+        self.events: list[tuple[str, str, int, int, int]] = []
+
+    def put(self, part: str, array: NDArray[Any]) -> Tensor:
+        begin = perf_counter_ns()
+        result = self._session.put(part, array)
+        self.events.append((COPY, "put", begin, perf_counter_ns(), len(array)))
+        return result
+
+    def get(self, part: str, tensor: Tensor) -> NDArray[Any]:
+        begin = perf_counter_ns()
+        result = self._session.get(part, tensor)
+        self.events.append((COPY, "get", begin, perf_counter_ns(), len(result)))
+        return result
+
+    def run(self, part: str, x: Tensor) -> Tensor:
+        begin = perf_counter_ns()
+        result = self._session.run(part, x)
+        self.events.append((PART, part, begin, perf_counter_ns(), len(x)))
+        return result
+
+    def run_path(self, parts: Sequence[str], x: Tensor) -> Tensor:
+        for part in parts:
+            x = self.run(part, x)
+        return x
+
+    def take(self, x: Tensor, rows: Rows) -> Tensor:
+        begin = perf_counter_ns()
+        result = self._session.take(x, rows)
+        self.events.append((REGROUP, "take", begin, perf_counter_ns(), len(rows)))
+        return result
+
+    def replace(self, x: Tensor, rows: Rows, y: Tensor) -> Tensor:
+        begin = perf_counter_ns()
+        result = self._session.replace(x, rows, y)
+        self.events.append((REGROUP, "replace", begin, perf_counter_ns(), len(rows)))
+        return result
+
+    def merge(self, pieces: Sequence[tuple[Rows, Tensor]], batch: int) -> Tensor:
+        begin = perf_counter_ns()
+        result = self._session.merge(pieces, batch)
+        self.events.append((REGROUP, "merge", begin, perf_counter_ns(), batch))
+        return result
+
+    def close(self) -> None:
+        """Nothing: whoever opened the session closes it."""
+
+    def taken(self) -> tuple[Event, ...]:
+        """The events since the last time."""
+        events, self.events = self.events, []
+        return tuple(Event(*event) for event in events)
+
+
+def profile(
+    orchestrator: Orchestrator,
+    images: Image,
+    *,
+    batch: int = ProfileConfig.batch,
+    rounds: int = ProfileConfig.rounds,
+    config: ProfileConfig | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Profile ``images`` (uint8 (N, H, W, 3), fitted) in batches; a rest that fills no batch is left out.
+
+    Garbage is not collected meanwhile. Raises :class:`UsageError` for numbers below 1, a batch larger than N and more
+    events than ``config.max_events``, and whatever the orchestrator raises.
+    """
+    config = config or ProfileConfig()
+    _check(orchestrator.manifest, batch, rounds, len(images), config)
+    starts = range(0, len(images) - batch + 1, batch)
+    sides = _Sides(orchestrator)
+    with without_garbage_collection():
+        sides.warm_up(images, starts, batch, config.warmup_batches)
+        total = rounds * len(starts)
+        for number in range(total):
+            if progress is not None:
+                progress(number, total)
+            start = starts[number % len(starts)]
+            sides.measure(images[start : start + batch], first=number)
+        clock_us = clock_cost_us()
+        alone = _alone(orchestrator, sides.calls, config.alone_runs)
+    return Profile(
+        calls=tuple(sides.calls),
+        as_run_ms=np.array(sides.as_run_ms),
+        part_by_part_ms=np.array(sides.part_by_part_ms),
+        full_ms=np.array(sides.full_ms),
+        alone=alone,
+        clock_us=clock_us,
+        batch=batch,
+        rounds=rounds,
+        warmup_calls=config.warmup_batches,
+        images_not_timed=len(images) - len(starts) * batch,
+    )
+
+
+class _Sides:
+    """The four ways to run the same images, and what was measured of each."""
+
+    def __init__(self, orchestrator: Orchestrator) -> None:
+        bundle, session, executor = orchestrator.bundle, orchestrator.session, orchestrator.executor
+        self._timed = TimedSession(session)
+        self._as_run = orchestrator
+        self._part_by_part = Orchestrator(bundle, PartByPart(session), executor)
+        self._profiled = Orchestrator(bundle, self._timed, executor)
+        self.calls: list[Call] = []
+        self.as_run_ms: list[float] = []
+        self.part_by_part_ms: list[float] = []
+        self.full_ms: list[float] = []
+
+    def warm_up(self, images: Image, starts: range, batch: int, count: int) -> None:
+        """Every part once at this batch, then ``count`` batches on every side, none of it kept."""
+        for side in (self._as_run, self._profiled):
+            side.warm_up(batch)
+        for number in range(count):
+            start = starts[number % len(starts)]
+            for run in (self._as_run, self._part_by_part, self._profiled, self._as_run.full):
+                run(images[start : start + batch])
+        self._timed.taken()
+
+    def measure(self, images: Image, first: int) -> None:
+        """One call of every side; ``first`` turns their order."""
+        turns: list[Callable[[Image], None]] = [
+            lambda batch: self.as_run_ms.append(_timed_ms(self._as_run, batch)),
+            lambda batch: self.part_by_part_ms.append(_timed_ms(self._part_by_part, batch)),
+            self._profile,
+            lambda batch: self.full_ms.append(_timed_ms(self._as_run.full, batch)),
+        ]
+        for turn in range(len(turns)):
+            turns[(first + turn) % len(turns)](images)
+
+    def _profile(self, images: Image) -> None:
+        begin = perf_counter_ns()
+        result = self._profiled(images)
+        end = perf_counter_ns()
+        preprocess_ns = round(result.timings["preprocess"] * 1e6)
+        self.calls.append(Call(begin, end, preprocess_ns, result.masks, self._timed.taken()))
+
+
+def _timed_ms(run: Callable[[Image], Result], images: Image) -> float:
+    begin = perf_counter_ns()
+    run(images)
+    return (perf_counter_ns() - begin) / 1e6
+
+
+# ---- what the numbers are compared with --------------------------------------------------------------------------
+
+
+def bytes_moved(entry: PartEntry, rows: float) -> float:
+    """The least that a part moves through memory: its engine's file, its input and its output of ``rows`` images."""
+    weights = 0 if entry.engine is None else entry.engine.bytes
+    tensors = float(np.prod(entry.input.shape) + np.prod(entry.output.shape)) * FLOAT_BYTES
+    return weights + rows * tensors
+
+
+def clock_cost_us() -> float:
+    """What noting one event costs: the same call of an empty session through a :class:`TimedSession` and directly."""
+    session = cast(Session, _Empty())
+    timed = TimedSession(session)
+    costs = []
+    for _ in range(CLOCK_ROUNDS):
+        direct, noted = (_loop_us(run, CLOCK_RUNS) for run in (session.run, timed.run))
+        costs.append(noted - direct)
+    return max(0.0, median(costs))
+
+
+def _loop_us(run: Callable[[str, Any], Any], runs: int) -> float:
+    """One call's mean over a loop."""
+    x: list[int] = []
+    begin = perf_counter_ns()
+    for _ in range(runs):
+        run("", x)
+    return (perf_counter_ns() - begin) / 1e3 / runs
+
+
+class _Empty:
+    """As much of a session as the clocks' cost needs: it runs nothing."""
+
+    device, threads = "", None
+    notes: tuple[str, ...] = ()
+
+    def run(self, part: str, x: Any) -> Any:
+        return x
+
+
+def _alone(orchestrator: Orchestrator, calls: Sequence[Call], runs: int) -> dict[str, Alone]:
+    """Parts take turns, so that each finds the caches as the others left them, which is how it runs in a path."""
+    session, entries = orchestrator.session, orchestrator.manifest.parts
+    rows = _mean_rows(calls)
+    inputs = {part: session.put(part, np.zeros((1, *entry.input.shape), np.float32)) for part, entry in entries.items()}
+    times: dict[str, list[float]] = {part: [] for part in inputs}
+    for _ in range(runs):
+        for part, x in inputs.items():
+            begin = perf_counter_ns()
+            session.run(part, x)
+            times[part].append((perf_counter_ns() - begin) / 1e6)
+    if session.device != "cpu":
+        return {part: Alone(median(own), None, None) for part, own in times.items()}
+    moved = {part: (bytes_moved(entries[part], rows.get(part, 1.0)), bytes_moved(entries[part], 1.0)) for part in times}
+    copy = _Copy(max(max(pair) for pair in moved.values()))
+    return {part: Alone(median(own), *(copy.ms(size, runs) for size in moved[part])) for part, own in times.items()}
+
+
+def _mean_rows(calls: Sequence[Call]) -> dict[str, float]:
+    """Images per run of each part."""
+    rows: dict[str, list[int]] = {}
+    for call in calls:
+        for event in call.events:
+            if event.kind == PART:
+                rows.setdefault(event.what, []).append(event.rows)
+    return {part: float(np.mean(counts)) for part, counts in rows.items()}
+
+
+class _Copy:
+    """Copies of so many bytes, half of which are read and half written."""
+
+    def __init__(self, largest: float) -> None:
+        self._source = np.ones(_half(largest), np.uint8)
+        self._target = np.empty_like(self._source)
+
+    def ms(self, moved: float, runs: int) -> float:
+        """The median of so many copies."""
+        source, target = self._source[: _half(moved)], self._target[: _half(moved)]
+        times = []
+        for _ in range(runs):
+            begin = perf_counter_ns()
+            np.copyto(target, source)
+            times.append((perf_counter_ns() - begin) / 1e6)
+        return median(times)
+
+
+def _half(moved: float) -> int:
+    return max(1, int(moved) // 2)
+
+
+def _check(manifest: Manifest, batch: int, rounds: int, images: int, config: ProfileConfig) -> None:
+    if rounds < 1:
+        raise UsageError("rounds", got=rounds, expected="at least 1")
+    if not 1 <= batch <= images:
+        raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)")
+    # A block is at most run, gathered and written back, a transition's shortcut beside it; and a few around them.
+    most = rounds * (images // batch) * (5 * manifest.num_blocks + 10)
+    if most > config.max_events:
+        what = f"{images} images in batches of {batch}, {rounds} rounds: too many events to keep"
+        expected = f"at most {config.max_events}"
+        raise UsageError(what, got=f"up to {most}", expected=expected, remedy="take fewer images or rounds")
