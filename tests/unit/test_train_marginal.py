@@ -1,0 +1,94 @@
+"""The marginal estimator: what blocks are worth, levels that stay together, a price that meets the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_run import CONFIG, CutError, Recorder, request
+from tiny import tiny_model
+from torch import nn
+
+from bdexport.checkpoint import load_checkpoint
+from bdexport.config import CurriculumConfig, FinetuneConfig, PolicyConfig, PrimeConfig, TrainConfig
+from bdexport.errors import UsageError
+from bdexport.train.marginal import LOGIT_LIMIT, FinetuneMargins, tie_levels, worth
+from bdexport.train.phases import Setting
+from bdexport.train.pipeline import train
+
+MARGINAL = replace(
+    CONFIG,
+    prime=PrimeConfig(epochs=1, batch=64),
+    adapt=replace(CONFIG.adapt, levels="3,2,1", order_images=64),
+    curriculum=CurriculumConfig(epochs=1, batch=64, epoch_share=0.5),
+    finetune=FinetuneConfig(epochs=2, batch=64, level_share=0.3),
+    policy=PolicyConfig(estimator="marginal", learns="head", hidden=16, target_blocks=2.0, memory=256, lessons=4),
+)
+
+
+def test_worth_is_points_of_accuracy_per_block() -> None:
+    """Oracle: by hand; levels of 1, 3 and 4 of 5 blocks, guessing among two classes before the first."""
+    success = torch.tensor([[0.6, 0.8, 0.9]])
+    value = worth(success, [1, 3, 4], order=[4, 2, 0, 3, 1], chance=0.5)
+    # the most important block is 1, then 3 and 0, then 2; block 4 is in no level
+    assert value[0].tolist() == pytest.approx([10.0, 10.0, 10.0, 10.0, -LOGIT_LIMIT], abs=1e-4)
+    steeper = worth(torch.tensor([[0.6, 0.6, 0.9]]), [1, 3, 4], [4, 2, 0, 3, 1], 0.5)
+    assert steeper[0].tolist() == pytest.approx([0.0, 10.0, 30.0, 0.0, -LOGIT_LIMIT], abs=1e-4)
+
+
+def test_blocks_of_a_level_share_a_row() -> None:
+    """Oracle: equal outputs for any features within a level, and not between levels."""
+    torch.manual_seed(0)
+    last = nn.Linear(7, 5)
+    tie_levels(last, [1, 3, 4], [4, 2, 0, 3, 1])
+    with torch.no_grad():
+        out = last(torch.randn(6, 7))
+    assert torch.equal(out[:, 3], out[:, 0])
+    assert len({tuple(column) for column in out.T.tolist()}) == 4
+
+
+def test_the_price_brings_usage_to_the_target() -> None:
+    """Oracle: counting; after steps on the same logits, greedy masks keep the target."""
+    model = tiny_model(stages=(2, 2))
+    config = replace(TrainConfig(), policy=replace(MARGINAL.policy, target_blocks=1.5))
+    setting = Setting(model, [], None, config, "cpu", False, torch.Generator().manual_seed(0))
+    phase = FinetuneMargins(setting)
+    images = torch.randn(64, 3, 24, 32)
+    with torch.no_grad():
+        model.policy.fc.bias.fill_(5.0)
+        for _ in range(200):
+            phase._settle_price(model.policy.logits(images))
+        used = (model.policy.logits(images) >= 0).float().sum(dim=1).mean().item()
+    assert used == pytest.approx(1.5, abs=0.1)
+    assert setting.price > 0  # what was taken from the logits
+
+
+def test_a_run_resumes_to_the_same_end(tmp_path: Path) -> None:
+    """Oracle: the uninterrupted run, bit for bit: critic, price and remembered outcomes are part of the state."""
+    train(request(tmp_path / "straight"), MARGINAL, Recorder())
+    with pytest.raises(CutError):
+        train(request(tmp_path / "cut"), MARGINAL, Recorder(cut_in=("finetune 2", 3)))
+    train(request(tmp_path / "cut"), MARGINAL, Recorder())
+    expected, got = (load_checkpoint(tmp_path / name) for name in ("straight", "cut"))
+    assert all(torch.equal(expected.state[name], got.state[name]) for name in expected.state)
+    assert expected.training["policy_statistics"] == got.training["policy_statistics"]
+    assert expected.policy is not None
+    assert expected.policy.hidden == 16
+    mean = expected.training["validation"]["policy"]["blocks_used"]["mean"]
+    assert mean <= 2.0 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (replace(MARGINAL, adapt=replace(MARGINAL.adapt, levels="")), "no levels"),
+        (replace(MARGINAL, policy=replace(MARGINAL.policy, target_blocks=None)), "no block budget"),
+    ],
+)
+def test_what_it_needs_is_asked_for(config: TrainConfig, text: str, tmp_path: Path) -> None:
+    """Oracle: the message names what is missing, before anything is written."""
+    with pytest.raises(UsageError, match=text):
+        train(request(tmp_path / "run"), config, Recorder())
+    assert not (tmp_path / "run").exists()
