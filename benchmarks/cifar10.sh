@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Trains and measures what the README's results on CIFAR-10 consist of, and makes the report of it:
+#
+#   benchmarks/cifar10.sh CIFAR_FOLDER RESNET32_CHECKPOINT RESNET56_CHECKPOINT RUNS_FOLDER
+#
+# One thread for each run (OMP_NUM_THREADS=1). An interrupted call goes on where it was. The test set is read by
+# `bdexport evaluate` alone, after every choice. About six hours on one core.
+set -euo pipefail
+cifar=$1 resnet32=$2 resnet56=$3 runs=$4
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+data=(--dataset cifar10 --data "$cifar")
+train() { bdexport train "${data[@]}" --preset marginal --seed 0 --teacher "$resnet56" "$@"; }
+measure() { # NAME [ARGUMENT ...]
+  bdexport evaluate "$runs/$1" "${data[@]}" --json "$runs/results/$1.json" "${@:2}"
+}
+mkdir -p "$runs/results"
+
+# The network, adapted to nested levels, with a primed policy: what both the policy and the fixed masks start from.
+train --base "$resnet32" --curriculum-epochs 0 --finetune-epochs 0 --set recalibrate_images=0 --target-blocks 6.9 \
+  --out "$runs/resnet32-adapted"
+train --base "$resnet56" --curriculum-epochs 0 --finetune-epochs 0 --set recalibrate_images=0 --target-blocks 9 \
+  --prime-epochs 8 --set adapt.levels=27,16,10,7,5 --set adapt.full_share=0.25 --out "$runs/resnet56-adapted"
+
+# The policy, and for comparison one mask for all images, found on the validation split: the same base, the same steps.
+train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 8 --target-blocks 6.8 --out "$runs/resnet32"
+train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 8 --method fixed --mask search --kept 7 \
+  --out "$runs/resnet32-search7"
+train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 6 --target-blocks 8.9 \
+  --set adapt.levels=27,16,10,7,5 --out "$runs/resnet56"
+train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 6 --method fixed --mask search --kept 9 \
+  --out "$runs/resnet56-search9"
+
+for run in resnet32 resnet56; do
+  measure $run --fixed first-k --fixed random-k --fixed distribute-k
+done
+measure resnet32-search7
+measure resnet56-search9
+for blocks in 5 6 8 10; do # the frontier of one trained policy
+  bdexport retarget "$runs/resnet32" --target-blocks $blocks "${data[@]}" --out "$runs/resnet32-at-$blocks.safetensors"
+  measure resnet32-at-$blocks.safetensors
+done
+bdexport report "$runs/resnet32" "$runs/resnet56" "$runs"/results/*.json "${data[@]}" --out "$runs/report"
