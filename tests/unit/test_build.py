@@ -188,7 +188,7 @@ def test_existing_bundle_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -
     ("config", "said"),
     [
         (BuildConfig("onnxruntime", precision="int3"), "fp32"),
-        (BuildConfig("openvino"), "onnxruntime"),
+        (BuildConfig("nonesuch"), "onnxruntime"),
         (BuildConfig("null", max_batch=0), "--max-batch"),
         (BuildConfig("null", jobs=0), "--jobs"),
     ],

@@ -187,6 +187,7 @@ def test_train_takes_the_name_as_its_base(tmp_path: Path) -> None:
     """Oracle: run.json names the base, and with no epoch trained the network is the zoo's."""
     none = [word for phase in ("adapt", "curriculum", "finetune") for word in (f"--{phase}-epochs", "0")]
     words = ["train", "--base", ZOO, "--dataset", "digits", "--preset", "smoke", "--set", "recalibrate_images=0", *none]
+    words += ["--set", "retarget=false"]
     assert main([*words, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["base"] == ZOO
     trained, base = load_checkpoint(tmp_path / "run"), load_checkpoint(ZOO)
