@@ -165,7 +165,7 @@ def test_an_unknown_name_is_wrong_usage_everywhere(
     assert main(line.replace("X", "resnet20-digit").split()) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "got 'zoo:resnet20-digit'" in error
-    assert f"did you mean {ZOO}?" in error
+    assert f"did you mean {ZOO}" in error
     assert not list(tmp_path.iterdir())
 
 
