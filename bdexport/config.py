@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Estimator = Literal["self_critical", "leave_one_out", "nested"]
-Method = Literal["blockdrop", "fixed"]
+Method = Literal["blockdrop", "fixed", "sequential"]
 RewardKind = Literal["correct", "probability"]
 Optimiser = Literal["sgd", "adam"]
 

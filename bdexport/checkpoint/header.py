@@ -15,6 +15,8 @@ from bdexport.architecture import (
     BlockKind,
     DroppedTransition,
     Family,
+    GateKind,
+    GateSpec,
     PolicySpec,
     ResNetSpec,
     Shortcut,
@@ -37,6 +39,7 @@ class Header:
     preprocess: Preprocess
     class_names: tuple[str, ...]
     training: dict[str, Any]
+    gates: GateSpec | None = None
 
 
 def header_to_text(header: Header) -> str:
@@ -49,6 +52,8 @@ def header_to_text(header: Header) -> str:
         "class_names": list(header.class_names),
         "training": header.training,
     }
+    if header.gates is not None:
+        data["gates"] = header.gates.to_json()
     try:
         return json.dumps(data, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -63,17 +68,19 @@ def header_from_text(text: str, source: str) -> Header:
         raise CheckpointError(f"{source}: the header is not JSON ({error})") from error
     top = _Field(f"{source}: header", data)
     _check_version(top)
-    fields = top.object("format_version", "network", "policy", "preprocess", "class_names", "training")
+    names = ("format_version", "network", "policy", "preprocess", "class_names", "training")
+    fields = top.object(*names, optional=("gates",))
     try:
         network = _network(fields["network"])
         policy = _policy(fields["policy"], network)
+        gates = _gates(fields["gates"], policy) if "gates" in fields else None
         preprocess = _preprocess(fields["preprocess"])
     except CheckpointError:
         raise
     except BdexportError as error:  # the specs' own checks: stages against widths, mean and deviation
         raise CheckpointError(f"{source}: header: {error}") from error
     class_names = _class_names(fields["class_names"], network)
-    return Header(network, policy, preprocess, class_names, _training(fields["training"], network))
+    return Header(network, policy, preprocess, class_names, _training(fields["training"], network), gates)
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,17 @@ class _Field:
     def wrong(self, expected: str) -> CheckpointError:
         return CheckpointError(self.where, got=shown(json.dumps(self.value), 60), expected=expected)
 
-    def object(self, *names: str, more: bool = False) -> dict[str, _Field]:
-        """The fields of an object that has exactly these names, or with ``more`` at least these."""
+    def object(self, *names: str, optional: tuple[str, ...] = (), more: bool = False) -> dict[str, _Field]:
+        """The fields of an object that has exactly these names and perhaps ``optional`` ones, or with ``more`` any."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
         missing = [name for name in names if name not in self.value]
-        unknown = [shown(name) for name in self.value if name not in names and not more]
+        unknown = [shown(name) for name in self.value if name not in (*names, *optional) and not more]
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown[:10])}"
             raise CheckpointError(self.where, got=problem, expected=f"the fields {', '.join(names)}")
-        return {name: _Field(f"{self.where}.{name}", self.value[name]) for name in names}
+        present = [*names, *(name for name in optional if name in self.value)]
+        return {name: _Field(f"{self.where}.{name}", self.value[name]) for name in present}
 
     def items(self, low: int, high: int) -> list[_Field]:
         if not isinstance(self.value, list) or not low <= len(self.value) <= high:
@@ -169,6 +177,13 @@ def _policy(field: _Field, network: ResNetSpec) -> PolicySpec | None:
     )
     policy.backbone()  # raises when stages and widths do not fit
     return policy
+
+
+def _gates(field: _Field, policy: PolicySpec | None) -> GateSpec:
+    if policy is not None:
+        raise CheckpointError(field.where, got="gates beside a policy", expected="one of the two: both decide")
+    fields = field.object("kind", "margin")
+    return GateSpec(cast(GateKind, fields["kind"].choice(get_args(GateKind))), fields["margin"].number(1e-6, 0.5))
 
 
 def _stages(field: _Field) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def train(
     ] = None,
     preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "cpu",
     method: Annotated[
-        str | None, typer.Option(help="blockdrop, or fixed: finetuned under a fixed mask, for comparison.")
+        str | None, typer.Option(help="blockdrop; for comparison: fixed (finetuned under a fixed mask), sequential.")
     ] = None,
     mask: Annotated[
         str | None, typer.Option(help="Of --method fixed: first-k, distribute-k, random-k, search, or 0s and 1s.")
@@ -169,8 +169,8 @@ def summary(training: dict[str, Any]) -> str:
     text = f"validation accuracy {validation['full_accuracy']:.2f} % undropped"
     for title, fixed in validation.get("fixed", {}).items():
         text += f", {fixed['accuracy']:.2f} % under {title}"
-    if "policy" in validation:
-        policy = validation["policy"]
+    if "policy" in validation or "gates" in validation:
+        policy = validation.get("policy") or validation["gates"]
         used = policy["blocks_used"]
         text += (
             f", {policy['accuracy']:.2f} % with {used['mean']:.1f} +- {used['std']:.1f} blocks, "

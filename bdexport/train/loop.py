@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bdexport.errors import TrainingError
-from bdexport.evaluate import Outcome, run_masks
+from bdexport.evaluate import Outcome, Strategy, run_decided, run_masks
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.events import EventLog
-from bdexport.train.phases import METHODS, Phase, Setting
+from bdexport.train.methods import METHODS
+from bdexport.train.phases import Phase, Setting
 from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
 
 COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
@@ -131,13 +132,17 @@ def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, A
     }
 
 
-def validation_outcome(setting: Setting, images: DeviceImages, strategy: Any) -> Outcome:
-    """One pass over a split in eval mode, leaving each module's training mode as it was."""
+def validation_outcome(setting: Setting, images: DeviceImages, strategy: Strategy | None) -> Outcome:
+    """One pass over a split in eval mode, leaving each module's training mode as it was.
+
+    ``strategy`` gives the masks; None leaves the decision to the model.
+    """
     model = setting.model
     modes = {module: module.training for module in (model.network, model.policy)}
     model.eval()
+    batches = images.batches(setting.config.evaluation_batch)
     with setting.autocast():
-        outcome = run_masks(model, images.batches(setting.config.evaluation_batch), strategy)
+        outcome = run_decided(model, batches) if strategy is None else run_masks(model, batches, strategy)
     for module, training in modes.items():
         module.train(training)
     return outcome

@@ -75,9 +75,9 @@ class Phase:
         """Prepare modules and optimisers; called once per run of the phase, also on resuming."""
         raise NotImplementedError
 
-    def strategy(self) -> Strategy:
-        """The masks under which the model is validated after each epoch."""
-        return self.setting.model.masks if self.uses_policy else keep_all(self.setting.num_blocks)
+    def strategy(self) -> Strategy | None:
+        """The masks under which the model is validated after each epoch; None: what the model itself decides."""
+        return None if self.uses_policy else keep_all(self.setting.num_blocks)
 
     def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
         """What happens once, before the first epoch, and not on resuming: nothing, for most phases."""
@@ -159,8 +159,8 @@ class NetworkPhase(Phase):
         self._weight_decay = config.weight_decay
 
     def start(self) -> None:
-        _trainable(self.setting.model.network, True)
-        _trainable(self.setting.model.policy, False)
+        set_trainable(self.setting.model.network, True)
+        set_trainable(self.setting.model.policy, False)
         self.optimisers = [_sgd(self.setting.model.network, self.peak_rates[0], self._weight_decay)]
 
 
@@ -178,7 +178,7 @@ class Pretrain(NetworkPhase):
             logits = self.setting.model.network(images)
         loss = F.cross_entropy(logits.float(), labels)
         self._learn(loss)
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, labels)}
 
 
 class Prime(Phase):
@@ -199,8 +199,8 @@ class Prime(Phase):
 
     def start(self) -> None:
         policy = self.setting.model.policy
-        _trainable(self.setting.model.network, False)
-        _trainable(policy, True)
+        set_trainable(self.setting.model.network, False)
+        set_trainable(policy, True)
         learning = nn.ModuleList([policy.stem, policy.blocks, self._classifier])
         self.optimisers = [_sgd(learning, self.peak_rates[0], self.setting.config.prime.weight_decay)]
 
@@ -209,7 +209,7 @@ class Prime(Phase):
             logits = self._classifier(self.setting.model.policy.features(batch.images))
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, batch.labels)}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, batch.labels)}
 
 
 class Adapt(NetworkPhase):
@@ -232,7 +232,7 @@ class Adapt(NetworkPhase):
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
         used = masks.float().sum(dim=1).mean().item()
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels), "blocks_used": used}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, labels), "blocks_used": used}
 
 
 class FinetuneFixed(Phase):
@@ -262,12 +262,12 @@ class FinetuneFixed(Phase):
 
     def start(self) -> None:
         config, model = self.setting.config.finetune, self.setting.model
-        _trainable(model.network, True)
-        _trainable(model.policy, False)
-        self.optimisers = [_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
+        set_trainable(model.network, True)
+        set_trainable(model.policy, False)
+        self.optimisers = [make_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
 
     def rate_factor(self, epoch: float) -> float:
-        return _finetuning_rate(self, super().rate_factor(epoch), epoch)
+        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def strategy(self) -> Strategy:
         setting = self.setting
@@ -282,7 +282,7 @@ class FinetuneFixed(Phase):
             logits = self.setting.model.network.forward_masked(images, masks)
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, labels)}
 
     def _masks(self, images: Tensor) -> Tensor:
         """The fixed masks of one batch; RandomK draws from the run's own random source, so that resuming agrees."""
@@ -310,6 +310,10 @@ class PolicyPhase(Phase):
         super().at(epoch)
         self.now_open = self.opened(int(epoch))
         self.entropy_weight = self.setting.config.policy.entropy_bonus * max(0.0, 1 - epoch / max(1, self.epochs))
+
+    def decider(self) -> nn.Module:
+        """What learns to decide, beside the network."""
+        return self.setting.model.policy
 
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.setting.autocast():
@@ -393,9 +397,10 @@ class Curriculum(PolicyPhase):
 
     def start(self) -> None:
         config = self.setting.config.curriculum
-        _trainable(self.setting.model.network, False)
-        _trainable(self.setting.model.policy, True)
-        self.optimisers = [Adam(self.setting.model.policy.parameters(), config.learning_rate)]
+        set_trainable(self.setting.model.network, False)
+        set_trainable(self.setting.model.policy, False)
+        set_trainable(self.decider(), True)
+        self.optimisers = [Adam(self.decider().parameters(), config.learning_rate)]
         self.peak_rates = [config.learning_rate]
 
     def opened(self, epoch: int) -> int:
@@ -432,12 +437,13 @@ class Finetune(PolicyPhase):
 
     def start(self) -> None:
         config, model = self.setting.config.finetune, self.setting.model
-        _trainable(model.network, True)
-        _trainable(model.policy, True)
+        set_trainable(model.network, True)
+        set_trainable(model.policy, False)
+        set_trainable(self.decider(), True)
         rates = (config.network_learning_rate, config.policy_learning_rate)
         self.optimisers = [
-            _optimiser(config.optimiser, model.network, rates[0], config.weight_decay),
-            Adam(model.policy.parameters(), rates[1]),
+            make_optimiser(config.optimiser, model.network, rates[0], config.weight_decay),
+            Adam(self.decider().parameters(), rates[1]),
         ]
         self.peak_rates = list(rates)
 
@@ -449,7 +455,7 @@ class Finetune(PolicyPhase):
         self.exploration_bound = config.finetune_bound_start + span * progress
 
     def rate_factor(self, epoch: float) -> float:
-        return _finetuning_rate(self, super().rate_factor(epoch), epoch)
+        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
         setting, config = self.setting, self.setting.config.finetune
@@ -483,7 +489,7 @@ class Finetune(PolicyPhase):
         return {
             "loss": loss.item(),
             "reward": rewards.mean().item(),
-            "accuracy": _accuracy(logits, labels),
+            "accuracy": accuracy(logits, labels),
             "blocks_used": used,
         }
 
@@ -503,12 +509,6 @@ class Finetune(PolicyPhase):
         return nested.most_probable(probabilities.detach(), kept)
 
 
-METHODS: dict[str, tuple[type[Phase], ...]] = {
-    "blockdrop": (Pretrain, Prime, Adapt, Curriculum, Finetune),
-    "fixed": (Pretrain, Adapt, FinetuneFixed),
-}
-
-
 @torch.no_grad()
 def start_in_order(policy: PolicyNet, order: list[int], center: float, spread: float) -> None:
     """Set the policy's last layer so that every image drops blocks in ``order``, some images earlier than others.
@@ -521,14 +521,14 @@ def start_in_order(policy: PolicyNet, order: list[int], center: float, spread: f
     policy.fc.bias[torch.tensor(order, device=steps.device)] = steps
 
 
-def _finetuning_rate(phase: Phase, cosine: float, epoch: float) -> float:
+def finetuning_rate(phase: Phase, cosine: float, epoch: float) -> float:
     """The factor of the configured schedule; ``step``: x0.1 for the last fifth."""
     if phase.setting.config.finetune.schedule == "step":
         return 1.0 if epoch < 0.8 * phase.epochs else 0.1
     return cosine
 
 
-def _trainable(module: nn.Module, trainable: bool) -> None:
+def set_trainable(module: nn.Module, trainable: bool) -> None:
     """Train mode with gradients, or eval mode (fixed batch-norm statistics) without."""
     module.train(trainable)
     module.requires_grad_(trainable)
@@ -545,11 +545,11 @@ def _sgd(module: nn.Module, learning_rate: float, weight_decay: float) -> Optimi
     return SGD(_decayed(module), learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
 
 
-def _optimiser(kind: Optimiser, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+def make_optimiser(kind: Optimiser, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     if kind == "sgd":
         return _sgd(module, learning_rate, weight_decay)
     return Adam(_decayed(module), learning_rate, weight_decay=weight_decay)
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100.0 * (logits.argmax(dim=1) == labels).float().mean().item()

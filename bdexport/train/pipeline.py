@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
 from bdexport import __version__
-from bdexport.architecture import PolicySpec, ResNetSpec, policy_spec
+from bdexport.architecture import GateKind, GateSpec, PolicySpec, ResNetSpec, policy_spec
 from bdexport.checkpoint import Checkpoint, build_model, save_checkpoint
 from bdexport.config import TrainConfig
 from bdexport.dataset import Dataset, check_classes
@@ -27,6 +27,7 @@ from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, Traini
 from bdexport.train.loop import Reporter, restore, run_phases, validation_outcome
 from bdexport.train.phases import Setting
 from bdexport.train.recalibrate import recalibrate_batch_norm
+from bdexport.train.sequential import check_sequential
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
     MODEL_FILE,
@@ -107,6 +108,8 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         raise UsageError("leave_one_out", got=f"{config.policy.samples} sample", expected="--samples of at least 2")
     if config.method == "fixed":
         _check_fixed(request, config)
+    if config.method == "sequential":
+        check_sequential(config)
     target = config.policy.target_blocks
     if target is not None and not 0 < target <= request.network.num_blocks:
         raise UsageError("target blocks", got=target, expected=f"above 0, at most {request.network.num_blocks}")
@@ -133,6 +136,7 @@ def _description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
         "settings": config.to_json(),
         "network": request.network.to_json(),
         "policy": _policy_spec(request, config).to_json(),
+        "gates": None if (gates := _gate_spec(config)) is None else gates.to_json(),
         "preprocess": request.preprocess.to_json(),
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "base": request.base,
@@ -157,10 +161,24 @@ def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool
         model.policy = PolicyNet(_policy_spec(request, config))
         with torch.no_grad():
             model.policy.fc.bias.fill_(config.policy.initial_keep_logit)
+    _settle_gates(model, request, config)
     _check_size(model, request.preprocess)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teachers = [_teacher(name, found, request, device) for name, found in request.teachers]
     return Setting(model, teachers, None, config, device, bf16, generator_for(config.seed, 0, 0, device))
+
+
+def _settle_gates(model: BlockDropNet, request: TrainRequest, config: TrainConfig) -> None:
+    """The gates that the method trains: those of the base if it has such ones, or fresh ones; none for most methods."""
+    spec = _gate_spec(config)
+    if spec is None:
+        model.gates = None
+    elif request.initial is None or request.initial.gates != spec:
+        model.set_gates(spec).start_from(config.policy.initial_keep_logit)
+
+
+def _gate_spec(config: TrainConfig) -> GateSpec | None:
+    return GateSpec(cast(GateKind, config.method)) if config.method in get_args(GateKind) else None
 
 
 def _teacher(name: str, found: Checkpoint, request: TrainRequest, device: str) -> ResNet:
@@ -226,13 +244,13 @@ def _finish(
     full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
     training["validation"] = {"full_accuracy": full.accuracy}
     has_policy = config.method == "blockdrop" and not request.base_only
-    if has_policy:
+    if has_policy or model.gates is not None:
         training["validation"] |= _settle_batch_norm(config, setting, data, reporter)
-        outcome = validation_outcome(setting, data.validation, model.masks)
-        flops = count_flops(model, request.preprocess.size)
+        outcome = validation_outcome(setting, data.validation, None)
+        figures = outcome.to_json(count_flops(model, request.preprocess.size), with_policy=has_policy)
         training["validation"] |= {
             "full_accuracy": validation_outcome(setting, data.validation, keep_all(setting.num_blocks)).accuracy,
-            "policy": outcome.to_json(flops, with_policy=True),
+            **({"policy": figures} if model.gates is None else {"gates": {"kind": config.method, **figures}}),
         }
         training["policy_statistics"] = policy_statistics(outcome, "validation")
     elif config.method == "fixed":
@@ -245,6 +263,7 @@ def _finish(
         state=_kept_weights(model, with_policy=has_policy),
         training=training,
         form="bdexport",
+        gates=None if model.gates is None else model.gates.spec,
     )
     save_checkpoint(request.out / MODEL_FILE, checkpoint)
     state.finished = True
@@ -281,10 +300,10 @@ def _settle_batch_norm(config: TrainConfig, setting: Setting, data: TrainingData
         return {"recalibrated": False}
     model = setting.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    accuracy_before = validation_outcome(setting, data.validation, model.masks).accuracy
+    accuracy_before = validation_outcome(setting, data.validation, None).accuracy
     with setting.autocast():
         recalibrate_batch_norm(model, data.train.batches(config.evaluation_batch, config.recalibrate_images))
-    accuracy_after = validation_outcome(setting, data.validation, model.masks).accuracy
+    accuracy_after = validation_outcome(setting, data.validation, None).accuracy
     kept = accuracy_after >= accuracy_before
     if not kept:
         model.load_state_dict(before)

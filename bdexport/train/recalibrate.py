@@ -25,6 +25,9 @@ def recalibrate_batch_norm(model: BlockDropNet, batches: Iterable[tuple[Tensor, 
         layer.momentum = None  # cumulative average over the batches
         layer.train()
     for images, _labels in batches:
+        if model.gates is not None:  # they decide on the way, from the batch's own statistics
+            model.decided(images)
+            continue
         masks = model.masks(images)
         # A batch norm over a single value per channel is undefined; leave such a block out of this batch's estimate.
         model.network.forward_masked(images, masks & (masks.sum(dim=0) > 1))
