@@ -144,11 +144,12 @@ class GateSpec:
 
     ``sequential``: one in front of each block, drop or keep (BlockDrop-seq, Wu et al. 2018, supplement). ``act``: one
     behind each block but the last of a stage, halt the stage or go on, per image; ``sact``: the same per position
-    (Figurnov et al., CVPR 2017). ``margin``: epsilon there, a stage halts at a cumulative score of 1 - margin.
+    (Figurnov et al., CVPR 2017). ``margin``: of those two, epsilon there, a stage halts at a cumulative score of
+    1 - margin; None for ``sequential``.
     """
 
     kind: GateKind
-    margin: float = 0.01
+    margin: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the fields of this class."""

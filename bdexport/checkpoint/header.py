@@ -183,7 +183,10 @@ def _gates(field: _Field, policy: PolicySpec | None) -> GateSpec:
     if policy is not None:
         raise CheckpointError(field.where, got="gates beside a policy", expected="one of the two: both decide")
     fields = field.object("kind", "margin")
-    return GateSpec(cast(GateKind, fields["kind"].choice(get_args(GateKind))), fields["margin"].number(1e-6, 0.5))
+    kind = cast(GateKind, fields["kind"].choice(get_args(GateKind)))
+    if kind == "sequential" and fields["margin"].value is not None:
+        raise fields["margin"].wrong("null: these gates have none")
+    return GateSpec(kind, None if kind == "sequential" else fields["margin"].number(1e-6, 0.5))
 
 
 def _stages(field: _Field) -> tuple[int, ...]:

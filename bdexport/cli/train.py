@@ -34,7 +34,8 @@ def train(
     ] = None,
     preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "cpu",
     method: Annotated[
-        str | None, typer.Option(help="blockdrop; for comparison: fixed (finetuned under a fixed mask), sequential.")
+        str | None,
+        typer.Option(help="blockdrop; for comparison: fixed (finetuned under a fixed mask), sequential, act, sact."),
     ] = None,
     mask: Annotated[
         str | None, typer.Option(help="Of --method fixed: first-k, distribute-k, random-k, search, or 0s and 1s.")
@@ -208,10 +209,12 @@ def epoch_line(row: dict[str, Any]) -> str:
     if "accuracy" in learned:
         parts.append(f"train {learned['accuracy']:.2f} %")
     parts.append(f"val {validation['accuracy']:.2f} %")
-    if "reward" in learned:
+    for price in ("reward", "ponder"):  # a method that decides has one of the two
+        if price not in learned:
+            continue
         used = validation["blocks_used"]
         parts += [
-            f"reward {learned['reward']:.3f}",
+            f"{price} {learned[price]:.3f}",
             f"blocks {used['mean']:.2f} +- {used['std']:.2f}",
             f"masks {validation['unique_masks']}",
         ]

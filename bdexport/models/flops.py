@@ -60,6 +60,8 @@ class FlopsTable:
         for index, (branch, shortcut) in enumerate(zip(self.branches, self.shortcuts, strict=True)):
             table[f"block_{index:02d}"] = branch + shortcut
             table[f"shortcut_{index:02d}"] = shortcut
+        if self.gates:
+            table["act"] = self.full + sum(self.gates)  # at most: of an image that halts nowhere
         for index, gate in enumerate(self.gates):
             table[f"gate_{index:02d}"] = gate
         return table

@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from bdexport.architecture import GateSpec, PolicySpec, ResNetSpec, policy_spec
 from bdexport.models.gates import Decided, Gates
+from bdexport.models.halting import HaltingGates
 from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.models.sequential import SequentialGates
 from bdexport.parts import KEEP_THRESHOLD
 
-GATES = {"sequential": SequentialGates}
+GATES = {"sequential": SequentialGates, "act": HaltingGates, "sact": HaltingGates}
 
 
 class BlockDropNet(nn.Module):

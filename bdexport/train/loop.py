@@ -161,8 +161,10 @@ def _choose(phase: Phase, setting: Setting, state: RunState, row: dict[str, Any]
         return
     figures = row["validation"]
     target = setting.config.policy.target_blocks
-    if not phase.uses_policy:
-        score: tuple[float, ...] = (figures["accuracy"],)
+    if phase.takes_last:
+        score: tuple[float, ...] = (float(row["epoch"]),)
+    elif not phase.uses_policy:
+        score = (figures["accuracy"],)
     elif target is None:
         score = (figures["reward"],)
     else:

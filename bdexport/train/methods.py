@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bdexport.train.halting import FinetuneHalting
 from bdexport.train.phases import Adapt, Curriculum, Finetune, FinetuneFixed, Phase, Pretrain, Prime
 from bdexport.train.sequential import SequentialCurriculum, SequentialFinetune
 
@@ -9,4 +10,6 @@ METHODS: dict[str, tuple[type[Phase], ...]] = {
     "blockdrop": (Pretrain, Prime, Adapt, Curriculum, Finetune),
     "fixed": (Pretrain, Adapt, FinetuneFixed),
     "sequential": (Pretrain, Adapt, SequentialCurriculum, SequentialFinetune),
+    "act": (Pretrain, FinetuneHalting),
+    "sact": (Pretrain, FinetuneHalting),
 }

@@ -64,6 +64,7 @@ class Phase:
     share = 1.0
     uses_policy = False
     decisive = False  # the best model of the run is chosen among this phase's epochs
+    takes_last = False  # .. by time: the last epoch's is the best
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

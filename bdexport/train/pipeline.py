@@ -174,11 +174,16 @@ def _settle_gates(model: BlockDropNet, request: TrainRequest, config: TrainConfi
     if spec is None:
         model.gates = None
     elif request.initial is None or request.initial.gates != spec:
-        model.set_gates(spec).start_from(config.policy.initial_keep_logit)
+        sequential = spec.kind == "sequential"
+        model.set_gates(spec).start_from(
+            config.policy.initial_keep_logit if sequential else config.halting.initial_logit
+        )
 
 
 def _gate_spec(config: TrainConfig) -> GateSpec | None:
-    return GateSpec(cast(GateKind, config.method)) if config.method in get_args(GateKind) else None
+    if config.method not in get_args(GateKind):
+        return None
+    return GateSpec(cast(GateKind, config.method), None if config.method == "sequential" else config.halting.margin)
 
 
 def _teacher(name: str, found: Checkpoint, request: TrainRequest, device: str) -> ResNet:
@@ -252,7 +257,8 @@ def _finish(
             "full_accuracy": validation_outcome(setting, data.validation, keep_all(setting.num_blocks)).accuracy,
             **({"policy": figures} if model.gates is None else {"gates": {"kind": config.method, **figures}}),
         }
-        training["policy_statistics"] = policy_statistics(outcome, "validation")
+        if config.method != "sact":  # its decisions are on positions; a mask would say little
+            training["policy_statistics"] = policy_statistics(outcome, "validation")
     elif config.method == "fixed":
         training |= _fixed_result(request, config, setting, data)
     checkpoint = Checkpoint(

@@ -349,7 +349,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "m.safetensors", gated_checkpoint(model))
     found = load_checkpoint(tmp_path / "m.safetensors")
     assert found.gates == SEQUENTIAL
-    assert describe(found)["gates"] == {"kind": "sequential", "margin": 0.01}
+    assert describe(found)["gates"] == {"kind": "sequential", "margin": None}
     images = varied_images(6)
     with torch.no_grad():
         expected, got = model(images), build_model(found, with_policy=False)(images)
@@ -360,8 +360,9 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gates", "message"),
     [
-        ({"kind": "lstm", "margin": 0.01}, r"gates\.kind.*one of sequential"),
-        ({"kind": "sequential", "margin": 2}, r"gates\.margin"),
+        ({"kind": "lstm", "margin": None}, r"gates\.kind.*one of sequential"),
+        ({"kind": "sequential", "margin": 0.01}, r"gates\.margin.*null"),
+        ({"kind": "act", "margin": 2}, r"gates\.margin"),
         ({"kind": "sequential"}, "missing margin"),
         (None, "gates"),
     ],
