@@ -18,6 +18,7 @@ Family = Literal["cifar", "imagenet"]
 BlockKind = Literal["basic", "bottleneck"]
 Shortcut = Literal["avgpool", "option_a", "conv"]
 DroppedTransition = Literal["shortcut", "shortcut_relu"]
+GateKind = Literal["sequential", "act", "sact"]
 
 SHORTCUTS: dict[str, str] = {
     "avgpool": "average pooling, zero channels appended (the original BlockDrop code)",
@@ -158,6 +159,24 @@ class PolicySpec:
         if self.hidden == 0:
             del data["hidden"]
         return data
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """Small units inside the network that decide while it runs, where a policy network decides beforehand.
+
+    ``sequential``: one in front of each block, drop or keep (BlockDrop-seq, Wu et al. 2018, supplement). ``act``: one
+    behind each block but the last of a stage, halt the stage or go on, per image; ``sact``: the same per position
+    (Figurnov et al., CVPR 2017). ``margin``: of those two, epsilon there, a stage halts at a cumulative score of
+    1 - margin; None for ``sequential``.
+    """
+
+    kind: GateKind
+    margin: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the fields of this class."""
+        return asdict(self)
 
 
 def resnet_spec(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Estimator = Literal["self_critical", "leave_one_out", "nested", "gumbel", "marginal"]
-Method = Literal["blockdrop", "fixed"]
+Method = Literal["blockdrop", "fixed", "sequential", "act", "sact"]
 RewardKind = Literal["correct", "probability"]
 Optimiser = Literal["sgd", "adam"]
 
@@ -107,6 +107,18 @@ class FixedConfig:
 
 
 @dataclass(frozen=True)
+class HaltingConfig:
+    """Methods ``act`` and ``sact``: stages that halt early (Figurnov et al., CVPR 2017); what they have of their own.
+
+    They run as many steps as ``finetune`` says, with the network's settings from there.
+    """
+
+    ponder_weight: float = 0.01  # tau in the paper: what a block costs, against the classification loss
+    margin: float = 0.01  # epsilon in the paper: a stage halts at a cumulative score of 1 - margin
+    initial_logit: float = -3.0  # of the halting scores: at the start, nearly every block runs
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """How the policy learns, in both phases."""
 
@@ -161,6 +173,7 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     fixed: FixedConfig = field(default_factory=FixedConfig)
+    halting: HaltingConfig = field(default_factory=HaltingConfig)
 
     def to_json(self) -> dict[str, Any]:
         """The resolved settings as a JSON object."""

@@ -22,11 +22,32 @@ Strategy = Callable[[Tensor], Tensor]  # images (N, 3, H, W) -> masks bool (N, K
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What ran of a network with gates, each float32 (N, K); see :class:`bdexport.models.gates.Decided`."""
+
+    positions: NDArray[np.float32]
+    work: NDArray[np.float32]
+    gated: NDArray[np.float32]
+
+    def flops(self, table: FlopsTable) -> NDArray[np.float64]:
+        """FLOPs per image, (N,), the gates included."""
+        return table.of_shares(self.work, self.gated, self.positions)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What one pass over a data set gave. ``masks`` (N, K), ``correct`` (N,)."""
+    """What one pass over a data set gave. ``masks`` (N, K), ``correct`` (N,); ``shares`` of a network with gates."""
 
     masks: Masks
     correct: NDArray[np.bool_]
+    shares: Shares | None = None
+
+    def over(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Outcome:
+        """The same with ``change`` applied to every array, e.g. to put the images of several processes together."""
+        shares = self.shares
+        if shares is not None:
+            shares = Shares(change(shares.positions), change(shares.work), change(shares.gated))
+        return Outcome(change(self.masks), change(self.correct), shares)
 
     @property
     def accuracy(self) -> float:
@@ -34,8 +55,10 @@ class Outcome:
         return float(100.0 * self.correct.mean())
 
     @property
-    def blocks_used(self) -> NDArray[np.int64]:
-        """Kept blocks per image, (N,)."""
+    def blocks_used(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """Kept blocks per image, (N,); where positions are decided on, a block counts with its share of them."""
+        if self.shares is not None:
+            return np.asarray(self.shares.positions.sum(axis=1, dtype=np.float64))
         return np.asarray(self.masks.sum(axis=1), dtype=np.int64)
 
     @property
@@ -45,7 +68,7 @@ class Outcome:
 
     def to_json(self, flops: FlopsTable, with_policy: bool) -> dict[str, Any]:
         """Accuracy (percent), FLOPs and block usage (mean and standard deviation over images), unique masks."""
-        per_image = flops.of_masks(self.masks, with_policy)
+        per_image = flops.of_masks(self.masks, with_policy) if self.shares is None else self.shares.flops(flops)
         used = self.blocks_used
         return {
             "accuracy": self.accuracy,
@@ -54,8 +77,8 @@ class Outcome:
             "blocks_used": {
                 "mean": float(used.mean()),
                 "std": float(used.std()),
-                "min": int(used.min()),
-                "max": int(used.max()),
+                "min": _plain(used.min()),
+                "max": _plain(used.max()),
             },
             "unique_masks": self.unique_masks,
         }
@@ -71,6 +94,20 @@ def run_masks(model: BlockDropNet, batches: Batches, strategy: Strategy) -> Outc
         masks.append(chosen.cpu().numpy())
         correct.append((logits.argmax(dim=1) == labels).cpu().numpy())
     return Outcome(np.concatenate(masks), np.concatenate(correct))
+
+
+@torch.no_grad()
+def run_decided(model: BlockDropNet, batches: Batches) -> Outcome:
+    """Run every batch as the model itself decides, by policy or gates; the model must be in eval mode."""
+    masks, correct = [], []
+    shares: list[list[NDArray[np.float32]]] = []
+    for images, labels in batches:
+        decided = model.decided(images)
+        masks.append(decided.masks.cpu().numpy())
+        correct.append((decided.logits.argmax(dim=1) == labels).cpu().numpy())
+        shares.append([share.cpu().numpy() for share in (decided.positions, decided.work, decided.gated)])
+    gathered = Shares(*map(np.concatenate, zip(*shares, strict=True)))
+    return Outcome(np.concatenate(masks), np.concatenate(correct), None if model.gates is None else gathered)
 
 
 def keep_all(num_blocks: int) -> Strategy:
@@ -130,7 +167,7 @@ def evaluate_model(
     kept: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """``{"full", "policy", "fixed"}`` as ``evaluate --json`` writes them.
+    """``{"full", "policy" or "gates", "fixed"}`` as ``evaluate --json`` writes them.
 
     ``batches(title)`` starts a pass over the data. ``fixed`` names strategies (``first-k``, ``random-k``,
     ``distribute-k``) or masks as text; ``kept`` is their K, by default the policy's mean usage, rounded up. Fixed masks
@@ -141,8 +178,12 @@ def evaluate_model(
     full = run_masks(model, batches("full"), keep_all(num_blocks))
     result: dict[str, Any] = {"full": {"accuracy": full.accuracy, "flops": flops.full}}
     if has_policy:
-        outcome = run_masks(model, batches("policy"), model.masks)
+        outcome = run_decided(model, batches("policy"))
         result["policy"] = outcome.to_json(flops, with_policy=True)
+        kept = math.ceil(outcome.blocks_used.mean()) if kept is None else kept
+    if model.gates is not None:
+        outcome = run_decided(model, batches(model.gates.spec.kind))
+        result["gates"] = {"kind": model.gates.spec.kind, **outcome.to_json(flops, with_policy=False)}
         kept = math.ceil(outcome.blocks_used.mean()) if kept is None else kept
     for name in fixed:
         title, strategy = fixed_strategy(name, kept, seed, model)
@@ -168,6 +209,11 @@ def fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) 
     if name == "distribute-k":
         return title, same_mask(distribute_k_mask(num_blocks, kept, stages))
     return title, random_k(num_blocks, kept, seed)
+
+
+def _plain(number: Any) -> int | float:
+    """A count of blocks; only a share of positions makes it fractional."""
+    return int(number) if float(number).is_integer() else float(number)
 
 
 def policy_statistics(outcome: Outcome, split: str, most: int = 64) -> dict[str, Any]:

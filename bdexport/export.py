@@ -10,7 +10,7 @@ a bundle is built.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,18 +53,24 @@ def export_parts(
     :func:`bdexport.partition.part_specs`, if the caller has them. Raises :class:`UsageError` for a part that the model
     does not have, :class:`ExportError` for one that ONNX's checker or shape inference refuses.
     """
-    every = model_parts(model)
-    chosen = every if parts is None else _chosen(parts, every)
+    chosen = chosen_parts(parts, model_parts(model))
     specs = specs or part_specs(model, preprocess)
+    return export_modules({part: part_module(model, part) for part in chosen}, specs, folder, progress)
+
+
+def export_modules(
+    modules: Mapping[str, nn.Module], specs: Specs, folder: Path, progress: Progress | None = None
+) -> dict[str, Path]:
+    """Write ``folder/<part>.onnx`` for each module, by part; see :func:`export_parts`."""
     files: dict[str, Path] = {}
-    for done, part in enumerate(chosen):
+    for done, (part, module) in enumerate(modules.items()):
         if progress is not None:
-            progress("export", done, len(chosen))
-        graph = onnx_from_module(part_module(model, part), part, *specs[part])
+            progress("export", done, len(modules))
+        graph = onnx_from_module(module, part, *specs[part])
         files[part] = folder / f"{part}.onnx"
         write_bytes(files[part], graph.SerializeToString(deterministic=True))
     if progress is not None:
-        progress("export", len(chosen), len(chosen))
+        progress("export", len(modules), len(modules))
     return files
 
 
@@ -97,7 +103,10 @@ def check_graph(model: onnx.ModelProto, part: str, y: TensorSpec) -> None:
         raise ExportError(f"{part}: inferred output shape", got=shape, expected=(BATCH, *y.shape))
 
 
-def _chosen(parts: Iterable[str], every: tuple[str, ...]) -> tuple[str, ...]:
+def chosen_parts(parts: Iterable[str] | None, every: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``every`` part that ``parts`` names, in order; None: all. Raises :class:`UsageError` on other names."""
+    if parts is None:
+        return tuple(every)
     wanted = set(parts)
     unknown = sorted(wanted - set(every))
     if unknown or not wanted:

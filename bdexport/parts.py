@@ -30,6 +30,11 @@ def shortcut_part(index: int) -> str:
     return f"shortcut_{index:02d}"
 
 
+def gate_part(index: int) -> str:
+    """``gate_07``: what decides on ``block_07`` in a network with gates in front of its blocks; in no bundle."""
+    return f"gate_{index:02d}"
+
+
 def part_names(num_blocks: int, transitions: Iterable[int]) -> tuple[str, ...]:
     """Every part of a network with K blocks, in order of execution; ``full`` last."""
     crossing = set(transitions)

@@ -33,12 +33,12 @@ STILL_TRUE = ("policy_statistics", "fixed_mask")  # of a training record: the ma
 def prune_checkpoint(ckpt: Checkpoint, ratios: Sequence[float], skip: Collection[int], base: str) -> Checkpoint:
     """``ckpt`` with ``ratios[stage]`` of the inner filters of each block removed, but for the blocks in ``skip``.
 
-    A policy stays as it is, and so do its masks. ``base``: what to call ``ckpt`` in the training record. Raises
-    :class:`UsageError` for ratios or blocks that make no sense, and where no filter would go or none would stay;
-    CheckpointError when the tensors do not fit the specs.
+    A policy stays as it is, and so do its masks; gates stay too, but decide on what the pruned blocks give out.
+    ``base``: what to call ``ckpt`` in the training record. Raises :class:`UsageError` for ratios or blocks that make no
+    sense, and where no filter would go or none would stay; CheckpointError when the tensors do not fit the specs.
     """
     widths = pruned_widths(ckpt.network, ratios, skip)
-    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, base)
+    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, base, ckpt.gates)
     for block, kept in zip(ckpt.network.blocks(), widths, strict=True):
         if kept < block.channels:
             _prune_branch(state, f"network.blocks.{block.index}.branch", block.kind, kept)

@@ -43,7 +43,7 @@ def dense(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
 
 
 VARIANTS: dict[str, RunBlock] = {
-    "rows moved as NHWC": resnet._run_block,
+    "rows moved as NHWC": resnet.run_block,
     "rows moved as NCHW": moved_as_nchw,
     "dense": dense,
 }
@@ -51,7 +51,7 @@ VARIANTS: dict[str, RunBlock] = {
 
 def seconds_of_step(network: resnet.ResNet, images: Tensor, masks: Tensor, variant: RunBlock) -> float:
     """One forward and backward pass."""
-    resnet._run_block = variant
+    resnet.run_block = variant
     network.zero_grad(set_to_none=True)
     started = perf_counter()
     with torch.autocast("cpu", torch.bfloat16):

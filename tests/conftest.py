@@ -6,8 +6,12 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from bdexport.checkpoint import Checkpoint
 
 # Read when the libraries are first imported, hence before any of them. The tests' networks are tiny: threads cost more
 # than they bring, and pools of several test processes fight.
@@ -50,3 +54,15 @@ def shared() -> Path:
     if not (folder / "checkpoints").is_dir():
         pytest.skip(f"no folder with checkpoints and data at {folder}; set BDEXPORT_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A network of three blocks, pretrained on digits, that training runs start from."""
+    from test_train_run import CONFIG, Recorder, request
+
+    from bdexport.checkpoint import load_checkpoint
+    from bdexport.train.pipeline import train
+
+    out = tmp_path_factory.mktemp("digits-base") / "run"
+    return load_checkpoint(train(request(out, base_only=True), CONFIG, Recorder()))

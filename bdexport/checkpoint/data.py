@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bdexport.architecture import PolicySpec, ResNetSpec
+from bdexport.architecture import GateSpec, PolicySpec, ResNetSpec
 from bdexport.checkpoint.fitting import fit_own
 from bdexport.errors import CheckpointError
 from bdexport.models.pair import BlockDropNet
@@ -22,7 +22,8 @@ class Checkpoint:
 
     ``state``: float32 CPU tensors under the names of ``BlockDropNet.state_dict()`` (``network.stem.conv.weight``,
     ``policy.fc.weight``), without the ``num_batches_tracked`` counters, which inference does not need, and without
-    ``policy.*`` when ``policy`` is None. ``training``: JSON object, how it was trained and with which result.
+    ``policy.*`` when ``policy`` is None. ``gates``: of a comparison system that decides inside the network, its weights
+    under ``gates.*``; None for all others. ``training``: JSON object, how it was trained and with which result.
     ``form``: the form of the file that it was read from. ``notes``: what loading assumed or left out, and why.
     """
 
@@ -34,6 +35,7 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)
     form: Form = "bdexport"
     notes: tuple[str, ...] = ()
+    gates: GateSpec | None = None
 
 
 def build_model(ckpt: Checkpoint, with_policy: bool = True) -> BlockDropNet:
@@ -42,13 +44,19 @@ def build_model(ckpt: Checkpoint, with_policy: bool = True) -> BlockDropNet:
     A checkpoint without a policy is refused with :class:`CheckpointError` unless ``with_policy=False`` says that the
     policy is not needed or will be trained: the model then has a freshly initialised one (torch's global generator).
     """
+    if ckpt.gates is not None and with_policy:
+        raise CheckpointError(
+            f"this {ckpt.network.name} checkpoint decides inside the network ({ckpt.gates.kind}), not by a policy "
+            "network beforehand, so that there is no bundle of it",
+            remedy="bdexport evaluate and export take it; for a bundle, bdexport train --method blockdrop",
+        )
     if ckpt.policy is None and with_policy:
         raise CheckpointError(
             f"this {ckpt.network.name} checkpoint has no policy network",
             remedy="train one: bdexport train --base CHECKPOINT --out RUN",
         )
-    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, ckpt.network.name)
-    model = BlockDropNet(ckpt.network, ckpt.policy)
+    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, ckpt.network.name, ckpt.gates)
+    model = BlockDropNet(ckpt.network, ckpt.policy, ckpt.gates)
     model.load_state_dict(state, strict=False)  # fit_own has checked every key; only an absent policy's are missing
     return model.eval()
 
@@ -72,6 +80,7 @@ def describe(ckpt: Checkpoint) -> dict[str, Any]:
         "class_names": list(ckpt.class_names),
         "preprocess": ckpt.preprocess.to_json(),
         "policy": ckpt.policy.to_json() if ckpt.policy is not None else None,
+        "gates": ckpt.gates.to_json() if ckpt.gates is not None else None,
         "weights": sum(tensor.numel() for tensor in ckpt.state.values()),
         "training": ckpt.training,
         "notes": list(ckpt.notes),

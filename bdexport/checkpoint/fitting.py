@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bdexport.architecture import PolicySpec, ResNetSpec
+from bdexport.architecture import GateSpec, PolicySpec, ResNetSpec
 from bdexport.errors import CheckpointError
 from bdexport.models.pair import BlockDropNet
 
@@ -26,10 +26,10 @@ class _ShapesOnly(TorchFunctionMode):
         return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
-def expected_shapes(network: ResNetSpec, policy: PolicySpec | None) -> dict[str, Shape]:
+def expected_shapes(network: ResNetSpec, policy: PolicySpec | None, gates: GateSpec | None = None) -> dict[str, Shape]:
     """Name -> shape of every tensor of ``BlockDropNet.state_dict()`` but the counters; no memory is taken."""
     with torch.device("meta"), _ShapesOnly():
-        model = BlockDropNet(network, policy)
+        model = BlockDropNet(network, policy, gates)
     return {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
@@ -65,9 +65,15 @@ def fit_state(
     return {ours: _float32(found[theirs], f"{what}: {shown(theirs)}") for ours, theirs in names.items()}
 
 
-def fit_own(found: Mapping[str, Any], network: ResNetSpec, policy: PolicySpec | None, what: str) -> dict[str, Tensor]:
+def fit_own(
+    found: Mapping[str, Any],
+    network: ResNetSpec,
+    policy: PolicySpec | None,
+    what: str,
+    gates: GateSpec | None = None,
+) -> dict[str, Tensor]:
     """:func:`fit_state` for tensors that already have our names."""
-    shapes = expected_shapes(network, policy)
+    shapes = expected_shapes(network, policy, gates)
     return fit_state(found, {name: name for name in shapes}, shapes, what)
 
 

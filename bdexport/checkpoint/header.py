@@ -15,6 +15,8 @@ from bdexport.architecture import (
     BlockKind,
     DroppedTransition,
     Family,
+    GateKind,
+    GateSpec,
     PolicySpec,
     ResNetSpec,
     Shortcut,
@@ -37,6 +39,7 @@ class Header:
     preprocess: Preprocess
     class_names: tuple[str, ...]
     training: dict[str, Any]
+    gates: GateSpec | None = None
 
 
 def header_to_text(header: Header) -> str:
@@ -49,6 +52,8 @@ def header_to_text(header: Header) -> str:
         "class_names": list(header.class_names),
         "training": header.training,
     }
+    if header.gates is not None:
+        data["gates"] = header.gates.to_json()
     try:
         return json.dumps(data, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -63,17 +68,19 @@ def header_from_text(text: str, source: str) -> Header:
         raise CheckpointError(f"{source}: the header is not JSON ({error})") from error
     top = _Field(f"{source}: header", data)
     _check_version(top)
-    fields = top.object("format_version", "network", "policy", "preprocess", "class_names", "training")
+    names = ("format_version", "network", "policy", "preprocess", "class_names", "training")
+    fields = top.object(*names, optional=("gates",))
     try:
         network = _network(fields["network"])
         policy = _policy(fields["policy"], network)
+        gates = _gates(fields["gates"], policy) if "gates" in fields else None
         preprocess = _preprocess(fields["preprocess"])
     except CheckpointError:
         raise
     except BdexportError as error:  # the specs' own checks: stages against widths, mean and deviation
         raise CheckpointError(f"{source}: header: {error}") from error
     class_names = _class_names(fields["class_names"], network)
-    return Header(network, policy, preprocess, class_names, _training(fields["training"], network))
+    return Header(network, policy, preprocess, class_names, _training(fields["training"], network), gates)
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,16 @@ def _policy(field: _Field, network: ResNetSpec) -> PolicySpec | None:
     )
     policy.backbone()  # raises when stages and widths do not fit
     return policy
+
+
+def _gates(field: _Field, policy: PolicySpec | None) -> GateSpec:
+    if policy is not None:
+        raise CheckpointError(field.where, got="gates beside a policy", expected="one of the two: both decide")
+    fields = field.object("kind", "margin")
+    kind = cast(GateKind, fields["kind"].choice(get_args(GateKind)))
+    if kind == "sequential" and fields["margin"].value is not None:
+        raise fields["margin"].wrong("null: these gates have none")
+    return GateSpec(kind, None if kind == "sequential" else fields["margin"].number(1e-6, 0.5))
 
 
 def _stages(field: _Field) -> tuple[int, ...]:

@@ -26,9 +26,11 @@ def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
         raise CheckpointError(
             f"{path}: not a checkpoint's name", got=f"suffix {path.suffix!r}", expected=".safetensors"
         )
-    text = header_to_text(Header(ckpt.network, ckpt.policy, ckpt.preprocess, ckpt.class_names, ckpt.training))
+    text = header_to_text(
+        Header(ckpt.network, ckpt.policy, ckpt.preprocess, ckpt.class_names, ckpt.training, ckpt.gates)
+    )
     header_from_text(text, str(path))
-    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, str(path))
+    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, str(path), ckpt.gates)
     files.write_bytes(path, safetensors.torch.save(state, {HEADER_KEY: text}))
 
 
@@ -41,7 +43,8 @@ def checkpoint_from_own(raw: RawFile) -> Checkpoint:
         policy=header.policy,
         preprocess=header.preprocess,
         class_names=header.class_names,
-        state=fit_own(raw.content, header.network, header.policy, str(raw.path)),
+        state=fit_own(raw.content, header.network, header.policy, str(raw.path), header.gates),
         training=header.training,
         form="bdexport",
+        gates=header.gates,
     )

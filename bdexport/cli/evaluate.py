@@ -123,6 +123,7 @@ def _print_table(result: dict[str, Any], json: str | None) -> None:
     full = result["full"]
     table.add_row("full", f"{full['accuracy']:.2f} %", f"{result['num_blocks']:.1f}", f"{full['flops']:.3e}", "1")
     rows = [("policy", result["policy"])] if "policy" in result else []
+    rows += [(result["gates"]["kind"], result["gates"])] if "gates" in result else []
     for name, row in [*rows, *result.get("fixed", {}).items()]:
         used, flops = row["blocks_used"], row["flops"]
         table.add_row(
@@ -147,5 +148,5 @@ def _print_table(result: dict[str, Any], json: str | None) -> None:
         published = next(iter(references.values()))["published"]
         percent = published["inference_accelerated_percent"]
         out.print(f"published: inference accelerated by {percent:.0f} % ({published['source']})")
-    if "policy" not in result:
+    if not rows:
         out.print("no policy in this checkpoint: 'bdexport train --base CHECKPOINT' gives it one")

@@ -49,15 +49,17 @@ def _write(found: Checkpoint, out: Path, wanted: list[str] | None, overwrite: bo
 
     from bdexport.checkpoint import build_model
     from bdexport.export import export_parts
+    from bdexport.export_gated import export_gated
     from bdexport.files import making_folder
     from bdexport.models.flops import count_flops
     from bdexport.parts import POLICY
 
     # A plain network has every part but the policy; those may be had without training one.
-    model = build_model(found, with_policy=wanted is None or POLICY in wanted)
+    model = build_model(found, with_policy=found.gates is None and (wanted is None or POLICY in wanted))
+    write = export_parts if found.gates is None else export_gated
     flops = count_flops(model, found.preprocess.size).parts()
     with progress() as bar, making_folder(out, overwrite) as staging:
-        files = export_parts(model, found.preprocess, staging, wanted, progress=stages_of(bar))
+        files = write(model, found.preprocess, staging, wanted, progress=stages_of(bar))
         return [
             {
                 "part": part,

@@ -37,7 +37,8 @@ def train(
     ] = None,
     preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "cpu",
     method: Annotated[
-        str | None, typer.Option(help="blockdrop, or fixed: finetuned under a fixed mask, for comparison.")
+        str | None,
+        typer.Option(help="blockdrop; for comparison: fixed (finetuned under a fixed mask), sequential, act, sact."),
     ] = None,
     mask: Annotated[
         str | None, typer.Option(help="Of --method fixed: first-k, distribute-k, random-k, search, or 0s and 1s.")
@@ -193,8 +194,8 @@ def summary(training: dict[str, Any]) -> str:
     text = f"validation accuracy {validation['full_accuracy']:.2f} % undropped"
     for title, fixed in validation.get("fixed", {}).items():
         text += f", {fixed['accuracy']:.2f} % under {title}"
-    if "policy" in validation:
-        policy = validation["policy"]
+    if "policy" in validation or "gates" in validation:
+        policy = validation.get("policy") or validation["gates"]
         used = policy["blocks_used"]
         text += (
             f", {policy['accuracy']:.2f} % with {used['mean']:.1f} +- {used['std']:.1f} blocks, "
@@ -247,10 +248,10 @@ def epoch_line(row: dict[str, Any]) -> str:
     if "accuracy" in learned:
         parts.append(f"train {learned['accuracy']:.2f} %")
     parts.append(f"val {validation['accuracy']:.2f} %")
-    if row["open_blocks"] is not None:
+    if row["open_blocks"] is not None or "ponder" in learned:  # a method that decides has one of these figures
         used = validation["blocks_used"]
         parts += [
-            *(f"{name} {learned[name]:.3f}" for name in ("reward", "success") if name in learned),
+            *(f"{name} {learned[name]:.3f}" for name in ("reward", "success", "ponder") if name in learned),
             f"blocks {used['mean']:.2f} +- {used['std']:.2f}",
             f"masks {validation['unique_masks']}",
         ]

@@ -12,19 +12,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bdexport.models.gates import Gates
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import Block, dtype_device
 
 
 @dataclass(frozen=True)
 class FlopsTable:
-    """FLOPs of one image, part by part. ``branches[k]`` is what dropping block k saves; shortcuts always run."""
+    """FLOPs of one image, part by part. ``branches[k]`` is what dropping block k saves; shortcuts always run.
+
+    With gates, ``gates[k]`` is what asking the one of block k costs an image; ``gate_positions[k]`` comes on top where
+    it decides for each position, and is in proportion to the positions that it is asked for.
+    """
 
     policy: int
     stem: int
     branches: tuple[int, ...]
     shortcuts: tuple[int, ...]
     head: int
+    gates: tuple[int, ...] = ()
+    gate_positions: tuple[int, ...] = ()
 
     @property
     def full(self) -> int:
@@ -36,12 +43,27 @@ class FlopsTable:
         fixed = self.stem + sum(self.shortcuts) + self.head + (self.policy if with_policy else 0)
         return fixed + np.asarray(masks, dtype=np.float64) @ np.asarray(self.branches, dtype=np.float64)
 
+    def of_shares(
+        self, work: NDArray[np.float32], gated: NDArray[np.float32], positions: NDArray[np.float32]
+    ) -> NDArray[np.float64]:
+        """FLOPs per image, (N,), of a network with gates, for the shares (N, K) that :class:`Decided` describes."""
+        fixed = self.stem + sum(self.shortcuts) + self.head
+        pairs = ((work, self.branches), (gated, self.gates), (gated * positions, self.gate_positions))
+        total = np.full(len(work), fixed, dtype=np.float64)
+        for share, flops in pairs:
+            total += share.astype(np.float64) @ np.asarray(flops, dtype=np.float64)
+        return total
+
     def parts(self) -> dict[str, int]:
         """FLOPs by part name as the bundle uses them; a block's own part includes its shortcut."""
         table = {"policy": self.policy, "stem": self.stem, "head": self.head, "full": self.full}
         for index, (branch, shortcut) in enumerate(zip(self.branches, self.shortcuts, strict=True)):
             table[f"block_{index:02d}"] = branch + shortcut
             table[f"shortcut_{index:02d}"] = shortcut
+        if self.gates:
+            table["act"] = self.full + sum(self.gates)  # at most: of an image that halts nowhere
+        for index, gate in enumerate(self.gates):
+            table[f"gate_{index:02d}"] = gate
         return table
 
 
@@ -68,6 +90,8 @@ def count_flops(model: BlockDropNet, image_size: tuple[int, int]) -> FlopsTable:
             model.eval()
             model.network(image)
             model.policy(image)
+            if model.gates is not None:
+                model.gates.probe(model.network, image)
     finally:
         model.train(was_training)
         for hook in hooks:
@@ -77,10 +101,19 @@ def count_flops(model: BlockDropNet, image_size: tuple[int, int]) -> FlopsTable:
         return sum(tally.get(layer, 0) for layer in module.modules())
 
     blocks = [block for block in model.network.blocks if isinstance(block, Block)]
+    units = [] if model.gates is None else [_counted_layers(model.gates, index) for index in range(len(blocks))]
     return FlopsTable(
         policy=total(model.policy),
         stem=total(model.network.stem),
         branches=tuple(total(block.branch) for block in blocks),
         shortcuts=tuple(total(block.shortcut) for block in blocks),
         head=total(model.network.head),
+        gates=tuple(sum(tally[layer] for layer in unit if isinstance(layer, nn.Linear)) for unit in units),
+        gate_positions=tuple(sum(tally[layer] for layer in unit if isinstance(layer, nn.Conv2d)) for unit in units),
     )
+
+
+def _counted_layers(gates: Gates, index: int) -> list[nn.Module]:
+    """The layers of block ``index``'s gate; none where it has no gate."""
+    key = str(index)
+    return list(gates.units[key].modules()) if key in gates.units else []

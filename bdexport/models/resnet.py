@@ -186,7 +186,7 @@ class ResNet(nn.Module):
         """
         x = self.stem(x)
         for index, block in enumerate(self.blocks):
-            x = _run_block(block, x, masks[:, index])
+            x = run_block(block, x, masks[:, index])
         logits: Tensor = self.head(x)
         return logits
 
@@ -211,7 +211,8 @@ class ResNet(nn.Module):
 ROW_MULTIPLE = 16
 
 
-def _run_block(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """One block on a batch: run on the images that ``keep`` (bool (N,)) names, dropped for the others."""
     assert isinstance(block, Block)
     kept = keep.nonzero().squeeze(1)
     if len(kept) == len(x):

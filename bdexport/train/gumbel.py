@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bdexport.train.distributed import ALONE, World
+
 EDGE = 1e-6  # logits of probabilities and draws stay finite
 
 
@@ -31,13 +33,18 @@ def straight_through(relaxed: Tensor) -> Tensor:
 
 
 def sample_gates(
-    probabilities: Tensor, opened: int, samples: int, temperature: float, generator: torch.Generator
+    probabilities: Tensor,
+    opened: int,
+    samples: int,
+    temperature: float,
+    generator: torch.Generator,
+    world: World = ALONE,
 ) -> Tensor:
     """Gates float32 (S, N, K), each 0.0 or 1.0, for keep-probabilities (N, K); closed blocks are 1 without a gradient.
 
     ``opened``: how many of the last blocks the policy decides.
     """
     closed = probabilities.shape[1] - opened
-    uniform = torch.rand((samples, *probabilities.shape), generator=generator, device=probabilities.device)
+    uniform = world.rand((samples, *probabilities.shape), generator, rows=1)
     gates = straight_through(relaxed_gates(probabilities, uniform, temperature))
     return torch.cat([torch.ones_like(gates[..., :closed]), gates[..., closed:]], dim=-1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bdexport.errors import DivergedError, TrainingError
-from bdexport.evaluate import Outcome, run_masks
+from bdexport.evaluate import Outcome, Strategy, run_decided, run_masks
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.distributed import World
@@ -148,15 +148,19 @@ def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, A
     }
 
 
-def validation_outcome(setting: Setting, images: DeviceImages, strategy: Any) -> Outcome:
-    """One pass over a split in eval mode, leaving each module's training mode as it was; each process takes a shard."""
+def validation_outcome(setting: Setting, images: DeviceImages, strategy: Strategy | None) -> Outcome:
+    """One pass over a split in eval mode, leaving each module's training mode as it was; each process takes a shard.
+
+    ``strategy`` gives the masks; None leaves the decision to the model.
+    """
     model = setting.model
     modes = {module: module.training for module in (model.network, model.policy)}
     model.eval()
-    world, batch = setting.world, setting.config.evaluation_batch
+    world = setting.world
+    batches = images.batches(setting.config.evaluation_batch, world=world)
     with setting.autocast():
-        outcome = run_masks(model, images.batches(batch, world=world), strategy)
-    outcome = Outcome(world.gathered(outcome.masks), world.gathered(outcome.correct))
+        outcome = run_decided(model, batches) if strategy is None else run_masks(model, batches, strategy)
+    outcome = outcome.over(world.gathered)
     for module, training in modes.items():
         module.train(training)
     return outcome
@@ -175,8 +179,10 @@ def _choose(phase: Phase, setting: Setting, state: RunState, row: dict[str, Any]
         return
     figures = row["validation"]
     target = setting.config.policy.target_blocks
-    if not phase.uses_policy:
-        score: tuple[float, ...] = (figures["accuracy"],)
+    if phase.takes_last:
+        score: tuple[float, ...] = (float(row["epoch"]),)
+    elif not phase.uses_policy:
+        score = (figures["accuracy"],)
     elif target is None:
         score = (figures["reward"],)
     else:
@@ -230,7 +236,7 @@ def _keep_diverse(phase: Phase, state: RunState, reporter: Reporter) -> None:
         return
     if rows[-1]["validation"]["unique_masks"] == 1 and rows[-1]["validation"]["blocks_used"]["mean"] > 0:
         rows[-1]["reopened"] = True
-        reporter.note(f"warning: {STATIC_WARNING}; exploration is raised from here on")
+        reporter.note(f"warning: {static_warning(phase.setting)}; exploration is raised from here on")
     if any(row.get("reopened") for row in rows) and not phase.reopened:
         phase.reopen()
 
@@ -240,6 +246,15 @@ STATIC_WARNING = (
     "that mask alone, so that no other one pays; --estimator nested, --set finetune.level_share=0.3 or a longer "
     "curriculum help"
 )
+STATIC_GATES_WARNING = (
+    "the gates give every image the same mask, which is a pruned network, not BlockDrop-seq: the network has learned "
+    "that mask alone, so that no other one pays; a longer curriculum or a higher --set curriculum.learning_rate help"
+)
+
+
+def static_warning(setting: Setting) -> str:
+    """What to say of one mask for all images."""
+    return STATIC_WARNING if setting.model.gates is None else STATIC_GATES_WARNING
 
 
 @dataclass(frozen=True)
@@ -248,7 +263,7 @@ class GoodModel:
 
     weights: Weights
     figures: dict[str, Any]
-    has_policy: bool
+    has_policy: bool  # or gates: whatever decides has learned
 
 
 def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
@@ -256,10 +271,13 @@ def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
     if not state.history:
         return None
     row = state.history[-1]
-    has_policy = row["phase"] in ("curriculum", "finetune")
+    has_policy = row["phase"] in ("curriculum", "finetune", "finetune_halting")
     if "score" not in row:
         return GoodModel(state.model, row, has_policy)
-    if state.best is None or (has_policy and state.best.figures["blocks_used"]["mean"] in (0, num_blocks)):
+    if state.best is None:
+        return None
+    # Halting stages that run every block have not collapsed: at first, they all do.
+    if row["phase"] == "finetune" and state.best.figures["blocks_used"]["mean"] in (0, num_blocks):
         return None
     row = next(r for r in state.history if "score" in r and r["epoch"] == state.best.figures["epoch"])
     return GoodModel(state.best.weights, row, has_policy)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bdexport.errors import BdexportError, TrainingError
@@ -64,11 +66,16 @@ class MemoryPlan:
 def memory_plan(setting: Setting, image_size: tuple[int, int], data_bytes: int) -> MemoryPlan:
     """Measure a step on a few blank images; ``data_bytes`` of images will still be loaded."""
     model = deepcopy(setting.model).train().requires_grad_(True)
+    network, policy = _saved_per_image(setting, image_size, model.network), 0.0
+    if model.gates is None:
+        policy = _saved_per_image(setting, image_size, model.policy.logits)
+    else:  # they may keep more than a plain pass does, or leave blocks out
+        network = max(network, _saved_per_image(setting, image_size, partial(model.gates.run, model.network)))
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     return MemoryPlan(
         fixed=data_bytes + COPIES * weights,
-        network=_saved_per_image(setting, image_size, model.network),
-        policy=_saved_per_image(setting, image_size, model.policy.logits),
+        network=network,
+        policy=policy,
         available=free_memory(setting),
         processes=setting.world.size,
     )
@@ -145,17 +152,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(text in str(error).lower() for text in TEXTS)
 
 
-def _saved_per_image(
-    setting: Setting, image_size: tuple[int, int], forward: nn.Module | Callable[..., Tensor]
-) -> float:
+def _saved_per_image(setting: Setting, image_size: tuple[int, int], forward: Callable[..., Any]) -> float:
     """Bytes that the backward pass of ``forward`` keeps for each image."""
     few, more = (_saved_bytes(setting, image_size, forward, count) for count in (2, 4))
     return (more - few) / 2
 
 
-def _saved_bytes(
-    setting: Setting, image_size: tuple[int, int], forward: nn.Module | Callable[..., Tensor], count: int
-) -> int:
+def _saved_bytes(setting: Setting, image_size: tuple[int, int], forward: Callable[..., Any], count: int) -> int:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

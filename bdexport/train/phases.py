@@ -91,6 +91,7 @@ class Phase:
     uses_policy = False
     learns_network = True
     decisive = False  # the best model of the run is chosen among this phase's epochs
+    takes_last = False  # .. by time: the last epoch's is the best
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -102,9 +103,9 @@ class Phase:
         """Prepare modules and optimisers; called once per run of the phase, also on resuming."""
         raise NotImplementedError
 
-    def strategy(self) -> Strategy:
-        """The masks under which the model is validated after each epoch."""
-        return self.setting.model.masks if self.uses_policy else keep_all(self.setting.num_blocks)
+    def strategy(self) -> Strategy | None:
+        """The masks under which the model is validated after each epoch; None: what the model itself decides."""
+        return None if self.uses_policy else keep_all(self.setting.num_blocks)
 
     def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
         """What happens once, before the first epoch, and not on resuming: nothing, for most phases."""
@@ -209,7 +210,7 @@ class Pretrain(NetworkPhase):
             logits = self.setting.model.network(images)
         loss = F.cross_entropy(logits.float(), labels)
         self._learn(loss)
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, labels)}
 
 
 class Prime(Phase):
@@ -236,7 +237,7 @@ class Prime(Phase):
             logits = self.setting.classifier(self.setting.model.policy.features(batch.images))
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, batch.labels)}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, batch.labels)}
 
 
 class Adapt(NetworkPhase):
@@ -268,7 +269,7 @@ class Adapt(NetworkPhase):
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
         used = masks.float().sum(dim=1).mean().item()
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels), "blocks_used": used}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, labels), "blocks_used": used}
 
     def _random_masks(self, images: Tensor) -> Tensor:
         """Every block on its own, at a keep rate that is drawn per image."""
@@ -332,7 +333,7 @@ class FinetuneFixed(Phase):
         config, model = self.setting.config.finetune, self.setting.model
         trainable(model.network, True)
         trainable(model.policy, False)
-        self.optimisers = [_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
+        self.optimisers = [make_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
 
     def rate_factor(self, epoch: float) -> float:
         return finetuning_rate(self, super().rate_factor(epoch), epoch)
@@ -350,7 +351,7 @@ class FinetuneFixed(Phase):
             logits = self.setting.model.network.forward_masked(images, masks)
         loss = self._classification_loss(logits, batch)
         self._learn(loss)
-        return {"loss": loss.item(), "accuracy": _accuracy(logits, labels)}
+        return {"loss": loss.item(), "accuracy": accuracy(logits, labels)}
 
     def _masks(self, images: Tensor) -> Tensor:
         """The fixed masks of one batch; RandomK draws from the run's own random source, so that resuming agrees."""
@@ -390,6 +391,10 @@ class PolicyPhase(Phase):
     @property
     def _learns_head(self) -> bool:
         return self.setting.config.policy.learns == "head"
+
+    def decider(self) -> nn.Module:
+        """What learns to decide, beside the network."""
+        return self.setting.model.policy
 
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.setting.autocast():
@@ -446,7 +451,9 @@ class PolicyPhase(Phase):
         """Gates (S, N, K) of the Gumbel-sigmoid estimator (:mod:`bdexport.train.gumbel`)."""
         config, setting = self.setting.config.policy, self.setting
         sampled_from = rollout.bounded(probabilities, self.exploration_bound)
-        return gumbel.sample_gates(sampled_from, self.now_open, config.samples, config.temperature, setting.generator)
+        return gumbel.sample_gates(
+            sampled_from, self.now_open, config.samples, config.temperature, setting.generator, setting.world
+        )
 
     def _gated(self, images: Tensor, labels: Tensor, probabilities: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards (S, N) and the policy loss of the Gumbel-sigmoid estimator; the network learns nothing from it."""
@@ -494,13 +501,14 @@ class Curriculum(PolicyPhase):
 
     def start(self) -> None:
         config = self.setting.config.curriculum
-        policy = self.setting.model.policy
+        policy, deciding = self.setting.model.policy, self.decider()
         trainable(self.setting.model.network, False)
-        trainable(policy, True)
-        backbone, head = policy.backbone_and_head()
+        trainable(policy, False)
+        trainable(deciding, True)
         if self._learns_head:
+            backbone, deciding = policy.backbone_and_head()
             trainable(backbone, False)
-        self.optimisers = [Adam((head if self._learns_head else policy).parameters(), config.learning_rate)]
+        self.optimisers = [Adam(deciding.parameters(), config.learning_rate)]
         self.peak_rates = [config.learning_rate]
 
     def opened(self, epoch: int) -> int:
@@ -541,15 +549,16 @@ class Finetune(PolicyPhase):
     def start(self) -> None:
         config, model = self.setting.config.finetune, self.setting.model
         trainable(model.network, True)
-        trainable(model.policy, True)
+        trainable(model.policy, False)
+        trainable(self.decider(), True)
         rates = (config.network_learning_rate, config.policy_learning_rate)
         classifying: nn.Module = model.network
-        deciding: nn.Module = model.policy
+        deciding = self.decider()
         if self._learns_head:
             backbone, deciding = model.policy.backbone_and_head()
             classifying = nn.ModuleList([model.network, backbone, self.setting.classifier])
         self.optimisers = [
-            _optimiser(config.optimiser, classifying, rates[0], config.weight_decay),
+            make_optimiser(config.optimiser, classifying, rates[0], config.weight_decay),
             Adam(deciding.parameters(), rates[1]),
         ]
         self.peak_rates = list(rates)
@@ -603,7 +612,7 @@ class Finetune(PolicyPhase):
         return {
             "loss": loss.item(),
             "reward": rewards.mean().item(),
-            "accuracy": _accuracy(logits, labels),
+            "accuracy": accuracy(logits, labels),
             "blocks_used": used,
         }
 
@@ -683,11 +692,11 @@ def sgd(module: nn.Module, learning_rate: float, weight_decay: float) -> Optimiz
     return SGD(_decayed(module), learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
 
 
-def _optimiser(kind: Optimiser, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+def make_optimiser(kind: Optimiser, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     if kind == "sgd":
         return sgd(module, learning_rate, weight_decay)
     return Adam(_decayed(module), learning_rate, weight_decay=weight_decay)
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100.0 * (logits.argmax(dim=1) == labels).float().mean().item()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 
 from bdexport import __version__
-from bdexport.architecture import PolicySpec, ResNetSpec, policy_spec
+from bdexport.architecture import GateKind, GateSpec, PolicySpec, ResNetSpec, policy_spec
 from bdexport.checkpoint import Checkpoint, build_model, save_checkpoint
 from bdexport.config import PolicyConfig, TrainConfig
 from bdexport.dataset import Dataset, check_classes
@@ -26,11 +26,12 @@ from bdexport.preprocess import Preprocess
 from bdexport.retarget import policy_logits, retarget
 from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
 from bdexport.train.distributed import ALONE, World, check_batches
-from bdexport.train.loop import STATIC_WARNING, Reporter, good_model, restore, run_phases, validation_outcome
+from bdexport.train.loop import Reporter, good_model, restore, run_phases, static_warning, validation_outcome
 from bdexport.train.memory import check_memory, memory_explained, memory_plan
 from bdexport.train.methods import phases_of
 from bdexport.train.phases import Phase, Setting, levels_from_text
 from bdexport.train.recalibrate import recalibrate_batch_norm
+from bdexport.train.sequential import check_sequential
 from bdexport.train.settings import check_ranges
 from bdexport.train.state import (
     LAST_GOOD_FILE,
@@ -131,7 +132,7 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         )
     if request.initial is not None:
         config = replace(config, pretrain=replace(config.pretrain, epochs=0))
-        if _kept_policy(request) is not None:  # it goes on from where it is; these are for a fresh one
+        if _goes_on(request, config):  # with what decides, from where it is; these are for a fresh one
             config = replace(
                 config, prime=replace(config.prime, epochs=0), policy=replace(config.policy, order_images=0)
             )
@@ -140,6 +141,8 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     levels_from_text(config.adapt.levels, request.network.num_blocks)
     if config.method == "fixed":
         _check_fixed(request, config)
+    if config.method == "sequential":
+        check_sequential(config)
     _check_policy(config.policy, request.network.num_blocks)
     if config.method == "blockdrop" and config.policy.estimator == "marginal" and not request.base_only:
         _check_marginal(config)
@@ -183,6 +186,7 @@ def _description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
         "settings": config.to_json(),
         "network": request.network.to_json(),
         "policy": _policy_spec(request, config).to_json(),
+        "gates": None if (gates := _gate_spec(config)) is None else gates.to_json(),
         "preprocess": request.preprocess.to_json(),
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "base": request.base,
@@ -195,6 +199,20 @@ def _description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
 def _kept_policy(request: TrainRequest) -> PolicySpec | None:
     """The base's policy, where training goes on with it."""
     return None if request.initial is None or request.fresh_policy else request.initial.policy
+
+
+def _kept_gates(request: TrainRequest, config: TrainConfig) -> GateSpec | None:
+    """The base's gates, where the method trains such ones and goes on with them."""
+    spec = _gate_spec(config)
+    if request.initial is None or request.fresh_policy or request.initial.gates != spec:
+        return None
+    return spec
+
+
+def _goes_on(request: TrainRequest, config: TrainConfig) -> bool:
+    """Whether what the method lets decide comes with the base."""
+    kept = _kept_policy(request) if _gate_spec(config) is None else _kept_gates(request, config)
+    return kept is not None
 
 
 def _policy_spec(request: TrainRequest, config: TrainConfig) -> PolicySpec:
@@ -214,10 +232,29 @@ def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool
         model.policy = PolicyNet(_policy_spec(request, config))
         with torch.no_grad():
             model.policy.fc.bias.fill_(config.policy.initial_keep_logit)
+    _settle_gates(model, request, config)
     _check_size(model, request.preprocess)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teachers = [_teacher(name, found, request, device) for name, found in request.teachers]
     return Setting(model, teachers, None, config, device, bf16, generator_for(config.seed, 0, 0, device))
+
+
+def _settle_gates(model: BlockDropNet, request: TrainRequest, config: TrainConfig) -> None:
+    """The gates that the method trains: those of the base if it has such ones, or fresh ones; none for most methods."""
+    spec = _gate_spec(config)
+    if spec is None:
+        model.gates = None
+    elif _kept_gates(request, config) is None:
+        sequential = spec.kind == "sequential"
+        model.set_gates(spec).start_from(
+            config.policy.initial_keep_logit if sequential else config.halting.initial_logit
+        )
+
+
+def _gate_spec(config: TrainConfig) -> GateSpec | None:
+    if config.method not in get_args(GateKind):
+        return None
+    return GateSpec(cast(GateKind, config.method), None if config.method == "sequential" else config.halting.margin)
 
 
 def _teacher(name: str, found: Checkpoint, request: TrainRequest, device: str) -> ResNet:
@@ -308,13 +345,14 @@ def _finish(
     if setting.world.size > 1:
         training["processes"] = setting.world.size
     has_policy = config.method == "blockdrop" and not request.base_only
-    if has_policy:
-        training |= _policy_result(request, config, setting, data, reporter)
+    decides = has_policy or model.gates is not None
+    if decides:
+        training |= _decided_result(request, config, setting, data, reporter)
     elif config.method == "fixed":
         training |= _fixed_result(request, config, setting, data)
     full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
     training["validation"] = {"full_accuracy": full.accuracy} | training.get("validation", {})
-    checkpoint = _checkpoint(request, model, model.state_dict(), training, has_policy)
+    checkpoint = _checkpoint(request, model, model.state_dict(), training, decides)
 
     def write() -> None:
         save_checkpoint(request.out / MODEL_FILE, checkpoint)
@@ -325,22 +363,24 @@ def _finish(
     return request.out / MODEL_FILE
 
 
-def _policy_result(
+def _decided_result(
     request: TrainRequest, config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter
 ) -> dict[str, Any]:
     """Settle the policy's budget and the batch norms; what the model then does on the validation split."""
-    model = setting.model
-    shift = _settle_budget(config, setting, data, reporter)
+    gates = setting.model.gates
+    result: dict[str, Any] = {}
+    if gates is None:
+        result["logit_shift"] = _settle_budget(config, setting, data, reporter)
     settled = _settle_batch_norm(config, setting, data, reporter)
-    outcome = validation_outcome(setting, data.validation, model.masks)
-    flops = count_flops(model, request.preprocess.size)
-    if outcome.unique_masks == 1:
-        reporter.note(f"warning: {STATIC_WARNING}")
-    return {
-        "logit_shift": shift,
-        "validation": settled | {"policy": outcome.to_json(flops, with_policy=True)},
-        "policy_statistics": policy_statistics(outcome, "validation"),
-    }
+    outcome = validation_outcome(setting, data.validation, None)
+    if outcome.unique_masks == 1 and config.method in ("blockdrop", "sequential"):
+        reporter.note(f"warning: {static_warning(setting)}")
+    figures = outcome.to_json(count_flops(setting.model, request.preprocess.size), with_policy=gates is None)
+    decided = {"policy": figures} if gates is None else {"gates": {"kind": gates.spec.kind, **figures}}
+    result["validation"] = settled | decided
+    if config.method != "sact":  # its decisions are on positions; a mask would say little
+        result["policy_statistics"] = policy_statistics(outcome, "validation")
+    return result
 
 
 def _settle_budget(config: TrainConfig, setting: Setting, data: TrainingData, reporter: Reporter) -> float:
@@ -385,17 +425,20 @@ def _record(request: TrainRequest, config: TrainConfig, state: RunState, complet
 
 
 def _checkpoint(
-    request: TrainRequest, model: BlockDropNet, weights: Weights, training: dict[str, Any], with_policy: bool
+    request: TrainRequest, model: BlockDropNet, weights: Weights, training: dict[str, Any], decides: bool
 ) -> Checkpoint:
-    """Everything but batch norm's step counters, and the policy only if it was trained."""
+    """Everything but batch norm's step counters, and policy or gates only if they were trained (``decides``)."""
+    with_policy, with_gates = decides and model.gates is None, decides and model.gates is not None
+    left_out = [group for group, kept in (("policy.", with_policy), ("gates.", with_gates)) if not kept]
     kept = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in weights.items()
-        if not name.endswith("num_batches_tracked") and (with_policy or not name.startswith("policy."))
+        if not name.endswith("num_batches_tracked") and not name.startswith(tuple(left_out))
     }
     return Checkpoint(
         network=request.network,
         policy=model.policy.spec if with_policy else None,
+        gates=model.gates.spec if decides and model.gates is not None else None,
         preprocess=request.preprocess,
         class_names=request.train.class_names,
         state=kept,
@@ -413,7 +456,7 @@ def _with_last_good(
         kept = "no model before it is worth keeping"
     else:
         training = _record(request, config, state, complete=False) | {"stopped": error.what, "epoch": best.figures}
-        checkpoint = _checkpoint(request, setting.model, best.weights, training, with_policy=best.has_policy)
+        checkpoint = _checkpoint(request, setting.model, best.weights, training, decides=best.has_policy)
         path = request.out / LAST_GOOD_FILE
         setting.world.once(lambda: save_checkpoint(path, checkpoint))
         kept = f"the last good model ({best.figures['phase']} {best.figures['epoch']}) is {path}"
@@ -426,10 +469,10 @@ def _settle_batch_norm(config: TrainConfig, setting: Setting, data: TrainingData
         return {"recalibrated": False}
     model = setting.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    accuracy_before = validation_outcome(setting, data.validation, model.masks).accuracy
+    accuracy_before = validation_outcome(setting, data.validation, None).accuracy
     with setting.autocast():
         recalibrate_batch_norm(model, data.train.batches(config.evaluation_batch, config.recalibrate_images))
-    accuracy_after = validation_outcome(setting, data.validation, model.masks).accuracy
+    accuracy_after = validation_outcome(setting, data.validation, None).accuracy
     kept = accuracy_after >= accuracy_before
     if not kept:
         model.load_state_dict(before)

@@ -31,8 +31,12 @@ def recalibrate_batch_norm(model: BlockDropNet, batches: Iterable[tuple[Tensor, 
         layer.train()
     try:
         for images, _labels in batches:
+            fewest = min(FEWEST_IMAGES, len(images))
+            if model.gates is not None:  # they decide on the way, from the batch's own statistics
+                model.gates.run(model.network, images, fewest)
+                continue
             masks = model.masks(images)
-            model.network.forward_masked(images, masks & (masks.sum(dim=0) >= min(FEWEST_IMAGES, len(images))))
+            model.network.forward_masked(images, masks & (masks.sum(dim=0) >= fewest))
     finally:
         for layer, hook, momentum in zip(norms, hooks, momenta, strict=True):
             hook.remove()

@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "finetune.policy_share": (0, 1),
     "finetune.full_share": (0, 0.99),  # the policy learns nothing from images that run every block
     "finetune.level_share": (0, 0.99),
+    "halting.margin": (1e-6, 0.5),
+    "halting.initial_logit": (-100, 100),
     "policy.samples": (1, 1000),
     "policy.temperature": (0.01, 100),
     "policy.cuts": (2, 1000),

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bdexport.config import TrainConfig
 from bdexport.errors import TrainingError
 from bdexport.files import write_bytes, write_json, write_text
 
@@ -110,6 +111,8 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
         before = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(before, dict):
             raise ValueError("not a JSON object")
+        if isinstance(before.get("settings"), dict):  # a group that its version did not have: as if at its defaults
+            before["settings"] = TrainConfig().to_json() | before["settings"]
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({error})", remedy="choose another --out") from error
     changed = differences(before, json.loads(json.dumps(description)))
