@@ -31,6 +31,7 @@ def retarget(
 
     from bdexport.checkpoint import build_model, load_checkpoint, save_checkpoint
     from bdexport.dataset import check_classes, load_dataset
+    from bdexport.errors import UsageError
     from bdexport.evaluate import policy_statistics, run_masks
     from bdexport.models.flops import count_flops
     from bdexport.retarget import policy_logits
@@ -39,6 +40,9 @@ def retarget(
 
     found = load_checkpoint(checkpoint)
     model = build_model(found)
+    if not 0 < target_blocks <= found.network.num_blocks:
+        blocks = found.network.num_blocks
+        raise UsageError("--target-blocks", got=target_blocks, expected=f"above 0, at most {blocks}")
     chosen = load_dataset(dataset, data, "validation")
     check_classes(chosen, found.network.num_classes, found.class_names)
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, "cpu")

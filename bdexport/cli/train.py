@@ -100,6 +100,7 @@ def train(
         "policy.reward": reward,
         "distillation_weight": distillation,
     }
+    _check_options(method, mask, kept, fresh_policy, base)
     with joined(device) as world:
         found, num_blocks = _base(base, arch)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
@@ -112,6 +113,20 @@ def train(
             device=device,
         )
         _run(request, config, world, json)
+
+
+def _check_options(
+    method: str | None, mask: str | None, kept: int | None, fresh_policy: bool, base: Path | None
+) -> None:
+    """Refuse options that would have no effect: whoever gives them expects one."""
+    from bdexport.errors import UsageError
+
+    if method != "fixed" and (mask is not None or kept is not None):
+        raise UsageError("--mask and --kept", got=f"method {method or 'blockdrop'}", remedy="add --method fixed")
+    if kept is not None and mask is not None and not set(mask) - {"0", "1"}:
+        raise UsageError("--kept", got=f"the mask {mask}, which says itself what it keeps", remedy="leave --kept out")
+    if fresh_policy and base is None:
+        raise UsageError("--fresh-policy", got="no --base, and so a fresh policy anyway", remedy="leave it out")
 
 
 def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | None) -> None:

@@ -243,8 +243,8 @@ def _keep_diverse(phase: Phase, state: RunState, reporter: Reporter) -> None:
 
 STATIC_WARNING = (
     "the policy gives every image the same mask, which is a pruned network, not BlockDrop: the network has learned "
-    "that mask alone, so that no other one pays; --estimator nested, --set finetune.level_share=0.3 or a longer "
-    "curriculum help"
+    "that mask alone, so that no other one pays, or the budget leaves no choice; --preset marginal, a longer "
+    "curriculum or another --target-blocks help"
 )
 STATIC_GATES_WARNING = (
     "the gates give every image the same mask, which is a pruned network, not BlockDrop-seq: the network has learned "

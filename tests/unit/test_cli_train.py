@@ -45,3 +45,23 @@ def test_a_wrong_request_leaves_no_run(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--mask", "101"], "--method fixed"),
+        (["--kept", "2"], "--method fixed"),
+        (["--method", "fixed", "--mask", "110", "--kept", "1"], "leave --kept out"),
+        (["--fresh-policy"], "leave it out"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    words: list[str], remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: exit code 2, the remedy, and nothing written."""
+    out = tmp_path / "run"
+    line = ["train", "--arch", "resnet8", "--dataset", "digits", "--preset", "smoke", "--out", str(out), *words]
+    assert main(line) == 2
+    assert remedy in capsys.readouterr().err
+    assert not out.exists()
