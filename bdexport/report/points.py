@@ -144,7 +144,8 @@ def _evaluated(data: dict[str, Any], where: str) -> list[Point]:
     words = ["bdexport", "evaluate", str(data["checkpoint"]), "--dataset", common["dataset"]]
     words += ["--split", common["split"]]
     full = data["full"]
-    has_policy = "policy" in data
+    outcome = data.get("policy", data.get("gates"))  # of a comparison system: what its gates decide
+    has_policy = outcome is not None
     found = [
         full_point(
             f"{name}: full",
@@ -155,13 +156,13 @@ def _evaluated(data: dict[str, Any], where: str) -> list[Point]:
             **common,
         )
     ]
-    if has_policy:
-        method = method_key(trained.get("method", BLOCKDROP))
+    if outcome is not None:
+        method = method_key(data["gates"]["kind"] if "gates" in data else trained.get("method", BLOCKDROP))
         found.append(
-            outcome_point(name, method, trained.get("finetuned"), data["policy"], command=shlex.join(words), **common)
+            outcome_point(name, method, trained.get("finetuned"), outcome, command=shlex.join(words), **common)
         )
-    for title, outcome in data.get("fixed", {}).items():
-        found.append(_fixed(name, str(title), outcome, trained, has_policy, words, common))
+    for title, fixed in data.get("fixed", {}).items():
+        found.append(_fixed(name, str(title), fixed, trained, has_policy, words, common))
     return found
 
 

@@ -154,7 +154,7 @@ def validation_outcome(setting: Setting, images: DeviceImages, strategy: Strateg
     ``strategy`` gives the masks; None leaves the decision to the model.
     """
     model = setting.model
-    modes = {module: module.training for module in (model.network, model.policy)}
+    modes = {module: module.training for module in model.modules()}  # a frozen backbone may have a learning head
     model.eval()
     world = setting.world
     batches = images.batches(setting.config.evaluation_batch, world=world)
@@ -162,7 +162,7 @@ def validation_outcome(setting: Setting, images: DeviceImages, strategy: Strateg
         outcome = run_decided(model, batches) if strategy is None else run_masks(model, batches, strategy)
     outcome = outcome.over(world.gathered)
     for module, training in modes.items():
-        module.train(training)
+        module.training = training
     return outcome
 
 
