@@ -138,7 +138,7 @@ class PolicyConfig:
     target_blocks: float | None = None  # mean number of kept blocks to aim at; None: whatever the reward leads to
     budget_weight: float = 20.0  # weight of the squared distance from target_blocks / K, once all blocks are open
     # What the policy gradient reaches: all of the policy, or its head alone, while the backbone goes on learning to
-    # classify in finetuning (rewards are a weak teacher: they spoil what prime has taught the backbone).
+    # classify in finetuning (rewards are a weak teacher of what prime has taught the backbone already).
     learns: Literal["all", "head"] = "all"
     # nested: weight of each block's entropy, throughout; the best logit is then the block's marginal reward / softness,
     # so that decisions stay open instead of saturating for all images alike
