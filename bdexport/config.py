@@ -147,6 +147,9 @@ class PolicyConfig:
     lessons: int = 8  # .. so many times a step
     hidden: int = 0  # units of a layer between backbone and last layer; the paper has none
     input_pool: int | None = None  # average-pool the policy's input so many times; None: as in the paper
+    stem_stride: int = 1  # of the policy's first convolution (CIFAR); 2: a quarter of its FLOPs and less
+    stages: str = ""  # blocks of the policy's stages, e.g. "1,1,2"; empty: as in the paper
+    widths: str = ""  # .. and their channels, e.g. "24,48,96"
 
 
 @dataclass(frozen=True)
