@@ -122,7 +122,7 @@ def test_policy_with_a_strided_stem_sees_every_pixel_at_a_quarter_of_the_cost() 
 
 def test_imagenet_policies_have_a_stem_of_their_own() -> None:
     """Oracle: what is refused, and the remedy named."""
-    with pytest.raises(UsageError, match="stem_stride.*input_pool=2"):
+    with pytest.raises(UsageError, match=r"stem_stride.*input_pool=2"):
         replace(policy_spec(resnet_spec("resnet50")), stem_stride=2)
 
 
