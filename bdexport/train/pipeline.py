@@ -143,6 +143,12 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         _check_fixed(request, config)
     if config.method == "sequential":
         check_sequential(config)
+    if config.method in ("act", "sact") and max(request.network.stages) < 2:
+        raise UsageError(
+            f"method {config.method}",
+            got=f"one block a stage ({request.network.name})",
+            expected="a stage of two blocks or more: a stage halts after its first",
+        )
     _check_policy(config.policy, request.network.num_blocks)
     if config.method == "blockdrop" and config.policy.estimator == "marginal" and not request.base_only:
         _check_marginal(config)
