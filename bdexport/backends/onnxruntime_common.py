@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -34,10 +35,14 @@ def session_options(threads: int, optimise: bool) -> Any:
     return options
 
 
-def load_model(model: str | bytes, threads: int) -> Any:
+def load_model(model: str | bytes, threads: int, weights: Mapping[str, Any] | None = None) -> Any:
+    """A session. ``weights``: OrtValues that stand for the model's initializers of those names, shared or not."""
     import onnxruntime as ort
 
-    return ort.InferenceSession(model, session_options(threads, optimise=False), providers=["CPUExecutionProvider"])
+    options = session_options(threads, optimise=False)
+    for name, value in (weights or {}).items():
+        options.add_initializer(name, value)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,8 @@ TITLES = {
     "load": "loading the checkpoint",
     "export": "exporting parts as ONNX",
     "engines": "building engines",
+    "masks": "counting masks",
+    "executors": "measuring executors",
     "parts": "verifying parts",
     "paths": "verifying paths",
     "plots": "drawing plots",
