@@ -52,6 +52,7 @@ class BuiltBundle(Bundle):
 
     engines: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantisation: tuple[dict[str, Any], ...] = ()  # rows of the table, see bdexport.quantise
     fusing: dict[str, Any] | None = None  # "seconds" that fusing takes, "bytes_before" and "bytes_after"
 
     def count(self, outcome: str) -> int:
@@ -127,14 +128,14 @@ def bundle_from_model(
         manifest = _manifest(out, model, checkpoint, backend, config, parts, checkpoint_sha256)
         check_size(manifest, config.fused.max_bundle_mb)
         fusing = Fusing(Bundle(staging, manifest), backend, config.fused, calibration, report)
-        manifest = fusing.with_paths()
+        manifest = fusing.with_mapping(fusing.with_paths())
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
         verification = _verified(Bundle(staging, manifest), model, backend, notes, report)
         manifest = replace(fusing.with_executor(manifest), verification=verification)
         write_manifest(staging, manifest)
         notes += fusing.notes
     opened = open_bundle(out)
-    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), fusing.costs)
+    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs)
 
 
 def checked_backend(config: BuildConfig) -> Backend:

@@ -26,7 +26,9 @@ from bdexport.fused import (
     counts_of_statistics,
     sampled_masks,
 )
+from bdexport.mask_map import RULES, MaskMapper
 from bdexport.parts import Masks
+from bdexport.quantise import QuantisationTable
 from bdexport.verify import random_images
 
 NOT_COUNTED = "no fused paths: the checkpoint counts no masks in its policy statistics"
@@ -42,6 +44,12 @@ def check_fusing(config: FusedConfig, backend: Backend) -> None:
         raise UsageError(what, remedy="leave --fused out, or build for onnxruntime or openvino")
     if config.max_bundle_mb is not None and not config.max_bundle_mb > 0:
         raise UsageError("--max-bundle-mb", got=config.max_bundle_mb, expected="a positive number")
+    if config.quantise is not None and config.quantise not in RULES:
+        raise UsageError("--quantise-masks", got=repr(config.quantise), expected=" or ".join(RULES))
+    if config.quantise is not None and not fuses_paths(backend):
+        raise UsageError(f"--quantise-masks: backend {backend.name} runs no fused paths")
+    if not 0 <= config.accuracy_budget <= 100:
+        raise UsageError("--accuracy-budget", got=config.accuracy_budget, expected="points of accuracy, 0..100")
     if config.calibration_images < 1:
         raise UsageError("--calibration-images", got=config.calibration_images, expected="at least 1")
 
@@ -72,6 +80,7 @@ class Fusing:
         self.bundle, self.backend, self.config, self.report = bundle, backend, config, report
         self.calibration = None if calibration is None else _checked(calibration, bundle.manifest, config)
         self.notes: list[str] = []
+        self.table: list[dict[str, Any]] = []
         self.costs: dict[str, Any] | None = None
 
     def with_paths(self) -> Manifest:
@@ -90,6 +99,26 @@ class Fusing:
             self.notes.append(f"--fused {self.config.paths}: only {len(fused.paths)} masks that drop a block occur")
         return replace(manifest, fused=fused)
 
+    def with_mapping(self, manifest: Manifest) -> Manifest:
+        """The manifest with the mapping that ``config.quantise`` asks for; :attr:`table` says what it costs."""
+        rule = self.config.quantise
+        if rule is None:
+            return manifest
+        calibration, counts, fused = self.calibration, self._counts, manifest.fused
+        if calibration is None or counts is None or fused is None:
+            raise UsageError("--quantise-masks needs images with labels", remedy="pass --dataset and --data")
+        most = max(*self.config.table, len(fused.paths))
+        wide = replace(manifest, fused=choose_fused(counts, most, self.config.coverage, most))
+        bundle = Bundle(self.bundle.path, wide)
+        with closing(self.backend.open(bundle, RunOptions(fused=True))) as session:
+            table = QuantisationTable(bundle, session, self._pixels, calibration.labels, self._masks)
+            table.observe(lambda done, total: self.report("targets", done, total))
+            numbers = [number for number in self.config.table if number < table.paths] + [table.paths]
+            self.table = table.rows(sorted({*numbers, len(fused.paths)}), rule, self.config.accuracy_budget)
+        mapping, row = table.mapping(len(fused.paths), rule, self.config.accuracy_budget)
+        facts = {"images": len(calibration), "split": calibration.split, "accuracy_budget": self.config.accuracy_budget}
+        return replace(manifest, mask_mapping=replace(mapping, facts=facts | row))
+
     def with_executor(self, manifest: Manifest) -> Manifest:
         """The manifest with the executor that ``auto`` means, measured unless ``config.measure`` is off."""
         if manifest.fused is None or not manifest.fused.paths:
@@ -102,7 +131,9 @@ class Fusing:
             if not isinstance(session, FusedSession):
                 raise BuildError(f"backend {self.backend.name} says that it fuses paths, and its session does not")
             self.costs = {"seconds": session.fused_seconds, "bytes_before": size, "bytes_after": size}
-            executor = choose(bundle, session, *self._sample(ChoiceConfig())) if self.config.measure else _UNMEASURED
+            executor = (
+                choose(bundle, session, *self._sample(ChoiceConfig(), manifest)) if self.config.measure else _UNMEASURED
+            )
         self.report("executors", 1, 1)
         return replace(manifest, executor=executor)
 
@@ -133,11 +164,13 @@ class Fusing:
     def _chosen(self, counts: MaskCounts) -> FusedPaths:
         return choose_fused(counts, self.config.paths, self.config.coverage, self.config.most)
 
-    def _sample(self, config: ChoiceConfig) -> tuple[NDArray[np.uint8], Masks]:
+    def _sample(self, config: ChoiceConfig, manifest: Manifest) -> tuple[NDArray[np.uint8], Masks]:
         """Images and their masks to measure with: the first calibration images, or random ones and masks as counted."""
         number = config.batch * config.batch_calls
         if self.calibration is not None:
-            return self._pixels[:number], self._masks[:number]
+            masks, mapping = self._masks[:number], manifest.mask_mapping
+            mapped = masks if mapping is None else MaskMapper(mapping, manifest.num_blocks)(masks)
+            return self._pixels[:number], mapped
         counts = self._counts
         if counts is None:
             raise RuntimeError("no masks were counted")

@@ -131,7 +131,7 @@ class _Engine:
             # Engines that pin their threads pin them to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        with Reported(part, "cannot be compiled"):
+        with Reported(part, "cannot load"):
             single = model.clone()
             single.reshape({0: [1, *entry.input.shape]})
             self.single = core().compile_model(single, "CPU", self._config)

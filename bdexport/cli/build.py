@@ -16,6 +16,8 @@ from bdexport.errors import UsageError
 from bdexport.fused import MOST_FUSED, shares_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from bdexport.architecture import Shortcut
     from bdexport.build import BuiltBundle
     from bdexport.dataset import Dataset
@@ -51,6 +53,13 @@ def build(
     max_bundle_mb: Annotated[
         float | None, typer.Option(help="Largest bundle, in 10^6 bytes; fused paths add none.")
     ] = FUSED.max_bundle_mb,
+    quantise_masks: Annotated[
+        str | None,
+        typer.Option(help="Run another mask instead: cover (the cheapest fused one that keeps as much) or budget."),
+    ] = FUSED.quantise,
+    accuracy_budget: Annotated[
+        float, typer.Option(help="Points of validation accuracy that 'budget' may lose.")
+    ] = FUSED.accuracy_budget,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Choose the executor for 'auto' by measuring.")
     ] = FUSED.measure,
@@ -67,6 +76,8 @@ def build(
         max_bundle_mb=max_bundle_mb,
         measure=measure,
         calibration_images=calibration_images,
+        quantise=quantise_masks,
+        accuracy_budget=accuracy_budget,
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings)
     checked_backend(config)  # before a data set is read
@@ -86,7 +97,10 @@ def build(
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:
         err_console.print(note)
-    table_console(json).print(_summary(bundle, result))
+    out = table_console(json)
+    if bundle.quantisation:
+        out.print(_quantisation(bundle))
+    out.print(_summary(bundle, result), soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
 
@@ -117,9 +131,27 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
         "verification": manifest.verification,
         "executor": manifest.executor,
         "fused": None if manifest.fused is None else manifest.fused.to_json() | (bundle.fusing or {}),
+        "mask_mapping": None if manifest.mask_mapping is None else manifest.mask_mapping.to_json(),
+        "quantisation": list(bundle.quantisation),
         "versions": manifest.versions,
         "notes": bundle.notes,
     }
+
+
+def _quantisation(bundle: BuiltBundle) -> Table:
+    from rich.table import Table
+
+    mapping = bundle.manifest.mask_mapping
+    facts = {} if mapping is None else mapping.facts
+    title = f"masks, {facts.get('images')} {facts.get('split')} images; latency: batch 1, policy included"
+    table = Table("fused paths", "masks run", title=title)
+    for name in ("accuracy", "coverage", "blocks", "FLOPs", "latency"):
+        table.add_column(name, justify="right")
+    for row in bundle.quantisation:
+        numbers = f"{row['accuracy']:.2f} %", f"{100 * row['coverage']:.1f} %", f"{row['blocks']:.2f}"
+        rule = "as drawn" if row["rule"] == "off" else row["rule"]
+        table.add_row(str(row["paths"]), rule, *numbers, f"{row['flops']:.3e}", f"{row['latency_ms']:.3f} ms")
+    return table
 
 
 def _summary(bundle: BuiltBundle, result: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ TITLES = {
     "export": "exporting parts as ONNX",
     "engines": "building engines",
     "masks": "counting masks",
+    "targets": "running masks to choose from",
     "executors": "measuring executors",
     "parts": "verifying parts",
     "paths": "verifying paths",

@@ -102,7 +102,9 @@ class Fused:
         """Why this executor would be ``chain`` under another name; None where it is not."""
         if manifest.fused is None or not manifest.fused.paths:
             return "this bundle has no fused paths; build it with --fused N"
-        return None if isinstance(session, FusedSession) else f"backend {manifest.backend} runs no fused paths"
+        if not isinstance(session, FusedSession):
+            return f"backend {manifest.backend} runs no fused paths"
+        return None if session.fused else "its session was opened without the fused paths"
 
     def run(self, x: Tensor, plan: Plan) -> Tensor:
         """See :meth:`Executor.run`."""

@@ -20,7 +20,7 @@ from bdexport.hardware import usable_cores
 from bdexport.mask_map import MaskMapper
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
-from bdexport.runtime.executors import Fused, choose_executor, executor_name
+from bdexport.runtime.executors import Fused, choose_executor, executor_name, usable_executors
 from bdexport.runtime.grouping import plan_batch
 from bdexport.runtime.inputs import network_input
 
@@ -214,6 +214,18 @@ def load(
     except BaseException:
         session.close()
         raise
+
+
+def executors_of(orchestrator: Orchestrator) -> dict[str, Orchestrator]:
+    """One orchestrator for every executor that its session can run, on that session: close only the one given.
+
+    The one given stands for its own executor. Load it with ``fused=True``, or the fused paths are missing.
+    """
+    bundle, session = orchestrator.bundle, orchestrator.session
+    return {
+        name: orchestrator if name == orchestrator.executor else Orchestrator(bundle, session, name)
+        for name in usable_executors(session, bundle.manifest)
+    }
 
 
 def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any) -> None:
