@@ -18,6 +18,7 @@ from bdexport.runtime import Orchestrator
 from bdexport.runtime.decide import masks_from_probabilities
 from bdexport.runtime.executors import usable_executors
 
+WARM_UP_CALLS, FEWEST_CALLS = 8, 3
 POLICY_BATCH = 250  # images that the policy sees at a time
 
 
@@ -74,10 +75,13 @@ def _measured(
     calls: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Medians of ``calls`` calls of every side, in turn and each first as often; fewer where ``seconds`` run out."""
+    """Medians of ``calls`` calls of every side, in turn and each first as often; fewer where ``seconds`` run out.
+
+    But for ``FEWEST_CALLS``: a single call on a busy machine is no measurement.
+    """
     starts = range(0, len(images) - batch + 1, batch)
     times: dict[str, list[float]] = {name: [] for name in sides}
-    warm = min(len(starts), calls)
+    warm = min(len(starts), calls, WARM_UP_CALLS)
     with without_garbage_collection():
         until = monotonic() + seconds
         for number in range(warm + calls):
@@ -87,9 +91,9 @@ def _measured(
                 begin = perf_counter_ns()
                 sides[name](images[start : start + batch], masks=masks[start : start + batch])
                 elapsed = (perf_counter_ns() - begin) / 1e6
-                if number >= warm or (monotonic() > until and number):
+                if number >= warm:
                     times[name].append(elapsed)
-            if monotonic() > until and all(times.values()):
+            if monotonic() > until and number + 1 >= warm + min(FEWEST_CALLS, calls):
                 break
     return {
         "batch": batch,

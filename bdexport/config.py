@@ -304,7 +304,7 @@ class FusedConfig:
 class ChoiceConfig:
     """How executors are measured when a bundle is built: in turn, on masks as they occur."""
 
-    single_calls: int = 64  # timed calls of batch 1 per executor, after as many as there are masks for warm-up
+    single_calls: int = 64  # timed calls of batch 1 per executor, after some for warm-up
     batch: int = 64
     batch_calls: int = 4
     seconds: float = 2.0  # for each of the two at most; what is measured by then counts

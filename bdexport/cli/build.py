@@ -97,10 +97,10 @@ def build(
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:
         err_console.print(note)
-    out = table_console(json)
+    shown = table_console(json)
     if bundle.quantisation:
-        out.print(_quantisation(bundle))
-    out.print(_summary(bundle, result), soft_wrap=True)
+        shown.print(_quantisation(bundle))
+    shown.print(_summary(bundle, result), soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,8 @@ COUNTS = MaskCounts("validation", 100, (("110", 50), ("111", 25), ("010", 15), (
 CLASSES = ("cat", "dog", "newt")
 
 
-def build(
-    folder: Path, backend: str = "onnxruntime", calibration: Dataset | None = None, **fused: object
-) -> BuiltBundle:
-    config = BuildConfig(backend=backend, fused=replace(FusedConfig(measure=False), **fused))  # type: ignore[arg-type]
+def build(folder: Path, backend: str = "onnxruntime", calibration: Dataset | None = None, **fused: Any) -> BuiltBundle:
+    config = BuildConfig(backend=backend, fused=replace(FusedConfig(measure=False), **fused))
     model = tiny_model()
     return bundle_from_model(
         model,
@@ -232,10 +231,10 @@ def test_auto_is_what_was_measured(tmp_path: Path) -> None:
         ("onnxruntime", {"calibration_images": 0}, "--calibration-images"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(backend: str, settings: dict[str, object], words: str) -> None:
+def test_settings_that_cannot_be_are_refused(backend: str, settings: dict[str, Any], words: str) -> None:
     """Oracle: the contract: before anything is built."""
     with pytest.raises(UsageError, match=words):
-        checked_backend(BuildConfig(backend=backend, fused=replace(FusedConfig(), **settings)))  # type: ignore[arg-type]
+        checked_backend(BuildConfig(backend=backend, fused=replace(FusedConfig(), **settings)))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +247,7 @@ def test_settings_that_cannot_be_are_refused(backend: str, settings: dict[str, o
     ],
 )
 def test_what_cannot_be_built_leaves_nothing(
-    tmp_path: Path, settings: dict[str, object], data: Dataset | None, error: type[Exception], words: str
+    tmp_path: Path, settings: dict[str, Any], data: Dataset | None, error: type[Exception], words: str
 ) -> None:
     """Oracle: the contract: a clear error, and no folder behind it."""
     with pytest.raises(error, match=words):
