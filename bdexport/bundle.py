@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from bdexport.bundle_checks import (
 )
 from bdexport.errors import BundleError, InputError
 from bdexport.files import sha256_file, write_json
+from bdexport.fused import FusedPaths, fused_from_json
+from bdexport.mask_map import MaskMapping, mapping_from_json
 from bdexport.parts import part_names
 from bdexport.preprocess import Preprocess, preprocess_from_json
 from bdexport.tensors import TensorSpec, tensor_spec_from_json
@@ -90,6 +92,8 @@ class Manifest:
     layout: str = LAYOUT
     format_version: int = FORMAT_VERSION
     extra: dict[str, Any] = field(default_factory=dict)
+    fused: FusedPaths | None = None
+    mask_mapping: MaskMapping | None = None
 
     def files(self) -> list[FileEntry]:
         """Every file of the bundle but the manifest itself, in the parts' order."""
@@ -101,10 +105,15 @@ class Manifest:
         data: dict[str, Any] = {"schema": f"{SCHEMA}/{self.format_version}", "format_version": self.format_version}
         own = {"preprocess": self.preprocess.to_json(), "parts": [_part_to_json(part) for part in self.parts.values()]}
         plain = {name: getattr(self, name) for name in _FIELDS if name not in own and name not in data}
-        return data | plain | own | {"transitions": list(self.transitions), "class_names": list(self.class_names)}
+        lists = {"transitions": list(self.transitions), "class_names": list(self.class_names)}
+        later = {name: getattr(self, name) for name in _LATER}
+        return (
+            data | plain | own | lists | {name: value.to_json() for name, value in later.items() if value is not None}
+        )
 
 
-_FIELDS = tuple(Manifest.__dataclass_fields__)
+_LATER = ("fused", "mask_mapping")  # keys that bundles of earlier builds do not have
+_FIELDS = tuple(name for name in Manifest.__dataclass_fields__ if name not in _LATER)
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,12 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         executor=reader.optional_mapping("executor"),
         extra=reader.mapping("extra"),
     )
+    fused, mapping = (reader.absent_or_mapping(key, "R16") for key in _LATER)
     reader.finish()
+    if fused is not None:
+        manifest = replace(manifest, fused=fused_from_json(fused, num_blocks, reader.where))
+    if mapping is not None:
+        manifest = replace(manifest, mask_mapping=mapping_from_json(mapping, num_blocks, reader.where))
     check_chain(manifest, reader.where)
     check_statistics(manifest.policy_statistics, num_blocks, reader.where)
     return manifest

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,10 +43,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How engines are loaded. ``threads`` None: the backend's choice, reported by the session."""
+    """How engines are loaded. ``threads`` None: the backend's choice, reported by the session.
+
+    ``fused``: load the manifest's fused paths too, where the backend can (:class:`FusedSession`).
+    """
 
     device: str = "cpu"
     threads: int | None = None
+    fused: bool = False
 
 
 class Session(Protocol):
@@ -69,7 +73,10 @@ class Session(Protocol):
         """Choices made while loading, each with its reason."""
 
     def put(self, part: str, array: NDArray[Any]) -> Tensor:
-        """A host array in the manifest's layout -> the session's tensor, as input of ``part``; it may share memory."""
+        """A host array in the manifest's layout -> the session's tensor, as input of ``part``; it may share memory.
+
+        The image has one form for ``stem``, ``policy`` and ``full``, and logits one for ``head`` and ``full``.
+        """
 
     def get(self, part: str, tensor: Tensor) -> NDArray[Any]:
         """An output of ``part`` -> a host array in the manifest's layout that the caller owns."""
@@ -78,7 +85,10 @@ class Session(Protocol):
         """Run one part on a batch; the result is fresh."""
 
     def run_path(self, parts: Sequence[str], x: Tensor) -> Tensor:
-        """Run parts one after another on the whole batch; the result is valid until the thread's next path begins."""
+        """Run parts one after another on the whole batch; the result is valid until the thread's next path begins.
+
+        Part by part, whether or not the path is also a fused one: what executor ``chain`` runs.
+        """
 
     def take(self, x: Tensor, rows: Rows) -> Tensor:
         """The given images of a batch, gathered in that order; contiguous rows may be a view of ``x``."""
@@ -91,6 +101,22 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free everything; further calls raise UsageError."""
+
+
+@runtime_checkable
+class FusedSession(Protocol):
+    """A session that can also run whole paths as one engine each."""
+
+    @property
+    def fused(self) -> frozenset[tuple[str, ...]]:
+        """The paths, as the parts that they run, which :meth:`run_fused` takes."""
+
+    @property
+    def fused_seconds(self) -> float:
+        """How long linking and loading them took."""
+
+    def run_fused(self, path: tuple[str, ...], x: Tensor) -> Tensor:
+        """The network's input -> logits, fresh, by the path's own engine."""
 
 
 class Backend(Protocol):
@@ -120,3 +146,8 @@ class Backend(Protocol):
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load every engine of ``bundle``. Raises BackendError naming the part, both sides and the remedy."""
+
+
+def fuses_paths(backend: Backend) -> bool:
+    """Whether the backend's sessions are :class:`FusedSession`; a backend says so with ``fuses = True``."""
+    return bool(getattr(backend, "fuses", False))

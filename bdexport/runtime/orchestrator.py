@@ -17,9 +17,10 @@ from bdexport.backends.base import RunOptions, Session, Tensor
 from bdexport.bundle import Bundle, Manifest, open_bundle
 from bdexport.errors import BackendError, UsageError
 from bdexport.hardware import usable_cores
+from bdexport.mask_map import MaskMapper
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
-from bdexport.runtime.executors import choose_executor
+from bdexport.runtime.executors import Fused, choose_executor, executor_name, usable_executors
 from bdexport.runtime.grouping import plan_batch
 from bdexport.runtime.inputs import network_input
 
@@ -30,7 +31,8 @@ LEAST_THREAD_LIMIT = 16  # may be asked for anywhere, so that a script runs on a
 class Result:
     """What one call gives, image by image in the order they were passed.
 
-    ``logits`` float32 (N, classes); ``masks`` bool (N, K), what ran; ``probabilities`` float32 (N, K), None where the
+    ``logits`` float32 (N, classes); ``masks`` bool (N, K), what ran, after the bundle's mask mapping if it has one;
+    ``probabilities`` float32 (N, K), None where the
     policy did not run (masks forced, or the full engine); ``timings`` in ms: ``preprocess``, ``policy``, ``network``,
     ``total``. The rest is computed when it is asked for, and takes no time from the inference.
     """
@@ -66,6 +68,8 @@ class Orchestrator:
     def __init__(self, bundle: Bundle, session: Session, executor: str = "auto") -> None:
         self.bundle, self.session = bundle, session
         self._executor, self.executor_reason = choose_executor(executor, session, bundle.manifest)
+        mapping = bundle.manifest.mask_mapping
+        self._mapped = None if mapping is None else MaskMapper(mapping, bundle.manifest.num_blocks)
         self._closed = False
 
     @property
@@ -77,6 +81,12 @@ class Orchestrator:
     def executor(self) -> str:
         """Name of the executor in use; ``executor_reason`` says why."""
         return self._executor.name
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the images so far that ran as one engine; None before the first, and unless ``fused`` runs."""
+        executor = self._executor
+        return executor.hits / executor.images if isinstance(executor, Fused) and executor.images else None
 
     @property
     def device(self) -> str:
@@ -94,7 +104,7 @@ class Orchestrator:
         return self.manifest.class_names
 
     def __call__(self, images: Any, masks: Any = None) -> Result:
-        """Run the blocks that the policy keeps, or those that ``masks`` (bool (N, K)) forces.
+        """Run the blocks that the policy keeps, or those that ``masks`` (bool (N, K)) forces, which are not mapped.
 
         ``images``: uint8 (N, h, w, 3) of any size, fitted by the manifest's preprocessing, or float32 (N, 3, H, W)
         that is preprocessed already. Raises :class:`InputError` for anything else, :class:`BackendError` when an
@@ -152,7 +162,8 @@ class Orchestrator:
     def _decide(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], Masks]:
         session = self.session
         probabilities = session.get(POLICY, session.run(POLICY, session.put(POLICY, inputs)))
-        return probabilities, masks_from_probabilities(probabilities)
+        masks = masks_from_probabilities(probabilities)
+        return probabilities, masks if self._mapped is None else self._mapped(masks)
 
     def _run_blocks(self, inputs: NDArray[np.float32], masks: Masks) -> NDArray[np.float32]:
         plan = plan_batch(masks)
@@ -166,18 +177,29 @@ class Orchestrator:
 
 
 def load(
-    bundle: str | Path | Bundle, *, threads: int | None = None, device: str | None = None, executor: str = "auto"
+    bundle: str | Path | Bundle,
+    *,
+    threads: int | None = None,
+    device: str | None = None,
+    executor: str = "auto",
+    fused: bool = False,
 ) -> Orchestrator:
     """Open a bundle for inference with the backend that it was built for.
 
     ``threads``: threads that compute one call (None: the backend's choice, see ``orchestrator.threads``). ``device``:
-    None for the backend's default. ``executor``: ``auto`` or a name. Raises :class:`BundleError` for a damaged bundle,
+    None for the backend's default. ``executor``: ``auto`` or a name. ``fused``: load the fused paths whatever the
+    executor, for comparing executors on one session. Raises :class:`BundleError` for a damaged bundle,
     :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
     """
     _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     defaults = RunOptions()
-    options = RunOptions(defaults.device if device is None else device, None if threads is None else int(threads))
+    name, _ = executor_name(executor, opened.manifest)
+    options = RunOptions(
+        defaults.device if device is None else device,
+        None if threads is None else int(threads),
+        fused=fused or name == Fused.name,
+    )
     backend = get_backend(opened.manifest.backend)
     if opened.manifest.precision not in backend.precisions:
         raise BackendError(
@@ -192,6 +214,18 @@ def load(
     except BaseException:
         session.close()
         raise
+
+
+def executors_of(orchestrator: Orchestrator) -> dict[str, Orchestrator]:
+    """One orchestrator for every executor that its session can run, on that session: close only the one given.
+
+    The one given stands for its own executor. Load it with ``fused=True``, or the fused paths are missing.
+    """
+    bundle, session = orchestrator.bundle, orchestrator.session
+    return {
+        name: orchestrator if name == orchestrator.executor else Orchestrator(bundle, session, name)
+        for name in usable_executors(session, bundle.manifest)
+    }
 
 
 def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any) -> None:
