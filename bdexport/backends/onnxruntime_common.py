@@ -65,9 +65,10 @@ def _arena_is_shared() -> bool:
     import onnxruntime as ort
 
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    refused: tuple[type[Exception], ...] = (RuntimeError, ValueError, *failures())
     try:
         ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
-    except (RuntimeError, ValueError, *failures()):
+    except refused:
         return False
     return True
 
