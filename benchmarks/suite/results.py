@@ -1,0 +1,110 @@
+"""Times -> a cell's result as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from benchmarks.suite.contestants import Contestant, Field
+from benchmarks.suite.measuring import Rounds
+from benchmarks.suite.networks import Inputs, Network
+from benchmarks.suite.plan import Cell
+from benchmarks.suite.statistics import Times, efficiency, ratio, summary
+
+from bdexport.bench.results import path_share
+
+CELL_SCHEMA = "bdexport.suite.cell/1"
+ORT_FULL = "onnxruntime_full"
+References = dict[str, str]  # what it is called in the result -> the contestant
+
+
+def cell_result(cell: Cell, network: Network, inputs: Inputs, found: Field, rounds: Rounds) -> dict[str, Any]:
+    """The cell as a JSON object: every contestant's times, and the ratios between them."""
+    here = [one for one in found.contestants if one.name in rounds.times]
+    count = len(next(iter(rounds.times.values()))) if rounds.times else 0
+    return {
+        "schema": CELL_SCHEMA,
+        "cell": {"model": cell.model, "usage": cell.usage, "batch": cell.batch, "threads": cell.threads},
+        "num_blocks": network.checkpoint.network.num_blocks,
+        "checkpoint": {"name": str(network.path) if network.trained else "random weights", "sha256": network.sha256},
+        "rounds": count,
+        "contestants": [_contestant(one, here, inputs, found, rounds) for one in here],
+        "missing": found.missing | rounds.missing,
+    }
+
+
+def _contestant(
+    one: Contestant, here: list[Contestant], inputs: Inputs, found: Field, rounds: Rounds
+) -> dict[str, Any]:
+    times = rounds.times[one.name]
+    data: dict[str, Any] = {
+        "name": one.name,
+        "group": one.group,
+        "engine": one.engine,
+        "precision": one.precision,
+        "executor": one.executor,
+        "kept": one.kept,
+        "ms": summary(times),
+        "images_per_s": inputs.batch * 1e3 / float(np.median(times)),
+    }
+    if one.group == "policy":
+        return data
+    data["speedup_over"] = {
+        what: {"name": name} | ratio(rounds.times[name], times)
+        for what, name in references(one, here, rounds).items()
+        if name != one.name
+    }
+    data["blocks"] = _blocks(one, found, inputs, len(times)) if one.group == "dynamic" else None
+    data["efficiency"] = _efficiency(one, found, rounds) if one.group == "dynamic" else None
+    return data
+
+
+def references(one: Contestant, here: list[Contestant], rounds: Rounds) -> References:
+    """What a contestant is compared with: ONNX Runtime full, PyTorch eager full, its own engine's full network, and
+    the fastest full network of its precision, whoever's it is."""
+    from benchmarks.suite import baselines
+
+    names = {ORT_FULL: baselines.ORT_FULL, "torch_full": baselines.TORCH_FULL, "own_full": f"{one.engine}, full"}
+    found = {what: name for what, name in names.items() if name in rounds.times}
+    rivals = [other.name for other in here if other.group == "full" and other.precision == one.precision]
+    if rivals:
+        found["best_full"] = min(rivals, key=lambda name: float(np.median(rounds.times[name])))
+    return found
+
+
+def _blocks(one: Contestant, found: Field, inputs: Inputs, rounds: int) -> dict[str, float]:
+    masks = _masks(one, found, inputs)
+    if masks is None:
+        return {"mean": float(one.kept or 0), "std": 0.0}
+    used = np.concatenate([masks(one.kept, number).sum(axis=1) for number in range(_distinct(inputs, rounds))])
+    return {"mean": float(used.mean()), "std": float(used.std())}
+
+
+def _masks(one: Contestant, found: Field, inputs: Inputs) -> Any:
+    """What runs in a round, as a function; baselines decide as the first bundle's policy does."""
+    known = found.masks_of.get(one.engine) or next(iter(found.masks_of.values()), None)
+    if known is None and one.kept is not None:
+        return lambda level, number: inputs.masks_of(level, number)
+    return known
+
+
+def _distinct(inputs: Inputs, rounds: int) -> int:
+    """Rounds until they repeat."""
+    choices = [len(masks) for masks in inputs.masks.values()] or [len(inputs.images) // inputs.batch]
+    return max(1, min(rounds, max(choices)))
+
+
+def _efficiency(one: Contestant, found: Field, rounds: Rounds) -> dict[str, float] | None:
+    """Only of bdexport's own: the policy's time and the path's share of the same engine's full network, over its own."""
+    policy, full = (rounds.times.get(f"{one.engine}, {what}") for what in ("policy", "full"))
+    if policy is None or full is None or one.engine not in found.masks_of:
+        return None
+    share = round_shares(one, found, len(policy))
+    ideal: dict[str, float] = efficiency(rounds.times[one.name], policy, full, share)
+    return ideal | {"share": float(share.mean())}
+
+
+def round_shares(one: Contestant, found: Field, rounds: int) -> Times:
+    """The share of the full network's FLOPs that each round's paths run, the mean over its images, (rounds,)."""
+    masks_of, manifest = found.masks_of[one.engine], found.manifests[one.engine]
+    return np.array([path_share(masks_of(one.kept, number), manifest).mean() for number in range(rounds)])
