@@ -1,6 +1,6 @@
 """The benchmark suite: bdexport beside what users would pick instead, on the same images, threads and run.
 
-    python -m benchmarks.suite [--quick] [--models ..] [--batches ..] [--threads ..] [--checkpoint NAME=CKPT] [--out DIR]
+    python -m benchmarks.suite [--quick] [--models ..] [--batches ..] [--threads ..] [--checkpoint NAME=CKPT] ..
 
 In the order of the data:
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.suite.plan import MODELS, QUICK, SuiteConfig
 
@@ -15,9 +16,8 @@ def main() -> None:
     config = config_of(arguments)
     # Read when the libraries are first imported: pools of several libraries on the same cores fight.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(config.threads)))
-    from benchmarks.suite.suite import run_suite
-
     from bdexport.errors import BdexportError
+    from benchmarks.suite.suite import run_suite
 
     try:
         run_suite(config, arguments.out, arguments.work)
@@ -30,7 +30,7 @@ def main() -> None:
 def config_of(arguments: argparse.Namespace) -> SuiteConfig:
     """The defaults, with what was asked for in their place."""
     config = QUICK if arguments.quick else SuiteConfig()
-    asked = {
+    asked: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items()
         if name in SuiteConfig.__dataclass_fields__ and name != "checkpoint" and value is not None

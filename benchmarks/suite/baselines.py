@@ -9,9 +9,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from benchmarks.suite.graphs import IMAGE, KEEP, LOGITS, graph_with_ifs
-from benchmarks.suite.networks import Images, Network
-from benchmarks.suite.plan import Cell, SuiteConfig
 from numpy.typing import NDArray
 
 from bdexport.backends import BACKENDS
@@ -22,10 +19,17 @@ from bdexport.hardware import gpu_report
 from bdexport.models.resnet import Block
 from bdexport.partition import part_module, part_specs
 from bdexport.parts import FULL, KEEP_THRESHOLD, Masks
+from benchmarks.suite.graphs import IMAGE, KEEP, LOGITS, graph_with_ifs
+from benchmarks.suite.networks import Images, Network
+from benchmarks.suite.plan import Cell, SuiteConfig
 
 Full: TypeAlias = Callable[[Images], NDArray[Any]]  # (N, 3, H, W) -> logits (N, classes)
 Dynamic: TypeAlias = Callable[[Images, Masks | None], NDArray[Any]]  # masks None: the policy decides
-TORCH_FULL, TORCH_SKIP, TORCH_COMPILE = "PyTorch eager, full", "PyTorch eager, skipping per image", "torch.compile, full"
+TORCH_FULL, TORCH_SKIP, TORCH_COMPILE = (
+    "PyTorch eager, full",
+    "PyTorch eager, skipping per image",
+    "torch.compile, full",
+)
 ORT_FULL, ORT_IF = "ONNX Runtime, full", "ONNX Runtime, one graph with If, per image"
 OPENVINO_FULL = {precision: f"OpenVINO {precision.upper()}, full" for precision in ("fp32", "bf16")}
 CUDA_GRAPHS, ORT_CUDA, TENSORRT = "PyTorch CUDA graphs, full", "ONNX Runtime CUDA, full", "TensorRT, full"
@@ -62,7 +66,7 @@ def full_baselines(cell: Cell, network: Network, config: SuiteConfig) -> list[Fu
     if cell.usage != "sweep":
         found.insert(1, FullBaseline(TORCH_COMPILE, "fp32", lambda: _torch_compile(network, cell, config)))
     if not GPU_ONLY():
-        found.append(FullBaseline(CUDA_GRAPHS, "fp32 (tf32 off)", lambda: _cuda_graphs(network, cell)))
+        found.append(FullBaseline(CUDA_GRAPHS, "fp32", lambda: _cuda_graphs(network, cell)))
         found.append(FullBaseline(ORT_CUDA, "fp32", lambda: _ort_full(network, cell, "CUDAExecutionProvider")))
     return found
 
@@ -140,7 +144,7 @@ def _cuda_graphs(network: Network, cell: Cell) -> Full:
     model = part_module(network.model, FULL).cuda()
     size = network.checkpoint.preprocess.size
     static = torch.zeros(cell.batch, 3, *size, device="cuda")
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.inference_mode(), torch.cuda.stream(stream):
         for _ in range(3):  # kernels are chosen and memory is taken outside the capture
             model(static)

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import bdexport
+from bdexport.bundle import Bundle, Manifest
+from bdexport.errors import BdexportError, UsageError
+from bdexport.parts import POLICY, Masks
+from bdexport.runtime import Orchestrator
+from bdexport.runtime.executors import EXECUTORS
 from benchmarks.suite.baselines import GPU_ONLY, dynamic_baselines, full_baselines
 from benchmarks.suite.measuring import Step
 from benchmarks.suite.networks import Inputs, Network, bundle, variants
 from benchmarks.suite.plan import Cell, SuiteConfig
-
-import bdexport
-from bdexport.bundle import Manifest
-from bdexport.errors import BdexportError
-from bdexport.parts import POLICY, Masks
-from bdexport.runtime import Orchestrator
-from bdexport.runtime.executors import EXECUTORS
 
 Group = Literal["full", "dynamic", "policy"]
 
@@ -44,6 +43,7 @@ class Field:
     missing: dict[str, str] = field(default_factory=dict)
     manifests: dict[str, Manifest] = field(default_factory=dict)
     masks_of: dict[str, Callable[[int | None, int], Masks]] = field(default_factory=dict)
+    executors: dict[str, str] = field(default_factory=dict)  # what "auto" means and why, by contestant
     stack: ExitStack = field(default_factory=ExitStack)
 
     def add(self, name: str, make: Callable[[], Contestant]) -> None:
@@ -70,10 +70,10 @@ def field_of(
     levels: list[int | None] = list(inputs.masks) or [None]
     for baseline in full_baselines(cell, network, config):
         found.add(baseline.name, lambda baseline=baseline: _full(baseline, inputs))  # type: ignore[misc]
-    for baseline in dynamic_baselines(cell, network):
+    for other in dynamic_baselines(cell, network):
         for level in levels:
-            name = _named(baseline.name, level, levels)
-            found.add(name, lambda b=baseline, n=name, k=level: _dynamic(b, n, k, inputs))  # type: ignore[misc]
+            name = _named(other.name, level, levels)
+            found.add(name, lambda b=other, n=name, k=level: _dynamic(b, n, k, inputs))  # type: ignore[misc]
     found.missing |= GPU_ONLY()
     for backend, precision in variants():
         _add_bundle(found, cell, network, inputs, levels, (backend, precision), work, progress)
@@ -115,7 +115,7 @@ def _add_bundle(
     engine = f"bdexport {backend} {precision}"
     try:
         opened = bundle(network, backend, precision, work, progress)
-        default = found.stack.enter_context(bdexport.load(opened, threads=cell.threads))
+        default = found.stack.enter_context(_load(opened, cell.threads))
     except BdexportError as error:
         found.missing[engine] = str(error)
         return
@@ -136,10 +136,21 @@ def _add_bundle(
 
             def make(executor: str = executor, level: int | None = level, name: str = name) -> Contestant:
                 orchestrator = Orchestrator(opened, session, executor)
+                found.executors[name] = f"{orchestrator.executor}: {orchestrator.executor_reason}"
                 step = _own_step(orchestrator, decide, inputs, level)
                 return Contestant(name, "dynamic", precision, step, engine, executor, level)
 
             found.add(name, make)
+
+
+def _load(opened: Bundle, threads: int) -> Orchestrator:
+    """Loaded for the executor that needs most: the last in the table that this bundle has. The others can share it."""
+    for executor in [*EXECUTORS][:0:-1]:
+        try:
+            return bdexport.load(opened, threads=threads, executor=executor)
+        except UsageError:
+            continue  # its line says why: it is asked for again, by name
+    return bdexport.load(opened, threads=threads, executor=next(iter(EXECUTORS)))
 
 
 def _own_step(orchestrator: Orchestrator, decide: Step, inputs: Inputs, level: int | None) -> Step:

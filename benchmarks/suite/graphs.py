@@ -52,9 +52,7 @@ def graph_with_ifs(model: BlockDropNet, preprocess: Preprocess, forced: bool) ->
     if forced:
         inputs.append(_value(KEEP, specs[POLICY][1]))
         outputs.append(_value(probabilities, specs[POLICY][1]))
-    graph = helper.make_graph(
-        nodes, "network", inputs, outputs, [*weights, threshold, *stem_weights, *head_weights]
-    )
+    graph = helper.make_graph(nodes, "network", inputs, outputs, [*weights, threshold, *stem_weights, *head_weights])
     result = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     onnx.checker.check_model(result)
     return bytes(result.SerializeToString())
@@ -97,4 +95,3 @@ def _output(part: str) -> str:
 
 def _value(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *spec.shape])
-

@@ -9,9 +9,9 @@ from time import perf_counter, perf_counter_ns
 from typing import Any, TypeAlias
 
 import numpy as np
-from benchmarks.suite.statistics import Times
 
 from bdexport.bench.measure import without_garbage_collection
+from benchmarks.suite.statistics import Times
 
 Step: TypeAlias = Callable[[int], Any]  # the round's number -> logits (N, classes), or None
 Progress: TypeAlias = Callable[[int, int], None]  # hundredths of the cell's time that are gone, of 100

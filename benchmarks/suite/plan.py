@@ -55,7 +55,8 @@ QUICK = SuiteConfig(
 @dataclass(frozen=True)
 class Cell:
     """One table. ``usage``: "trained": the policy decides; "random": random masks with one share of the blocks kept;
-    "sweep": the same with several; "footprint": load time and memory."""
+    "sweep": the same with several; "footprint": load time and memory.
+    """
 
     model: str
     usage: Usage

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from benchmarks.suite.statistics import straight_line
 
 from bdexport.report import style
+from benchmarks.suite.statistics import straight_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

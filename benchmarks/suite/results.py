@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+
+from bdexport.bench.results import path_share
+from bdexport.parts import mask_to_text
 from benchmarks.suite.contestants import Contestant, Field
 from benchmarks.suite.measuring import Rounds
 from benchmarks.suite.networks import Inputs, Network
 from benchmarks.suite.plan import Cell
 from benchmarks.suite.statistics import Times, efficiency, ratio, summary
 
-from bdexport.bench.results import path_share
-
 CELL_SCHEMA = "bdexport.suite.cell/1"
 ORT_FULL = "onnxruntime_full"
+CHECKED_ROUNDS = 8  # of single images, whose classes are compared with PyTorch's
 References = dict[str, str]  # what it is called in the result -> the contestant
 
 
@@ -28,13 +31,13 @@ def cell_result(cell: Cell, network: Network, inputs: Inputs, found: Field, roun
         "num_blocks": network.checkpoint.network.num_blocks,
         "checkpoint": {"name": str(network.path) if network.trained else "random weights", "sha256": network.sha256},
         "rounds": count,
-        "contestants": [_contestant(one, here, inputs, found, rounds) for one in here],
+        "contestants": [_contestant(one, here, network, inputs, found, rounds) for one in here],
         "missing": found.missing | rounds.missing,
     }
 
 
 def _contestant(
-    one: Contestant, here: list[Contestant], inputs: Inputs, found: Field, rounds: Rounds
+    one: Contestant, here: list[Contestant], network: Network, inputs: Inputs, found: Field, rounds: Rounds
 ) -> dict[str, Any]:
     times = rounds.times[one.name]
     data: dict[str, Any] = {
@@ -43,6 +46,7 @@ def _contestant(
         "engine": one.engine,
         "precision": one.precision,
         "executor": one.executor,
+        "auto_is": found.executors.get(one.name) if one.executor == "auto" else None,
         "kept": one.kept,
         "ms": summary(times),
         "images_per_s": inputs.batch * 1e3 / float(np.median(times)),
@@ -54,6 +58,7 @@ def _contestant(
         for what, name in references(one, here, rounds).items()
         if name != one.name
     }
+    data["agreement"] = agreement(one, network, inputs)
     data["blocks"] = _blocks(one, found, inputs, len(times)) if one.group == "dynamic" else None
     data["efficiency"] = _efficiency(one, found, rounds) if one.group == "dynamic" else None
     return data
@@ -61,7 +66,8 @@ def _contestant(
 
 def references(one: Contestant, here: list[Contestant], rounds: Rounds) -> References:
     """What a contestant is compared with: ONNX Runtime full, PyTorch eager full, its own engine's full network, and
-    the fastest full network of its precision, whoever's it is."""
+    the fastest full network of its precision, whoever's it is.
+    """
     from benchmarks.suite import baselines
 
     names = {ORT_FULL: baselines.ORT_FULL, "torch_full": baselines.TORCH_FULL, "own_full": f"{one.engine}, full"}
@@ -94,17 +100,48 @@ def _distinct(inputs: Inputs, rounds: int) -> int:
     return max(1, min(rounds, max(choices)))
 
 
-def _efficiency(one: Contestant, found: Field, rounds: Rounds) -> dict[str, float] | None:
-    """Only of bdexport's own: the policy's time and the path's share of the same engine's full network, over its own."""
+def _efficiency(one: Contestant, found: Field, rounds: Rounds) -> dict[str, Any] | None:
+    """Only of bdexport's own: policy plus the path's share of the same engine's full network, over its time."""
     policy, full = (rounds.times.get(f"{one.engine}, {what}") for what in ("policy", "full"))
     if policy is None or full is None or one.engine not in found.masks_of:
         return None
-    share = round_shares(one, found, len(policy))
-    ideal: dict[str, float] = efficiency(rounds.times[one.name], policy, full, share)
-    return ideal | {"share": float(share.mean())}
+    own, share = rounds.times[one.name], round_shares(one, found, len(policy))
+    result: dict[str, Any] = efficiency(own, policy, full, share) | {"share": float(share.mean())}
+    hits = fused_rounds(one, found, len(policy))
+    result["fused_images"] = float(hits.mean())
+    whole = hits == 1.0
+    if 0 < whole.sum() < len(hits):
+        result["fused_hits"] = efficiency(own[whole], policy[whole], full[whole], share[whole])
+    return result
 
 
 def round_shares(one: Contestant, found: Field, rounds: int) -> Times:
     """The share of the full network's FLOPs that each round's paths run, the mean over its images, (rounds,)."""
     masks_of, manifest = found.masks_of[one.engine], found.manifests[one.engine]
     return np.array([path_share(masks_of(one.kept, number), manifest).mean() for number in range(rounds)])
+
+
+def fused_rounds(one: Contestant, found: Field, rounds: int) -> Times:
+    """The share of each round's images whose mask the bundle has an engine of its own for, (rounds,)."""
+    masks_of, fused = found.masks_of[one.engine], getattr(found.manifests[one.engine], "fused", None)
+    known = set() if fused is None else {path.mask for path in fused.paths}
+    if not known:
+        return np.zeros(rounds)
+    return np.array([np.mean([mask_to_text(mask) in known for mask in masks_of(one.kept, n)]) for n in range(rounds)])
+
+
+def agreement(one: Contestant, network: Network, inputs: Inputs) -> float:
+    """The share of images that get the class which PyTorch gives them on the same blocks; of the first rounds."""
+    model = network.model
+    same: list[Any] = []
+    for number in range(CHECKED_ROUNDS if inputs.batch == 1 else 1):
+        x = torch.from_numpy(inputs.batch_of(number))
+        with torch.inference_mode():
+            if one.group == "full":
+                expected = model.network(x)
+            elif one.kept is None:
+                expected = model.network.forward_masked(x, model.masks(x))
+            else:
+                expected = model.network.forward_masked(x, torch.from_numpy(inputs.masks_of(one.kept, number)))
+        same.append(expected.argmax(dim=1).numpy() == np.asarray(one.step(number)).argmax(axis=1))
+    return float(np.concatenate(same).mean())

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite.plan import Cell, SuiteConfig
-
 from bdexport.cli.console import to_plain
 from bdexport.files import write_json
+from benchmarks.suite.plan import Cell, SuiteConfig
 
 # What a measured cell depends on; the others only say which cells there are and how long they may take.
 SETTINGS = ("sweep", "random_kept", "images", "dataset", "warm_calls", "pause_s", "masks")

@@ -10,6 +10,12 @@ from time import monotonic
 from typing import Any
 
 import torch
+
+from bdexport.cli.console import StageProgress, err_console, to_plain
+from bdexport.cli.stages import quiet_progress, updates
+from bdexport.errors import BdexportError
+from bdexport.files import check_writable, write_json, write_text
+from bdexport.hardware import machine, package_versions
 from benchmarks.suite.contestants import field_of
 from benchmarks.suite.footprint import footprints
 from benchmarks.suite.measuring import measure
@@ -18,12 +24,6 @@ from benchmarks.suite.plan import Cell, SuiteConfig, cells, seconds_for
 from benchmarks.suite.results import CELL_SCHEMA, cell_result
 from benchmarks.suite.store import Store
 from benchmarks.suite.tables import markdown
-
-from bdexport.cli.console import StageProgress, err_console, to_plain
-from bdexport.cli.stages import quiet_progress, updates
-from bdexport.errors import BdexportError
-from bdexport.files import check_writable, write_json, write_text
-from bdexport.hardware import machine, package_versions
 
 SCHEMA = "bdexport.suite/1"
 PACKAGES = ("bdexport", "numpy", "onnxruntime", "openvino", "torch", "tensorrt")
@@ -36,10 +36,10 @@ def run_suite(config: SuiteConfig, out: Path, work: Path) -> dict[str, Any]:
     check_writable(out / "suite.json")
     versions, here = package_versions(PACKAGES), machine()
     store = Store(out, versions, here["cpu"])
-    networks = {name: network(name, config, work) for name in config.models}
-    keys = {name: store.key(config, one.sha256) for name, one in networks.items()}
     plan = cells(config)
-    todo = [cell for cell in plan if store.load(cell, keys[cell.model]) is None]
+    networks = {cell: network(cell, config, work) for cell in plan}
+    keys = {cell: store.key(config, one.sha256) for cell, one in networks.items()}
+    todo = [cell for cell in plan if store.load(cell, keys[cell]) is None]
     if len(todo) < len(plan):
         err_console.print(f"{len(plan) - len(todo)} of {len(plan)} cells were measured before: {out}")
     not_measured: dict[str, str] = {}
@@ -50,12 +50,12 @@ def run_suite(config: SuiteConfig, out: Path, work: Path) -> dict[str, Any]:
             not_measured[cell.name] = f"the {config.minutes:g} minutes were over; the same line goes on here"
             continue
         try:
-            result = _measured(cell, networks[cell.model], config, work, seconds, f"{done + 1}/{len(todo)} {cell.name}")
+            result = _measured(cell, networks[cell], config, work, seconds, f"{done + 1}/{len(todo)} {cell.name}")
         except BdexportError as error:
             not_measured[cell.name] = str(error)
             continue
-        store.save(cell, keys[cell.model], result)
-    found = [result for cell in plan if (result := store.load(cell, keys[cell.model])) is not None]
+        store.save(cell, keys[cell], result)
+    found = [one for cell in plan if (one := store.load(cell, keys[cell])) is not None]
     data = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).date().isoformat(),

@@ -20,8 +20,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{machine['cpu']}, {machine['cores']} cores, {result['date']}; {versions}.",
         "",
-        "Times are medians in ms of calls that alternate with all the others of their table, on the same images. `[a, b]` "
-        "is the 95 % bootstrap interval over the rounds. How to read the columns: `benchmarks/README.md`.",
+        "Times are medians in ms of calls that alternate with all the others of their table, on the same images. "
+        "`[a, b]` is the 95 % bootstrap interval over the rounds. How to read the columns: `benchmarks/README.md`.",
     ]
     for cell in result["cells"]:
         lines += ["", *(_footprint(cell) if cell["cell"]["usage"] == "footprint" else _cell(cell))]
