@@ -42,8 +42,9 @@ def _cell(cell: dict[str, Any]) -> list[str]:
     lines = [
         f"## {heading(cell)}",
         "",
-        f"| who | blocks of {cell['num_blocks']} | ms | p90 | images/s | x ONNX Runtime full | x best full | efficiency |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| who | blocks of {cell['num_blocks']} | ms | p90 | images/s | x ONNX Runtime full | x best full "
+        "| efficiency | fused hits |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [_row(one) for one in cell["contestants"]]
     best = {
@@ -66,12 +67,20 @@ def _row(one: dict[str, Any]) -> str:
     columns = [
         *(one["name"], blocks, f"{ms['p50']:.3f}", f"{ms['p90']:.3f}", f"{one['images_per_s']:.0f}"),
         *(_ratio(over.get("onnxruntime_full")), _ratio(over.get("best_full")), _ratio(one.get("efficiency"))),
+        _hits(one.get("efficiency")),
     ]
     return f"| {' | '.join(columns)} |"
 
 
 def _ratio(value: dict[str, Any] | None) -> str:
     return "" if value is None else f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def _hits(value: dict[str, Any] | None) -> str:
+    """Efficiency over the images that ran as one engine, and their share."""
+    if not value or not value["fused_images"]:
+        return ""
+    return f"{_ratio(value.get('fused_hits', value))}, {100 * value['fused_images']:.0f} % of images"
 
 
 def _footprint(cell: dict[str, Any]) -> list[str]:
