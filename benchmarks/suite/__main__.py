@@ -20,7 +20,7 @@ def main() -> None:
     from benchmarks.suite.suite import run_suite
 
     try:
-        run_suite(config, arguments.out, arguments.work)
+        run_suite(config, arguments.out, arguments.work, arguments.fresh)
     except BdexportError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     default = SuiteConfig()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="ResNet-32, batches 1 and 8, three minutes")
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure again what --out holds; needed after code changes"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=f"default: {' '.join(MODELS)}")
     parser.add_argument(
         "--batches",

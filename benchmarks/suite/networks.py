@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,9 @@ def bundle(
     chosen: Network, backend: str, precision: str, work: Path, progress: Callable[[str, int, int], None] | None = None
 ) -> Bundle:
     """The bundle of a network, built unless an earlier run left it. Raises what the build raises."""
-    out = work / f"{chosen.name}-{chosen.sha256[:12]}-{backend}-{precision}"
     config = BuildConfig(backend=backend, precision=precision)
+    settings = zlib.crc32(repr(config).encode())
+    out = work / f"{chosen.name}-{chosen.sha256[:12]}-{backend}-{precision}-{settings:08x}"
     if out.is_dir():
         try:
             return open_bundle(out)
@@ -140,7 +142,8 @@ class Inputs:
     def masks_of(self, kept: int, number: int) -> Masks:
         """The masks (batch, K) of a round."""
         choices = self.masks[kept]
-        return choices[number % len(choices)]
+        masks: Masks = choices[number % len(choices)]
+        return masks
 
 
 def inputs(chosen: Network, cell: Cell, config: SuiteConfig) -> Inputs:

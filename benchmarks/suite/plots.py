@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bdexport.report import style
-from benchmarks.suite.statistics import straight_line
+from benchmarks.suite.results import lines_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,43 +45,26 @@ def _plot(stem: Path, draw: Any, what: Any) -> list[Path]:
     return [stem]
 
 
-def lines_of(cell: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The dynamic contestants of a sweep by engine and executor, ascending in kept blocks."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for one in cell["contestants"]:
-        if one["group"] == "dynamic" and one["kept"] is not None:
-            label = one["engine"] + (f", {one['executor']}" if one["executor"] else "")
-            found.setdefault(label, []).append(one)
-    return {label: sorted(points, key=lambda point: point["kept"]) for label, points in found.items()}
-
-
-def fixed_cost_ms(cell: dict[str, Any], engine: str) -> float | None:
-    """What no kept block adds to: policy, stem and head; the intercept of the ideal line. None where not measured."""
-    policy = _median(cell, f"{engine}, policy")
-    return None if policy is None else policy
-
-
 def _latency(axes: Axes, cell: dict[str, Any]) -> None:
     for colour, (label, points) in zip(style.COLOURS * 3, lines_of(cell).items(), strict=False):
         kept = np.array([point["kept"] for point in points], float)
         ms = np.array([point["ms"]["p50"] for point in points])
-        line = straight_line(kept, ms) if len(points) > 1 else None
+        line = cell["lines"].get(label)
         text = label if line is None else f"{label}: {line['intercept']:.2f} + {line['slope']:.3f} per block"
         axes.plot(kept, ms, "o", color=colour, label=text, markersize=4)
         if line is not None:
             ends = np.array([0.0, kept.max()])
             axes.plot(ends, line["intercept"] + line["slope"] * ends, "-", color=colour, linewidth=1.2)
-        policy = _median(cell, f"{points[0]['engine']}, policy")
-        if policy is not None:
-            axes.plot([0.0], [policy], "x", color=colour, markersize=5)
+            if line["fixed_ms"] is not None:
+                axes.plot([0.0], [line["fixed_ms"]], "x", color=colour, markersize=6)
     full = _median(cell, "ONNX Runtime, full")
     if full is not None:
         axes.axhline(full, color=style.GREY, linestyle="--", linewidth=1.2, label="ONNX Runtime, full")
-    axes.set_title(f"{cell['cell']['model']}: latency against kept blocks (x: the policy alone)")
+    axes.set_title(f"{cell['cell']['model']}: latency against kept blocks (x: policy, stem, head)")
     axes.set_xlabel(f"blocks kept of {cell['num_blocks']}")
     axes.set_ylabel("median ms, batch 1")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8)
 
 
 def _throughput(axes: Axes, cells: Cells) -> None:

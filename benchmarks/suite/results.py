@@ -13,7 +13,7 @@ from benchmarks.suite.contestants import Contestant, Field
 from benchmarks.suite.measuring import Rounds
 from benchmarks.suite.networks import Inputs, Network
 from benchmarks.suite.plan import Cell
-from benchmarks.suite.statistics import Times, efficiency, ratio, summary
+from benchmarks.suite.statistics import Times, efficiency, ratio, straight_line, summary
 
 CELL_SCHEMA = "bdexport.suite.cell/1"
 ORT_FULL = "onnxruntime_full"
@@ -25,7 +25,7 @@ def cell_result(cell: Cell, network: Network, inputs: Inputs, found: Field, roun
     """The cell as a JSON object: every contestant's times, and the ratios between them."""
     here = [one for one in found.contestants if one.name in rounds.times]
     count = len(next(iter(rounds.times.values()))) if rounds.times else 0
-    return {
+    result = {
         "schema": CELL_SCHEMA,
         "cell": {"model": cell.model, "usage": cell.usage, "batch": cell.batch, "threads": cell.threads},
         "num_blocks": network.checkpoint.network.num_blocks,
@@ -34,6 +34,41 @@ def cell_result(cell: Cell, network: Network, inputs: Inputs, found: Field, roun
         "contestants": [_contestant(one, here, network, inputs, found, rounds) for one in here],
         "missing": found.missing | rounds.missing,
     }
+    return result | ({"lines": straight_lines(result, found)} if cell.usage == "sweep" else {})
+
+
+def lines_of(cell: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The dynamic contestants of a sweep's result by engine and executor, ascending in kept blocks."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for one in cell["contestants"]:
+        if one["group"] == "dynamic" and one["kept"] is not None:
+            label = one["engine"] + (f", {one['executor']}" if one["executor"] else "")
+            lines.setdefault(label, []).append(one)
+    return {label: sorted(points, key=lambda point: point["kept"]) for label, points in lines.items()}
+
+
+def straight_lines(cell: dict[str, Any], found: Field) -> dict[str, dict[str, float | None]]:
+    """Of each line of a sweep: what :func:`straight_line` finds in ms against kept blocks, and ``fixed_ms``.
+
+    ``fixed_ms``: what the line should begin with: policy, and the share of stem, head and shortcuts
+    of the same engine's full network. None for baselines.
+    """
+    medians = {one["name"]: one["ms"]["p50"] for one in cell["contestants"]}
+    lines: dict[str, dict[str, float | None]] = {}
+    for label, points in lines_of(cell).items():
+        if len(points) < 2:
+            continue
+        kept, ms = (
+            np.array(values, float) for values in zip(*((p["kept"], p["ms"]["p50"]) for p in points), strict=True)
+        )
+        engine = points[0]["engine"]
+        policy, full = (medians.get(f"{engine}, {what}") for what in ("policy", "full"))
+        fixed = None
+        if policy is not None and full is not None and engine in found.manifests:
+            nothing = np.zeros((1, cell["num_blocks"]), bool)
+            fixed = policy + full * float(path_share(nothing, found.manifests[engine])[0])
+        lines[label] = {**straight_line(kept, ms), "fixed_ms": fixed}
+    return lines
 
 
 def _contestant(

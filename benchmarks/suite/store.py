@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bdexport.cli.console import to_plain
+from bdexport.config import BuildConfig
 from bdexport.files import write_json
+from bdexport.runtime.executors import EXECUTORS
 from benchmarks.suite.plan import Cell, SuiteConfig
 
 # What a measured cell depends on; the others only say which cells there are and how long they may take.
@@ -23,9 +25,10 @@ class Store:
         self._here = {"versions": versions, "cpu": cpu}
 
     def key(self, config: SuiteConfig, sha256: str) -> dict[str, Any]:
-        """What must be the same for an old result to count: settings, checkpoint, versions, processor."""
+        """What must be the same for an old result to count: settings, bundles, versions, processor."""
         settings = {name: value for name, value in asdict(config).items() if name in SETTINGS}
-        plain: dict[str, Any] = to_plain(settings | self._here | {"checkpoint": sha256})
+        built = {"build": repr(BuildConfig()), "executors": list(EXECUTORS)}
+        plain: dict[str, Any] = to_plain(settings | self._here | built | {"checkpoint": sha256})
         return plain
 
     def load(self, cell: Cell, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -36,6 +39,11 @@ class Store:
             return None
         whole = isinstance(data, dict) and data.get("key") == key and "result" in data
         return dict(data["result"]) if whole else None
+
+    def clear(self) -> None:
+        """Forget every cell."""
+        for path in self._folder.glob("*.json"):
+            path.unlink()
 
     def save(self, cell: Cell, key: dict[str, Any], result: dict[str, Any]) -> None:
         """Whole or not at all."""

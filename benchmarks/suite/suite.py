@@ -31,11 +31,16 @@ FOOTPRINT_REPEATS = 3
 Building = Callable[[str, int, int], None]
 
 
-def run_suite(config: SuiteConfig, out: Path, work: Path) -> dict[str, Any]:
-    """Measure what is not stored yet, as far as ``config.minutes`` go, and write ``out``: suite.json, .md and plots."""
+def run_suite(config: SuiteConfig, out: Path, work: Path, fresh: bool = False) -> dict[str, Any]:
+    """Measure what is not stored yet, as far as ``config.minutes`` go, and write ``out``: suite.json, .md and plots.
+
+    ``fresh``: forget first what is stored.
+    """
     check_writable(out / "suite.json")
     versions, here = package_versions(PACKAGES), machine()
     store = Store(out, versions, here["cpu"])
+    if fresh:
+        store.clear()
     plan = cells(config)
     networks = {cell: network(cell, config, work) for cell in plan}
     keys = {cell: store.key(config, one.sha256) for cell, one in networks.items()}

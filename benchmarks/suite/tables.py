@@ -52,6 +52,12 @@ def _cell(cell: dict[str, Any]) -> list[str]:
         for one in cell["contestants"]
         if "best_full" in one.get("speedup_over", {})
     }
+    if cell.get("lines"):
+        lines += ["", "| line | ms at no block | should be | ms per block | r2 |", "|---|---:|---:|---:|---:|"]
+        for label, line in cell["lines"].items():
+            fixed = "" if line["fixed_ms"] is None else f"{line['fixed_ms']:.3f}"
+            numbers = f"{line['intercept']:.3f}", fixed, f"{line['slope']:.4f}", f"{line['r2']:.3f}"
+            lines.append(f"| {label} | {' | '.join(numbers)} |")
     if best:
         names = "; ".join(f"{precision}: {name}" for precision, name in best.items())
         lines += ["", f"Best full network by precision: {names}."]

@@ -21,7 +21,7 @@ from benchmarks.suite.graphs import graph_with_ifs
 from benchmarks.suite.measuring import measure
 from benchmarks.suite.networks import random_masks, sweep_masks
 from benchmarks.suite.plan import Cell, SuiteConfig, cells, seconds_for
-from benchmarks.suite.plots import lines_of
+from benchmarks.suite.results import lines_of
 from benchmarks.suite.statistics import efficiency, ratio, straight_line, summary
 from benchmarks.suite.store import Store
 from benchmarks.suite.tables import markdown
