@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -141,7 +142,7 @@ def _torch_skipping(network: Network) -> Dynamic:
 
 def _cuda_graphs(network: Network, cell: Cell) -> Full:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    model = part_module(network.model, FULL).cuda()
+    model = deepcopy(part_module(network.model, FULL)).cuda()  # the others go on with the host's
     size = network.checkpoint.preprocess.size
     static = torch.zeros(cell.batch, 3, *size, device="cuda")
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
