@@ -29,12 +29,15 @@ from bdexport.mask_map import MaskMapping, mapping_from_json
 from bdexport.parts import part_names
 from bdexport.preprocess import Preprocess, preprocess_from_json
 from bdexport.tensors import TensorSpec, tensor_spec_from_json
+from bdexport.zoo import zoo_name
 
 SCHEMA = "bdexport-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LAYOUT = "NCHW"
 INPUT_NAME, OUTPUT_NAME, DTYPE = "x", "y", "float32"  # of every part's graph
+RUN_CHECKPOINT = "model.safetensors"  # ``checkpoint.reading.RUN_FILE``, which this half cannot import (torch)
+CHECKPOINT_SUFFIXES = (".safetensors", ".th", ".pt", ".pth", ".t7", ".pth.tar")
 MAX_BLOCKS = 10_000  # far above any network; keeps a damaged number from filling the memory
 REBUILD = "copy the bundle again, or rebuild it with `bdexport build`"
 
@@ -159,11 +162,23 @@ def open_bundle(path: str | Path) -> Bundle:
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of the bundle at ``path``, fully validated; no other file is looked at."""
     root = Path(path)
+    if _holds_checkpoint(root):
+        remedy = f"build it first: bdexport build {root}"
+        raise rule_error("R1", f"{root}: not a bundle", got="a checkpoint", expected="a BUNDLE folder", remedy=remedy)
     if not root.exists():
         raise BundleError(f"{root}: no such bundle", remedy="build one with `bdexport build CKPT --out BUNDLE`")
     if not root.is_dir() or not (root / MANIFEST).is_file() or (root / MANIFEST).is_symlink():
         raise rule_error("R1", f"{root}: not a bundle", got=f"no regular file {MANIFEST}", remedy=REBUILD)
     return manifest_from_json(parse_document(root / MANIFEST), str(root))
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    """Whether ``path`` names what bundles are built from: a checkpoint's file, a run's folder, a model of the zoo."""
+    if zoo_name(path) is not None:
+        return True
+    if path.is_dir():
+        return (path / RUN_CHECKPOINT).is_file() and not (path / MANIFEST).exists()
+    return path.is_file() and path.name.endswith(CHECKPOINT_SUFFIXES)
 
 
 def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
