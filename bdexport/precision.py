@@ -93,6 +93,7 @@ def half_graph(part: str, model: onnx.ModelProto, precision: str) -> onnx.ModelP
     Raises :class:`BuildError` for a weight beyond FP16's range.
     """
     import_onnxruntime()
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -104,6 +105,7 @@ def half_graph(part: str, model: onnx.ModelProto, precision: str) -> onnx.ModelP
         source = onnx.version_converter.convert_version(source, BF16_OPSET)
         onnx.helper.set_model_props(source, {entry.key: entry.value for entry in model.metadata_props})
     converted: onnx.ModelProto = convert_float_to_float16(source, keep_io_types=True)
+    ONNXModel(converted).topological_sort()  # the converter puts a cast of what two nodes read behind them
     if precision == BF16:
         _exchange_type(converted, weights)
     onnx.checker.check_model(converted, full_check=True)
