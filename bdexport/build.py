@@ -5,6 +5,7 @@ name only when everything is built and verified.
 from __future__ import annotations
 
 import platform
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,9 +22,10 @@ from bdexport.architecture import Shortcut
 from bdexport.backends import backend_class, get_backend
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
+from bdexport.calibrate import CalibrationRequest, Scales, scales_for
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
-from bdexport.config import BuildConfig
+from bdexport.config import BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache, default_cache_folder, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError, UsageError
@@ -33,12 +35,15 @@ from bdexport.fusing import Fusing, check_fusing, check_size
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
+from bdexport.precision import INT8, check_offered, typed_graphs
 from bdexport.verify import require, verify_against_model
+from bdexport.verify_accuracy import accuracy_text, require_accuracy
 from bdexport.zoo import zoo_name
 
 GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
 DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
 STATISTICS = "policy_statistics"  # of a checkpoint's training record; the manifest keeps it apart
+CALIBRATION = "calibration"  # in the manifest's extra: what int8's scales were gathered from
 BUILT, REUSED, REBUILT = "built", "reused", "rebuilt"
 
 
@@ -70,17 +75,21 @@ def build_bundle(
     overwrite: bool = False,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
-    calibration: Dataset | None = None,
+    calibration: CalibrationRequest | None = None,
+    counted: Dataset | None = None,
+    judged: Dataset | None = None,
+    verify: VerifyConfig | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
-    ``calibration``: images on which masks are counted and executors measured, best a validation split; None: the
-    masks that the checkpoint's policy statistics count, and random images.
-
     ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
-    ``cache_dir``: the engine cache, default as :func:`bdexport.engine_cache.default_cache_folder`. Raises UsageError,
-    CheckpointError, ExportError, BuildError, VerificationError or OutputError; after them, as after Ctrl-C, nothing is
-    left and an old bundle is as it was.
+    ``cache_dir``: the engine cache, default as :func:`bdexport.engine_cache.default_cache_folder`. ``calibration``:
+    where int8 takes its scales from. ``counted``: images on which masks are counted and executors measured, best a
+    validation split; None: the masks that the checkpoint's policy statistics count, and random images. ``judged``:
+    images on which accuracy is held against torch's.
+
+    Raises UsageError, CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or
+    OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
     """
     config = config or BuildConfig()
     backend = checked_backend(config)
@@ -102,6 +111,9 @@ def build_bundle(
         progress=progress,
         cache=EngineCache(Path(cache_dir) if cache_dir is not None else default_cache_folder()),
         calibration=calibration,
+        counted=counted,
+        judged=judged,
+        verify=verify,
     )
 
 
@@ -116,21 +128,31 @@ def bundle_from_model(
     overwrite: bool = False,
     progress: Progress | None = None,
     cache: EngineCache | None = None,
-    calibration: Dataset | None = None,
+    calibration: CalibrationRequest | None = None,
+    counted: Dataset | None = None,
+    judged: Dataset | None = None,
+    verify: VerifyConfig | None = None,
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
-    with making_folder(out, overwrite) as staging:
+    with making_folder(out, overwrite) as staging, tempfile.TemporaryDirectory() as typed_folder:
         specs = part_specs(model, checkpoint.preprocess)
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
-        engines, outcomes, notes = _build_engines(graphs, staging / ENGINES, backend, config, model, cache, report)
+        scales = _scales(graphs, model, checkpoint, config, calibration, report)
+        typed = typed_graphs(graphs, config.precision, backend.name, Path(typed_folder), scales)
+        engines, outcomes, notes = _build_engines(typed, staging / ENGINES, backend, config, model, cache, report)
+        notes += [] if scales is None else scales.notes
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, config, parts, checkpoint_sha256)
         check_size(manifest, config.fused.max_bundle_mb)
-        fusing = Fusing(Bundle(staging, manifest), backend, config.fused, calibration, report)
+        if scales is not None:
+            manifest = replace(
+                manifest, extra=manifest.extra | {CALIBRATION: scales.source | {"images_by_part": scales.images}}
+            )
+        fusing = Fusing(Bundle(staging, manifest), backend, config.fused, counted, report)
         manifest = fusing.with_mapping(fusing.with_paths())
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
-        verification = _verified(Bundle(staging, manifest), model, backend, notes, report)
+        verification = _verified(Bundle(staging, manifest), model, backend, notes, report, judged, verify)
         manifest = replace(fusing.with_executor(manifest), verification=verification)
         write_manifest(staging, manifest)
         notes += fusing.notes
@@ -140,10 +162,7 @@ def bundle_from_model(
 
 def checked_backend(config: BuildConfig) -> Backend:
     """The configured backend. Raises :class:`UsageError` for a name, precision, batch or job count that cannot be."""
-    offered = backend_class(config.backend).precisions
-    if config.precision not in offered:
-        expected = f"{' or '.join(offered)} (what {config.backend} offers)"
-        raise UsageError("unknown precision", got=repr(config.precision), expected=expected)
+    check_offered(config.backend, config.precision, backend_class(config.backend).precisions)
     for name, value in (("--max-batch", config.max_batch), ("--jobs", config.jobs)):
         if value is not None and value < 1:
             raise UsageError(name, got=value, expected="at least 1")
@@ -161,6 +180,22 @@ def default_bundle_path(checkpoint_path: Path) -> Path:
     if path.name == RUN_FILE:
         path = path.parent
     return DEFAULT_PARENT / (path.name if path.is_dir() else path.stem or path.name)
+
+
+def _scales(
+    graphs: Mapping[str, Path],
+    model: BlockDropNet,
+    checkpoint: Checkpoint,
+    config: BuildConfig,
+    calibration: CalibrationRequest | None,
+    report: Progress,
+) -> Scales | None:
+    """What int8 needs, None for every other precision."""
+    if config.precision != INT8:
+        return None
+    request = calibration or CalibrationRequest()
+    names = checkpoint.class_names
+    return scales_for(model, graphs, checkpoint.preprocess, request, class_names=names, progress=report)[0]
 
 
 # ---- engines ----------------------------------------------------------------------------------------------------
@@ -295,14 +330,23 @@ def _manifest(
 
 
 def _verified(
-    bundle: Bundle, model: BlockDropNet, backend: Backend, notes: list[str], report: Progress
+    bundle: Bundle,
+    model: BlockDropNet,
+    backend: Backend,
+    notes: list[str],
+    report: Progress,
+    judged: Dataset | None,
+    config: VerifyConfig | None,
 ) -> dict[str, Any] | None:
     """The report of comparing engines with torch, which holds; None, with a note, where there is nothing to compare."""
     if not backend.computes:
         notes.append(f"not verified: backend {backend.name} computes nothing")
         return None
-    result = verify_against_model(bundle, model, progress=report)
+    result = verify_against_model(bundle, model, config=config, progress=report, judged=judged)
     require(result)
+    if judged is not None:
+        notes.append(accuracy_text(result["accuracy"]))
+        require_accuracy(result["accuracy"], f"{backend.name} {bundle.manifest.precision}")
     return result
 
 

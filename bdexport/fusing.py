@@ -50,8 +50,8 @@ def check_fusing(config: FusedConfig, backend: Backend) -> None:
         raise UsageError(f"--quantise-masks: backend {backend.name} runs no fused paths")
     if not 0 <= config.accuracy_budget <= 100:
         raise UsageError("--accuracy-budget", got=config.accuracy_budget, expected="points of accuracy, 0..100")
-    if config.calibration_images < 1:
-        raise UsageError("--calibration-images", got=config.calibration_images, expected="at least 1")
+    if config.mask_images < 1:
+        raise UsageError("--mask-images", got=config.mask_images, expected="at least 1")
 
 
 def bundle_bytes(manifest: Manifest) -> int:
@@ -186,4 +186,4 @@ def _checked(calibration: Dataset, manifest: Manifest, config: FusedConfig) -> D
     if len(calibration) == 0:
         raise UsageError("calibration set", got="no images", expected="at least 1", remedy="name another data set")
     check_classes(calibration, len(manifest.class_names), manifest.class_names)
-    return calibration.first(config.calibration_images)
+    return calibration.first(config.mask_images)

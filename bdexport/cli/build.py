@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -11,7 +12,7 @@ import typer
 from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
 from bdexport.cli.stages import size_text, stages_of
-from bdexport.config import BuildConfig, FusedConfig
+from bdexport.config import BuildConfig, CalibrationConfig, FusedConfig, VerifyConfig
 from bdexport.errors import UsageError
 from bdexport.fused import MOST_FUSED, shares_text
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from bdexport.build import BuiltBundle
     from bdexport.dataset import Dataset
 
-DEFAULTS, FUSED = BuildConfig(), FusedConfig()
+DEFAULTS, FUSED, CALIBRATION, VERIFY = BuildConfig(), FusedConfig(), CalibrationConfig(), VerifyConfig()
 SIZES = {"before": "bytes_before", "after": "bytes_after"}
 
 
@@ -30,7 +31,9 @@ def build(
     checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
     out: Annotated[Path | None, typer.Option(help="BUNDLE folder. Default: engines/NAME of the checkpoint.")] = None,
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = DEFAULTS.backend,
-    precision: Annotated[str, typer.Option(help="What the engines compute in.")] = DEFAULTS.precision,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16 or int8, as the backend offers.")
+    ] = DEFAULTS.precision,
     max_batch: Annotated[
         int | None, typer.Option(min=1, help="Largest batch that the bundle accepts. Default: any.")
     ] = DEFAULTS.max_batch,
@@ -40,16 +43,12 @@ def build(
         typer.Option(
             min=1,
             max=MOST_FUSED,
-            help="Masks that run as one engine each. Default: enough for 95 % of calibration images, at most 32.",
+            help="Masks that run as one engine each. Default: enough for 95 % of the images, at most 32.",
         ),
     ] = FUSED.paths,
-    dataset: Annotated[
-        str | None, typer.Option(help="Calibration images: cifar10, .., as train has them; their validation split.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of that data set.")] = None,
-    calibration_images: Annotated[
-        int, typer.Option(min=1, help="The first N calibration images.")
-    ] = FUSED.calibration_images,
+    mask_images: Annotated[
+        int, typer.Option(min=1, help="Validation images of --dataset on which masks are counted.")
+    ] = FUSED.mask_images,
     max_bundle_mb: Annotated[
         float | None, typer.Option(help="Largest bundle, in 10^6 bytes; fused paths add none.")
     ] = FUSED.max_bundle_mb,
@@ -65,23 +64,41 @@ def build(
     ] = FUSED.measure,
     arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="For masks, int8's scales and accuracy against torch: cifar10, .."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A list that `bdexport calibrate` wrote, for int8.")] = None,
+    calibration_images: Annotated[
+        int, typer.Option(min=1, help="Images for int8's scales where no list is given.")
+    ] = CALIBRATION.images,
+    images: Annotated[
+        int, typer.Option(min=1, help=f"Images of the {VERIFY.accuracy_split} split for accuracy.")
+    ] = VERIFY.accuracy_images,
+    max_drop: Annotated[
+        float, typer.Option(min=0, help="Largest loss of accuracy against torch, in points.")
+    ] = VERIFY.max_accuracy_drop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Export the parts, build an engine of each, verify them against torch, and write one bundle."""
     from bdexport.build import build_bundle, checked_backend
+    from bdexport.calibrate import CalibrationRequest
 
+    if calibration is not None and precision != "int8":
+        raise UsageError("--calibration", got=f"precision {precision}", expected="int8, the only one with scales")
     settings = FusedConfig(
         paths=fused,
         max_bundle_mb=max_bundle_mb,
         measure=measure,
-        calibration_images=calibration_images,
+        mask_images=mask_images,
         quantise=quantise_masks,
         accuracy_budget=accuracy_budget,
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings)
     checked_backend(config)  # before a data set is read
-    calibration = _calibration(dataset, data, calibration_images)
+    request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
     started = time.perf_counter()
     with progress() as bar:
         bundle = build_bundle(
@@ -92,7 +109,10 @@ def build(
             shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
             overwrite=overwrite,
             progress=stages_of(bar),
-            calibration=calibration,
+            calibration=request,
+            counted=_split(dataset, data, "validation", mask_images),
+            judged=_split(dataset, data, VERIFY.accuracy_split, images),
+            verify=replace(VERIFY, max_accuracy_drop=max_drop),
         )
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:
@@ -105,14 +125,16 @@ def build(
         write_json_result(json, result)
 
 
-def _calibration(dataset: str | None, data: Path | None, images: int) -> Dataset | None:
+def _split(dataset: str | None, data: Path | None, split: str, images: int) -> Dataset | None:
+    """Images of a split, or of the only one that the data set has; None where no data set is named."""
     if dataset is None:
         if data is not None:
             raise UsageError("--data: a folder of what?", remedy="pass --dataset too")
         return None
+    from bdexport.calibration_list import default_split
     from bdexport.dataset import load_dataset
 
-    return load_dataset(dataset, data, "validation", limit=images)
+    return load_dataset(dataset, data, default_split(dataset, split), limit=images)
 
 
 def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def build(folder: Path, backend: str = "onnxruntime", calibration: Dataset | Non
         get_backend(backend),
         config=config,
         checkpoint_sha256="0" * 64,
-        calibration=calibration,
+        counted=calibration,
     )
 
 
@@ -228,7 +228,7 @@ def test_auto_is_what_was_measured(tmp_path: Path) -> None:
         ("onnxruntime", {"max_bundle_mb": 0.0}, "--max-bundle-mb"),
         ("onnxruntime", {"quantise": "nearest"}, "cover or budget"),
         ("onnxruntime", {"quantise": "budget", "accuracy_budget": -1.0}, "--accuracy-budget"),
-        ("onnxruntime", {"calibration_images": 0}, "--calibration-images"),
+        ("onnxruntime", {"mask_images": 0}, "--mask-images"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(backend: str, settings: dict[str, Any], words: str) -> None:

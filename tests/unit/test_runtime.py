@@ -200,8 +200,8 @@ def test_closing_while_others_run_ends_their_calls_cleanly(bundle: Bundle, threa
 
 def test_a_precision_that_the_backend_has_not_is_refused(bundle: Bundle) -> None:
     """Oracle: a manifest that says int8 over fp32 engines would make every report wrong."""
-    claimed = Bundle(bundle.path, replace(bundle.manifest, precision="int8"))
-    with pytest.raises(BackendError, match="precision: got int8, expected fp32"):
+    claimed = Bundle(bundle.path, replace(bundle.manifest, precision="int3"))
+    with pytest.raises(BackendError, match="precision: got int3, expected fp32"):
         bdexport.load(claimed)
 
 
