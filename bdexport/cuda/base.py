@@ -17,6 +17,14 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
+class Address(Protocol):
+    """Something at a device address."""
+
+    @property
+    def pointer(self) -> int:
+        """Device address."""
+
+
 class DeviceBuffer(Protocol):
     """Device memory that its maker owns; 256-byte aligned."""
 
@@ -56,6 +64,9 @@ class Stream(Protocol):
 
     def synchronize(self) -> None:
         """Wait for everything queued so far; errors of queued work are raised here."""
+
+    def wait(self, event: Event) -> None:
+        """What is queued from now on waits for ``event``; the host does not."""
 
     def close(self) -> None:
         """Destroy the stream if the interface made it; a caller's stream is left alone."""
@@ -126,9 +137,12 @@ class Cuda(Protocol):
     def wrap_stream(self, stream: Any) -> Stream:
         """A caller's stream: a raw handle or an object with ``__cuda_stream__``. Raises UsageError for others.
 
-        The object is kept alive as long as the wrapper. The default stream (handle 0, 1 or 2) is refused: it cannot be
-        captured.
+        The object is kept alive as long as the wrapper. The default streams (handles 0, 1 and 2) are refused: work on
+        them waits for other streams and cannot be captured. BackendError: this binding cannot use foreign streams.
         """
+
+    def order(self, first: int, then: int) -> None:
+        """What is queued on the stream ``then`` from now on waits for what is queued on ``first`` now; raw handles."""
 
     def event(self) -> Event:
         """A new event that measures time."""
@@ -155,12 +169,12 @@ class Cuda(Protocol):
         """
 
     def gather_rows(
-        self, target: int, source: int, rows: DeviceBuffer, row_bytes: int, count: int, stream: Stream
+        self, target: int, source: int, rows: Address, row_bytes: int, count: int, stream: Stream
     ) -> None:
         """target[i] = source[rows[i]] for i < count; ``rows`` is int32 on the device; rows are ``row_bytes`` long."""
 
     def scatter_rows(
-        self, target: int, source: int, rows: DeviceBuffer, row_bytes: int, count: int, stream: Stream
+        self, target: int, source: int, rows: Address, row_bytes: int, count: int, stream: Stream
     ) -> None:
         """target[rows[i]] = source[i] for i < count."""
 
