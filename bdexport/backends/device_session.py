@@ -80,7 +80,8 @@ class DeviceTensor:
 class DeviceSession:
     """See :class:`bdexport.backends.base.Session`. Takes over ``cuda`` and ``engines``, also when it cannot be made.
 
-    ``stream``: the caller's (a raw handle or an object with ``__cuda_stream__``); None: one of its own.
+    ``stream``: the caller's (a raw handle or an object with ``__cuda_stream__``); None: one of its own. ``made``: the
+    same stream where the engines already had to be told of it; the session closes it.
     ``capturable``: whether the engines' work may be captured into graphs, and the reason.
     """
 
@@ -94,6 +95,7 @@ class DeviceSession:
         cuda: Cuda,
         *,
         stream: Any = None,
+        made: Stream | None = None,
         notes: Sequence[str] = (),
         capturable: tuple[bool, str] = (True, "the engines' work can be captured"),
     ) -> None:
@@ -105,12 +107,13 @@ class DeviceSession:
         self._static: dict[int, _StaticBuffers] = {}
         self._graphs: set[CapturedPath] = set()
         self._lock = threading.RLock()
-        self._stream: Stream | None = None
+        self._stream = made
         self._capture_stream: Stream | None = None
         self._capturable = capturable
         self._closed = False
         try:
-            self._stream = cuda.stream() if stream is None else cuda.wrap_stream(stream)
+            if self._stream is None:
+                self._stream = cuda.stream() if stream is None else cuda.wrap_stream(stream)
             scratch = self._share_scratch()
         except BaseException:
             self.close()
