@@ -7,6 +7,7 @@ is read too early and memory that is used again too early.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,7 @@ class CudaDouble:
         self.to_host: list[int] = []  # bytes of every copy to the host
         self.streams: dict[int, StreamDouble] = {}
         self.closed = False
+        self.device_lock = threading.RLock()  # one thing runs at a time, in the order of its stream
 
     def device_name(self) -> str:
         return "host memory"
@@ -163,8 +165,9 @@ class StreamDouble:
 
     def synchronize(self) -> None:
         assert self.recording is None, "a stream that is being captured cannot be waited for"
-        while self.queue:
-            self.queue.pop(0)()
+        with self._cuda.device_lock:
+            while self.queue:
+                self.queue.pop(0)()
 
     def wait(self, event: Event) -> None:
         self.submit(event.synchronize)
@@ -175,6 +178,7 @@ class StreamDouble:
 
 class EventDouble:
     def __init__(self, cuda: CudaDouble) -> None:
+        self._cuda = cuda
         self._stream: StreamDouble | None = None
         self._reached = True
 
@@ -186,8 +190,9 @@ class EventDouble:
         self._reached = True
 
     def synchronize(self) -> None:
-        while not self._reached and self._stream is not None and self._stream.queue:
-            self._stream.queue.pop(0)()
+        with self._cuda.device_lock:
+            while not self._reached and self._stream is not None and self._stream.queue:
+                self._stream.queue.pop(0)()
 
     def elapsed_ms(self, later: Event) -> float:
         return 0.0

@@ -275,6 +275,8 @@ class DeviceSession:
         """For :class:`CapturedPath`: run ``graph`` on ``x``."""
         with self._lock:
             stream, buffers = self._open_stream(), path.buffers
+            if buffers is None:
+                raise closed_error(self._backend)
             source = buffers.input.block.pointer
             if x.pointer != source:
                 # Another thread's images may lie there, waiting for their turn.
@@ -386,7 +388,8 @@ class CapturedPath:
     def __init__(
         self, session: DeviceSession, parts: tuple[str, ...], batch: int, buffers: _StaticBuffers, graph: Graph
     ) -> None:
-        self.parts, self.batch, self.buffers = parts, batch, buffers
+        self.parts, self.batch = parts, batch
+        self.buffers: _StaticBuffers | None = buffers
         self._session, self._graph = weakref.ref(session), graph
 
     def run(self, x: DeviceTensor) -> DeviceTensor:
@@ -397,8 +400,9 @@ class CapturedPath:
         return session.launch(self, self._graph, x)
 
     def close(self) -> None:
-        """Destroy the graph."""
+        """Destroy the graph, and let go of the buffers."""
         self._graph.close()
+        self.buffers = None
         session = self._session()
         if session is not None:
             session.forget(self)
