@@ -149,9 +149,8 @@ class DeviceSession:
             self._cuda.copy_to_host(staged.bytes, tensor.pointer, stream)
         stream.synchronize()  # not under the lock: other threads may queue meanwhile
         result: Array = staged.bytes.view(FLOAT).reshape(tensor.shape).copy()
-        with self._lock:
-            if not self._closed:
-                staged.release(stream)
+        with self._lock:  # another thread may have closed the session meanwhile
+            staged.release(stream)
         return result
 
     def export(self, tensor: DeviceTensor) -> DeviceArray:
@@ -259,6 +258,7 @@ class DeviceSession:
             stream.synchronize()
             with self._cuda.capture(stream) as capture:
                 self._enqueue_static(parts, buffers, batch, stream)
+            stream.synchronize()  # the graph has reached the device before another stream launches it
             path = CapturedPath(self, tuple(parts), batch, buffers, capture.graph)
             self._graphs.add(path)
             return path
@@ -293,21 +293,22 @@ class DeviceSession:
             self._graphs.discard(path)
 
     def _static_buffers(self, batch: int) -> _StaticBuffers:
-        capacity = 1 << (batch - 1).bit_length()
-        if self._manifest.max_batch is not None:
-            capacity = max(batch, min(capacity, self._manifest.max_batch))
+        capacity = self._capacity(batch)
         if capacity not in self._static:
             self._static[capacity] = _StaticBuffers(self._arena, self._manifest, capacity)
         return self._static[capacity]
 
+    def _capacity(self, batch: int) -> int:
+        """The batch that buffers are made for: the next power of two, as far as the profile goes."""
+        capacity = 1 << (batch - 1).bit_length()
+        most = self._manifest.max_batch
+        return capacity if most is None else max(batch, min(capacity, most))
+
     def _input(self, shape: tuple[int, ...]) -> DeviceTensor:
         """Memory for images: where graphs of that batch read them, if nobody's images are there; else anywhere."""
-        if self._static:
-            found = self._static.get(1 << (shape[0] - 1).bit_length()) or self._static.get(
-                self._manifest.max_batch or 0
-            )
-            if found is not None and shape[1:] == found.image and shape[0] <= found.capacity and found.input.unused:
-                return found.input.hold(shape)
+        found = self._static.get(self._capacity(shape[0]))
+        if found is not None and shape[1:] == found.image and found.input.unused:
+            return found.input.hold(shape)
         return self._new(shape)
 
     def _move_out(self, static: _StaticBlock, stream: Stream) -> None:

@@ -99,7 +99,7 @@ class Staging:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._free: defaultdict[int, list[tuple[PinnedBuffer, Event]]] = defaultdict(list)
-        self._all: list[tuple[PinnedBuffer, Event]] = []
+        self._closed = False
 
     def take(self, nbytes: int) -> StagingBlock:
         """Memory of at least ``nbytes`` that no queued copy uses any more."""
@@ -108,7 +108,6 @@ class Staging:
             buffer, event = self._free[size].pop()
         except IndexError:
             buffer, event = self._cuda.pinned(size), self._cuda.event()
-            self._all.append((buffer, event))
         else:
             event.synchronize()
         return StagingBlock(self, buffer, event, nbytes)
@@ -118,22 +117,38 @@ class Staging:
         self._free[len(buffer.array)].append((buffer, event))
 
     def close(self) -> None:
-        """Free everything. The caller sees to it that no copy is queued."""
-        while self._all:
-            buffer, event = self._all.pop()
-            event.close()
-            buffer.free()
-        self._free.clear()
+        """Free what nobody uses, and the rest as its users let go of it. No copy may be queued."""
+        self._closed = True
+        for blocks in list(self._free.values()):
+            while blocks:
+                buffer, event = blocks.pop()
+                event.close()
+                buffer.free()
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
 
 
 class StagingBlock:
-    """Pinned memory for one copy; ``with`` gives it back, behind what its user queued on ``stream``."""
+    """Pinned memory for one copy. Dropped instead of released, as after a failure, it is freed."""
 
     def __init__(self, staging: Staging, buffer: PinnedBuffer, event: Event, nbytes: int) -> None:
-        self._staging, self._buffer, self._event = staging, buffer, event
+        self._staging, self._event = staging, event
+        self._buffer: PinnedBuffer | None = buffer
         self.bytes: NDArray[np.uint8] = buffer.array[:nbytes]
 
     def release(self, stream: Stream) -> None:
         """Give the memory back; it is handed out again once ``stream`` has passed this point."""
-        self._event.record(stream)
-        self._staging.give_back(self._buffer, self._event)
+        buffer = self._buffer
+        if buffer is not None and not self._staging.closed:
+            self._event.record(stream)
+            self._buffer = None
+            self._staging.give_back(buffer, self._event)
+
+    def __del__(self) -> None:
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._event.close()
+            buffer.free()

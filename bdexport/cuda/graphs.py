@@ -8,6 +8,7 @@ from typing import Any
 
 from bdexport.cuda.base import Stream
 from bdexport.cuda.driver_api import checked, driver_api
+from bdexport.errors import BackendError
 
 
 class Captured:
@@ -53,8 +54,13 @@ def capture(stream: Stream) -> Iterator[Capturing]:
         executable = checked(api, api.cuGraphInstantiate(graph, 0), "graph instantiation")
     finally:
         _destroy(api, graph)
-    capturing.graph = Captured(api, executable)
-    checked(api, api.cuGraphUpload(executable, stream.handle), "graph upload")
+    captured = Captured(api, executable)
+    try:
+        checked(api, api.cuGraphUpload(executable, stream.handle), "graph upload")
+    except BackendError:
+        captured.close()
+        raise
+    capturing.graph = captured
 
 
 def _destroy(api: Any, graph: Any) -> None:

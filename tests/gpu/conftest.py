@@ -52,6 +52,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"JSON: {RESULTS}")
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Where everything was skipped, nothing was tested: that is no success."""
+    if _reports and exitstatus == 0 and not any(outcome == "passed" for outcome, _ in _reports.values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> None:
     """A GPU that cuda-python or PyCUDA can use."""

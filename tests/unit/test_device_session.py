@@ -11,12 +11,14 @@ from bundles import assert_close, pixels, rows, some_masks, torch_logits
 from cuda_double import CudaDouble, GraphDouble, read
 from device_cases import SCRATCH, DeviceCase
 
+import bdexport
 from bdexport.cuda.arena import Arena, block_bytes
 from bdexport.cuda.exchange import DeviceArray, is_device_array
 from bdexport.errors import BackendError, InputError, UsageError
 from bdexport.parts import HEAD, POLICY, STEM, path_parts
 from bdexport.runtime import Orchestrator
 from bdexport.runtime.graph_executor import MIXED, GraphExecutor
+from bdexport.runtime.grouping import plan_batch
 
 EXECUTORS = ("chain", "graph")
 
@@ -154,8 +156,6 @@ def test_the_cache_of_graphs_is_bounded(case: DeviceCase) -> None:
     session = case.session(cuda)
     executor = GraphExecutor(session, case.bundle.manifest, capacity=2)
     alive = GraphDouble.alive
-    from bdexport.runtime.grouping import plan_batch
-
     x = session.put(STEM, inputs_of(case, 1))
     masks = [np.array([[True, bool(bit), False]]) for bit in (0, 1)] + [np.ones((1, 3), bool)]
     for index in (0, 1, 0, 2, 1):
@@ -331,6 +331,18 @@ def test_an_array_of_another_device_is_refused(case: DeviceCase) -> None:
     with pytest.raises(InputError, match="got cuda:1, expected cuda:0"):
         session.put(STEM, on_double(other, inputs_of(case, 1)))
     session.close()
+
+
+def test_a_session_on_the_cpu_takes_no_gpu_arrays(case: DeviceCase) -> None:
+    """Oracle: InputError with the remedy; UsageError for logits that should stay on a GPU."""
+    cuda = CudaDouble()
+    with bdexport.load(case.bundle) as orchestrator:
+        with pytest.raises(InputError, match="in a GPU's memory: got DeviceArray, expected on cpu; copy them"):
+            orchestrator(on_double(cuda, inputs_of(case, 1)))
+        with pytest.raises(UsageError, match="on_device: this bundle runs on cpu"):
+            orchestrator.on_device(pixels(1))
+    with pytest.raises(UsageError, match="stream: got one for device 'cpu'"):
+        bdexport.load(case.bundle, stream=123)
 
 
 # ---- failures -----------------------------------------------------------------------------------------------------
