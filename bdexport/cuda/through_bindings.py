@@ -221,8 +221,9 @@ class _Stream:
         self._cuda.current()
         code = self._cuda.api.cuStreamSynchronize(self.handle)[0]
         if code != self._cuda.api.CUresult.CUDA_SUCCESS:
-            words = describe(self._cuda.api, code)
-            raise BackendError(f"cuda: queued work failed ({words})", remedy="the process must be started again")
+            lost = not code.name.startswith("CUDA_ERROR_STREAM_CAPTURE")  # that one only ends the capture
+            remedy = "the process must be started again" if lost else None
+            raise BackendError(f"cuda: queued work failed ({describe(self._cuda.api, code)})", remedy=remedy)
 
     def wait(self, event: Event) -> None:
         self._cuda.current()

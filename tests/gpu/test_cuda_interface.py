@@ -10,6 +10,8 @@ import pytest
 from bdexport.cuda import Cuda, open_cuda
 from bdexport.errors import BackendError
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(params=["cuda-python", "pycuda"])
 def cuda(request: pytest.FixtureRequest) -> Iterator[Cuda]:

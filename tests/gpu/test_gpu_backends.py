@@ -23,6 +23,7 @@ from bdexport.parts import FULL, POLICY, STEM
 
 Known = dict[tuple[str, str, str], Bundle]
 BATCH = 7
+pytestmark = pytest.mark.gpu
 
 
 def near(got: np.ndarray, expected: np.ndarray, precision: str = "fp32") -> None:
