@@ -137,7 +137,8 @@ class PolicySpec:
 
     The image is average-pooled ``input_pool`` times first (2 for ImageNet: 112x112), then runs through a small ResNet
     with one or more basic blocks per stage and a linear layer with bias. ``hidden`` > 0: a layer of so many units with
-    a ReLU comes before that one (the paper has none).
+    a ReLU comes before that one (the paper has none). ``stem_stride`` > 1, of CIFAR networks: the first convolution
+    takes every so manieth pixel through a kernel of 2 stem_stride + 1 (1: 3x3 at full resolution, as in the paper).
     """
 
     family: Family
@@ -147,6 +148,16 @@ class PolicySpec:
     shortcut: Shortcut = "avgpool"
     input_pool: int = 1
     hidden: int = 0
+    stem_stride: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stem_stride > 1 and self.family != "cifar":
+            raise UsageError(
+                "policy spec: stem_stride",
+                got=f"{self.stem_stride} for an {self.family} policy",
+                expected="1: its stem has strides of its own",
+                remedy="pool the image instead: --set policy.input_pool=2",
+            )
 
     def backbone(self) -> ResNetSpec:
         """The policy's residual network without its final layer."""
@@ -154,11 +165,10 @@ class PolicySpec:
         return ResNetSpec(self.family, "basic", self.stages, self.widths, self.shortcut, num_classes=2)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that :func:`policy_spec_from_json` reads back; ``hidden`` only where there is such a layer."""
+        """A JSON object that :func:`policy_spec_from_json` reads back; what the paper's has not, only where it is."""
         data = asdict(self) | {"stages": list(self.stages), "widths": list(self.widths)}
-        if self.hidden == 0:
-            del data["hidden"]
-        return data
+        ordinary = {"hidden": 0, "stem_stride": 1}
+        return {name: value for name, value in data.items() if name not in ordinary or value != ordinary[name]}
 
 
 @dataclass(frozen=True)

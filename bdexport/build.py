@@ -24,10 +24,12 @@ from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import BuildConfig
+from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache, default_cache_folder, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
 from bdexport.files import making_folder, sha256_file, write_bytes
+from bdexport.fusing import Fusing, check_fusing, check_size
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
@@ -50,6 +52,8 @@ class BuiltBundle(Bundle):
 
     engines: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantisation: tuple[dict[str, Any], ...] = ()  # rows of the table, see bdexport.quantise
+    fusing: dict[str, Any] | None = None  # "seconds" that fusing takes, "bytes_before" and "bytes_after"
 
     def count(self, outcome: str) -> int:
         """How many engines were "built", "reused" or "rebuilt"."""
@@ -66,8 +70,12 @@ def build_bundle(
     overwrite: bool = False,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
+    calibration: Dataset | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
+
+    ``calibration``: images on which masks are counted and executors measured, best a validation split; None: the
+    masks that the checkpoint's policy statistics count, and random images.
 
     ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
     ``cache_dir``: the engine cache, default as :func:`bdexport.engine_cache.default_cache_folder`. Raises UsageError,
@@ -93,6 +101,7 @@ def build_bundle(
         overwrite=overwrite,
         progress=progress,
         cache=EngineCache(Path(cache_dir) if cache_dir is not None else default_cache_folder()),
+        calibration=calibration,
     )
 
 
@@ -107,6 +116,7 @@ def bundle_from_model(
     overwrite: bool = False,
     progress: Progress | None = None,
     cache: EngineCache | None = None,
+    calibration: Dataset | None = None,
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
@@ -116,11 +126,16 @@ def bundle_from_model(
         engines, outcomes, notes = _build_engines(graphs, staging / ENGINES, backend, config, model, cache, report)
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, config, parts, checkpoint_sha256)
+        check_size(manifest, config.fused.max_bundle_mb)
+        fusing = Fusing(Bundle(staging, manifest), backend, config.fused, calibration, report)
+        manifest = fusing.with_mapping(fusing.with_paths())
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
         verification = _verified(Bundle(staging, manifest), model, backend, notes, report)
-        write_manifest(staging, replace(manifest, verification=verification))
+        manifest = replace(fusing.with_executor(manifest), verification=verification)
+        write_manifest(staging, manifest)
+        notes += fusing.notes
     opened = open_bundle(out)
-    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes))
+    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs)
 
 
 def checked_backend(config: BuildConfig) -> Backend:
@@ -132,7 +147,9 @@ def checked_backend(config: BuildConfig) -> Backend:
     for name, value in (("--max-batch", config.max_batch), ("--jobs", config.jobs)):
         if value is not None and value < 1:
             raise UsageError(name, got=value, expected="at least 1")
-    return get_backend(config.backend)
+    backend = get_backend(config.backend)
+    check_fusing(config.fused, backend)
+    return backend
 
 
 def default_bundle_path(checkpoint_path: Path) -> Path:
@@ -274,7 +291,6 @@ def _manifest(
         training=training,
         policy_statistics=checkpoint.training.get(STATISTICS) or {},
         checkpoint={"sha256": checkpoint_sha256, "form": checkpoint.form},
-        executor={"choice": "chain", "reason": "one engine per part; this bundle holds no fused paths"},
     )
 
 

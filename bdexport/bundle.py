@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,20 @@ from bdexport.bundle_checks import (
 )
 from bdexport.errors import BundleError, InputError
 from bdexport.files import sha256_file, write_json
+from bdexport.fused import FusedPaths, fused_from_json
+from bdexport.mask_map import MaskMapping, mapping_from_json
 from bdexport.parts import part_names
 from bdexport.preprocess import Preprocess, preprocess_from_json
 from bdexport.tensors import TensorSpec, tensor_spec_from_json
+from bdexport.zoo import zoo_name
 
 SCHEMA = "bdexport-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LAYOUT = "NCHW"
 INPUT_NAME, OUTPUT_NAME, DTYPE = "x", "y", "float32"  # of every part's graph
+RUN_CHECKPOINT = "model.safetensors"  # ``checkpoint.reading.RUN_FILE``, which this half cannot import (torch)
+CHECKPOINT_SUFFIXES = (".safetensors", ".th", ".pt", ".pth", ".t7", ".pth.tar")
 MAX_BLOCKS = 10_000  # far above any network; keeps a damaged number from filling the memory
 REBUILD = "copy the bundle again, or rebuild it with `bdexport build`"
 
@@ -90,6 +95,8 @@ class Manifest:
     layout: str = LAYOUT
     format_version: int = FORMAT_VERSION
     extra: dict[str, Any] = field(default_factory=dict)
+    fused: FusedPaths | None = None
+    mask_mapping: MaskMapping | None = None
 
     def files(self) -> list[FileEntry]:
         """Every file of the bundle but the manifest itself, in the parts' order."""
@@ -101,10 +108,15 @@ class Manifest:
         data: dict[str, Any] = {"schema": f"{SCHEMA}/{self.format_version}", "format_version": self.format_version}
         own = {"preprocess": self.preprocess.to_json(), "parts": [_part_to_json(part) for part in self.parts.values()]}
         plain = {name: getattr(self, name) for name in _FIELDS if name not in own and name not in data}
-        return data | plain | own | {"transitions": list(self.transitions), "class_names": list(self.class_names)}
+        lists = {"transitions": list(self.transitions), "class_names": list(self.class_names)}
+        later = {name: getattr(self, name) for name in _LATER}
+        return (
+            data | plain | own | lists | {name: value.to_json() for name, value in later.items() if value is not None}
+        )
 
 
-_FIELDS = tuple(Manifest.__dataclass_fields__)
+_LATER = ("fused", "mask_mapping")  # keys that bundles of earlier builds do not have
+_FIELDS = tuple(name for name in Manifest.__dataclass_fields__ if name not in _LATER)
 
 
 @dataclass(frozen=True)
@@ -150,11 +162,23 @@ def open_bundle(path: str | Path) -> Bundle:
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of the bundle at ``path``, fully validated; no other file is looked at."""
     root = Path(path)
+    if _holds_checkpoint(root):
+        remedy = f"build it first: bdexport build {root}"
+        raise rule_error("R1", f"{root}: not a bundle", got="a checkpoint", expected="a BUNDLE folder", remedy=remedy)
     if not root.exists():
         raise BundleError(f"{root}: no such bundle", remedy="build one with `bdexport build CKPT --out BUNDLE`")
     if not root.is_dir() or not (root / MANIFEST).is_file() or (root / MANIFEST).is_symlink():
         raise rule_error("R1", f"{root}: not a bundle", got=f"no regular file {MANIFEST}", remedy=REBUILD)
     return manifest_from_json(parse_document(root / MANIFEST), str(root))
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    """Whether ``path`` names what bundles are built from: a checkpoint's file, a run's folder, a model of the zoo."""
+    if zoo_name(path) is not None:
+        return True
+    if path.is_dir():
+        return (path / RUN_CHECKPOINT).is_file() and not (path / MANIFEST).exists()
+    return path.is_file() and path.name.endswith(CHECKPOINT_SUFFIXES)
 
 
 def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
@@ -189,7 +213,12 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         executor=reader.optional_mapping("executor"),
         extra=reader.mapping("extra"),
     )
+    fused, mapping = (reader.absent_or_mapping(key, "R16") for key in _LATER)
     reader.finish()
+    if fused is not None:
+        manifest = replace(manifest, fused=fused_from_json(fused, num_blocks, reader.where))
+    if mapping is not None:
+        manifest = replace(manifest, mask_mapping=mapping_from_json(mapping, num_blocks, reader.where))
     check_chain(manifest, reader.where)
     check_statistics(manifest.policy_statistics, num_blocks, reader.where)
     return manifest

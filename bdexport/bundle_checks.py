@@ -123,11 +123,11 @@ class Reader:
         """A string that is not empty, or null."""
         return None if self._take(key, rule, (str, type(None)), "a string or null") is None else self.text(key, rule)
 
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+    def choice(self, key: str, allowed: tuple[str, ...], rule: str = "R4") -> str:
         """One of the given strings."""
-        value = self.text(key)
+        value = self.text(key, rule)
         if value not in allowed:
-            raise rule_error("R4", f"{self.where}: {key}", got=repr(value), expected=" or ".join(allowed))
+            raise rule_error(rule, f"{self.where}: {key}", got=repr(value), expected=" or ".join(allowed))
         return value
 
     def time(self, key: str) -> str:
@@ -154,11 +154,11 @@ class Reader:
         value = self._take(key, rule, (int, type(None)), f"an integer, at least {minimum}, or null")
         return None if value is None else self.integer(key, rule, minimum)
 
-    def share(self, key: str) -> float:
+    def share(self, key: str, rule: str = "R15") -> float:
         """A number in 0..1."""
-        value: float = self._take(key, "R15", (int, float), "a number in 0..1")
+        value: float = self._take(key, rule, (int, float), "a number in 0..1")
         if not 0 <= value <= 1:
-            raise rule_error("R15", f"{self.where}: {key}", got=value, expected="a number in 0..1")
+            raise rule_error(rule, f"{self.where}: {key}", got=value, expected="a number in 0..1")
         return value
 
     def integers(self, key: str, rule: str) -> tuple[int, ...]:
@@ -168,11 +168,11 @@ class Reader:
             raise rule_error(rule, f"{self.where}: {key}", got=values, expected="a list of integers")
         return tuple(values)
 
-    def texts(self, key: str, minimum: int) -> tuple[str, ...]:
+    def texts(self, key: str, minimum: int, rule: str = "R4") -> tuple[str, ...]:
         """A list of at least ``minimum`` strings."""
-        values = self.items(key, "R4")
+        values = self.items(key, rule)
         if len(values) < minimum or not all(isinstance(value, str) and value for value in values):
-            raise rule_error("R4", f"{self.where}: {key}", got=values, expected=f"at least {minimum} strings")
+            raise rule_error(rule, f"{self.where}: {key}", got=values, expected=f"at least {minimum} strings")
         return tuple(values)
 
     def items(self, key: str, rule: str) -> list[Any]:
@@ -190,11 +190,15 @@ class Reader:
         value: dict[str, Any] | None = self._take(key, rule, (dict, type(None)), "an object or null")
         return value
 
-    def text_mapping(self, key: str) -> dict[str, str]:
+    def absent_or_mapping(self, key: str, rule: str = "R4") -> dict[str, Any] | None:
+        """A JSON object, or None where the key, which later writers added, is absent."""
+        return self.mapping(key, rule) if key in self._data else None
+
+    def text_mapping(self, key: str, rule: str = "R4") -> dict[str, str]:
         """A JSON object whose values are strings."""
-        value = self.mapping(key)
+        value = self.mapping(key, rule)
         if not all(isinstance(item, str) for item in value.values()):
-            raise rule_error("R4", f"{self.where}: {key}", got=value, expected="an object of strings")
+            raise rule_error(rule, f"{self.where}: {key}", got=value, expected="an object of strings")
         return value
 
     def finish(self) -> None:

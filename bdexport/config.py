@@ -147,6 +147,9 @@ class PolicyConfig:
     lessons: int = 8  # .. so many times a step
     hidden: int = 0  # units of a layer between backbone and last layer; the paper has none
     input_pool: int | None = None  # average-pool the policy's input so many times; None: as in the paper
+    stem_stride: int = 1  # of the policy's first convolution (CIFAR); 2: a quarter of its FLOPs and less
+    stages: str = ""  # blocks of the policy's stages, e.g. "1,1,2"; empty: as in the paper
+    widths: str = ""  # .. and their channels, e.g. "24,48,96"
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,32 @@ def _paper(num_blocks: int) -> TrainConfig:
 
 
 @dataclass(frozen=True)
+class FusedConfig:
+    """Which masks run as one engine each, which executor is taken, and what may run instead of a mask."""
+
+    paths: int | None = None  # None: as many as cover ``coverage`` of the calibration images, at most ``most``
+    coverage: float = 0.95
+    most: int = 32
+    max_bundle_mb: float | None = None  # 10^6 bytes
+    measure: bool = True  # choose the executor by measuring; otherwise fused where there are fused paths
+    calibration_images: int = 2000  # of the validation split, where a data set is given
+    quantise: str | None = None  # None: the policy's masks run as they are; cover or budget
+    accuracy_budget: float = 0.5  # points of validation accuracy that ``budget`` may lose
+    table: tuple[int, ...] = (4, 8, 16, 32)  # numbers of paths that quantising is tabled for
+
+
+@dataclass(frozen=True)
+class ChoiceConfig:
+    """How executors are measured when a bundle is built: in turn, on masks as they occur."""
+
+    single_calls: int = 64  # timed calls of batch 1 per executor, after some for warm-up
+    batch: int = 64
+    batch_calls: int = 4
+    seconds: float = 2.0  # for each of the two at most; what is measured by then counts
+    worth: float = 0.01  # an executor has to be this share faster than chain, on the mean of both batches
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """What engines are built for. ``max_batch`` None: any batch, where the backend can."""
 
@@ -293,6 +322,7 @@ class BuildConfig:
     precision: str = "fp32"
     max_batch: int | None = None
     jobs: int = 1  # engines built at a time; backends that choose kernels by timing them want the machine to themselves
+    fused: FusedConfig = field(default_factory=FusedConfig)
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,8 @@ def fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) 
     if name and not set(name) - {"0", "1"}:
         if len(name) != num_blocks:
             raise UsageError("fixed mask", got=f"{len(name)} blocks", expected=f"{num_blocks} characters, each 0 or 1")
+        if "1" not in name:
+            raise UsageError("fixed mask", got=name, expected="at least one block kept")
         return name, same_mask(mask_from_text(name, num_blocks))
     if name not in ("first-k", "random-k", "distribute-k"):
         raise UsageError("fixed mask", got=repr(name), expected="first-k, random-k, distribute-k or a text of 0 and 1")

@@ -28,7 +28,16 @@ def _reported(path: Path) -> Iterator[None]:
             raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another place") from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another name") from error
+        if error.errno == errno.ENOENT and not path.parent.is_dir():  # of the kernel's own file systems, say
+            what = f"{path}: its folder cannot be made ({error.strerror})"
+            raise OutputError(what, remedy="choose another place") from error
         raise
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise :class:`OutputError` where ``path`` exists and nobody asked to replace it; for use before long work."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already", remedy="choose another name, or pass --overwrite to replace it")
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -33,7 +33,7 @@ from bdexport.parts import (
     path_parts,
     shortcut_part,
 )
-from bdexport.runtime.executors import Chain
+from bdexport.runtime.executors import Chain, Executor, Fused
 from bdexport.runtime.grouping import plan_batch
 
 if TYPE_CHECKING:
@@ -249,11 +249,27 @@ class _Comparison:
                 {"kind": kind, "count": len(masks)} | self._path_entry(np.concatenate(got), reference, masks)
             )
             if kind == "random":
-                grouped = self._grouped(masks, rows)
+                grouped = self._grouped(Chain(self.candidate, self.manifest), masks, rows)
                 entries.append(
                     {"kind": "random, as batches", "count": len(masks)} | self._path_entry(grouped, reference, masks)
                 )
-        return entries
+        return entries + self._fused_paths()
+
+    def _fused_paths(self) -> list[dict[str, Any]]:
+        """The fused paths' own engines, image by image and as mixed batches; nothing where there are none."""
+        if Fused.unavailable(self.candidate, self.manifest) is not None or self.manifest.fused is None:
+            return []
+        executor, own = Fused(self.candidate, self.manifest), self.manifest.fused.masks(self.manifest.num_blocks)
+        masks = np.concatenate([own, np.ones((1, self.manifest.num_blocks), bool), own])
+        rows = np.arange(len(masks)) % len(self.inputs)
+        pairs = list(zip(rows, masks, strict=True))
+        expected = np.concatenate([self._path(self.reference, mask, self.inputs[row : row + 1]) for row, mask in pairs])
+        singly = [self._grouped(executor, mask[None], np.array([row])) for row, mask in pairs]
+        batches = self._grouped(executor, masks, rows)
+        kinds = {"fused paths": np.concatenate(singly), "fused paths, as batches": batches}
+        return [
+            {"kind": kind, "count": len(masks)} | self._path_entry(got, expected, masks) for kind, got in kinds.items()
+        ]
 
     def _kinds(self) -> dict[str, Masks]:
         blocks = self.manifest.num_blocks
@@ -278,14 +294,14 @@ class _Comparison:
         parts = path_parts(mask.tolist(), self.manifest.transitions)
         return session.get(HEAD, session.run_path(parts, session.put(STEM, x)))
 
-    def _grouped(self, masks: Masks, rows: NDArray[np.intp]) -> Array:
-        """The candidate's logits when the same images and masks come as batches, regrouped per block."""
-        chain, size, logits = Chain(self.candidate, self.manifest), self.batch, []
+    def _grouped(self, executor: Executor, masks: Masks, rows: NDArray[np.intp]) -> Array:
+        """The candidate's logits when the same images and masks come as batches, regrouped."""
+        size, logits = self.batch, []
         for start in range(0, len(masks), size):
             plan = plan_batch(masks[start : start + size])
             batch = self.inputs[rows[start : start + size]]
             order = np.arange(len(batch)) if plan.order is None else plan.order
-            out = self.candidate.get(HEAD, chain.run(self.candidate.put(STEM, batch[order]), plan))
+            out = self.candidate.get(HEAD, executor.run(self.candidate.put(STEM, batch[order]), plan))
             logits.append(out[np.argsort(order)])
         return np.concatenate(logits)
 
@@ -336,4 +352,4 @@ def _opened(bundle: Bundle, threads: int | None, device: str | None) -> closing[
     backend = get_backend(bundle.manifest.backend)
     if not backend.computes:
         raise UsageError(f"{bundle.path}: backend {backend.name} computes nothing, so there is nothing to verify")
-    return closing(backend.open(bundle, RunOptions(device=device or default_device(backend), threads=threads)))
+    return closing(backend.open(bundle, RunOptions(device or default_device(backend), threads, fused=True)))

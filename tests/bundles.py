@@ -14,7 +14,7 @@ from bdexport.backends import get_backend
 from bdexport.backends.base import Backend
 from bdexport.build import bundle_from_model
 from bdexport.bundle import Bundle
-from bdexport.config import BuildConfig
+from bdexport.config import BuildConfig, FusedConfig
 from bdexport.models.pair import BlockDropNet
 from bdexport.parts import Masks
 
@@ -28,7 +28,8 @@ def make_bundle(
 ) -> Bundle:
     """Build ``model``'s bundle at ``folder``, without a cache."""
     chosen = get_backend(backend) if isinstance(backend, str) else backend
-    config = BuildConfig(backend=chosen.name, max_batch=max_batch, precision=precision)
+    unmeasured = FusedConfig(measure=False)
+    config = BuildConfig(backend=chosen.name, max_batch=max_batch, precision=precision, fused=unmeasured)
     built = bundle_from_model(
         model, tiny_checkpoint(model), folder, chosen, config=config, checkpoint_sha256="0" * 64, overwrite=True
     )

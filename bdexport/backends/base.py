@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +46,13 @@ class RunOptions:
     """How engines are loaded. ``threads`` None: the backend's choice, reported by the session.
 
     ``stream``: on a GPU, the caller's stream (a raw handle or an object with ``__cuda_stream__``); None: the session's.
+    ``fused``: load the manifest's fused paths too, where the backend can (:class:`FusedSession`).
     """
 
     device: str = "cpu"
     threads: int | None = None
     stream: Any = None
+    fused: bool = False
 
 
 class Session(Protocol):
@@ -75,7 +77,7 @@ class Session(Protocol):
     def put(self, part: str, array: NDArray[Any]) -> Tensor:
         """A host array in the manifest's layout -> the session's tensor, as input of ``part``; it may share memory.
 
-        ``policy``, ``stem`` and ``full`` have the same input: what is put for one of them will do for the others.
+        The image has one form for ``stem``, ``policy`` and ``full``, and logits one for ``head`` and ``full``.
         """
 
     def get(self, part: str, tensor: Tensor) -> NDArray[Any]:
@@ -85,7 +87,10 @@ class Session(Protocol):
         """Run one part on a batch; the result is fresh."""
 
     def run_path(self, parts: Sequence[str], x: Tensor) -> Tensor:
-        """Run parts one after another on the whole batch; the result is valid until the thread's next path begins."""
+        """Run parts one after another on the whole batch; the result is valid until the thread's next path begins.
+
+        Part by part, whether or not the path is also a fused one: what executor ``chain`` runs.
+        """
 
     def take(self, x: Tensor, rows: Rows) -> Tensor:
         """The given images of a batch, gathered in that order; contiguous rows may be a view of ``x``."""
@@ -98,6 +103,22 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free everything; further calls raise UsageError."""
+
+
+@runtime_checkable
+class FusedSession(Protocol):
+    """A session that can also run whole paths as one engine each."""
+
+    @property
+    def fused(self) -> frozenset[tuple[str, ...]]:
+        """The paths, as the parts that they run, which :meth:`run_fused` takes."""
+
+    @property
+    def fused_seconds(self) -> float:
+        """How long linking and loading them took."""
+
+    def run_fused(self, path: tuple[str, ...], x: Tensor) -> Tensor:
+        """The network's input -> logits, fresh, by the path's own engine."""
 
 
 class Backend(Protocol):
@@ -132,3 +153,8 @@ class Backend(Protocol):
 def default_device(backend: Backend) -> str:
     """Where a backend runs when nobody names a device: its ``default_device``, which only backends off the CPU have."""
     return str(getattr(backend, "default_device", RunOptions().device))
+
+
+def fuses_paths(backend: Backend) -> bool:
+    """Whether the backend's sessions are :class:`FusedSession`; a backend says so with ``fuses = True``."""
+    return bool(getattr(backend, "fuses", False))

@@ -34,6 +34,7 @@ class OnnxRuntimeBackend:
     precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ".onnx"
     computes = True
+    fuses = True
 
     def available(self) -> Availability:
         """Whether onnxruntime can be imported."""
@@ -81,9 +82,8 @@ class OnnxRuntimeBackend:
             raise no_device_error(self.name, options.device, "cpu or cuda")
         self._check_built_for_this(bundle)
         threads, note = chosen_threads(options.threads, bundle.manifest.parts[FULL].flops)
-        return OnnxRuntimeSession(
-            bundle.manifest, {part: bundle.engine(part) for part in bundle.manifest.parts}, threads, note
-        )
+        files = {part: bundle.engine(part) for part in bundle.manifest.parts}
+        return OnnxRuntimeSession(bundle.manifest, files, threads, note, fused=options.fused)
 
     def _check_built_for_this(self, bundle: Bundle) -> None:
         """Engines of another channel block would run and give wrong numbers, so this is never only a warning."""

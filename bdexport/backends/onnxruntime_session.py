@@ -2,7 +2,8 @@
 
 No two thread pools compute one call: with one thread, no session has a pool; with more, whole paths run in one linked
 session (:mod:`bdexport.backends.onnxruntime_link`) and single parts in sessions without a pool, whose batches are split
-between this session's own threads.
+between this session's own threads. Fused paths are linked from the parts' engines as well, one session each, on the
+same weights in memory (:class:`_SharedWeights`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,15 +28,22 @@ from bdexport.backends.onnxruntime_common import (
     Reported,
     load_model,
 )
-from bdexport.backends.onnxruntime_link import INPUT, OUTPUT, Linker, input_name, keep_name, output_name
+from bdexport.backends.onnxruntime_link import (
+    INPUT,
+    OUTPUT,
+    Linker,
+    float_weights,
+    input_name,
+    keep_name,
+    output_name,
+)
 from bdexport.errors import BackendError
-from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks, block_part, path_parts
+from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks, block_part
 
 if TYPE_CHECKING:
     from bdexport.bundle import Manifest, PartEntry
 
 WHOLE = (POLICY, FULL)  # parts that are networks of their own, outside the chain
-MAX_PATHS, PATH_BYTES = 64, 64_000_000  # masks with a session of their own; 1 MB and 2 ms each for ResNet-32
 CACHED_MASKS = 4096
 Array = NDArray[Any]
 
@@ -46,18 +55,37 @@ class OnnxRuntimeSession(ArrayRows):
     """
 
     def __init__(
-        self, manifest: Manifest, files: Mapping[str, Path], threads: int, note: str, linked: bool = True
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Path],
+        threads: int,
+        note: str,
+        linked: bool = True,
+        fused: bool = False,
     ) -> None:
         self.device, self.threads = "cpu", threads
         self.notes: tuple[str, ...] = (note,)
         self._manifest = manifest
+        engines = _read_engines(files) if linked else {}
+        weights = _SharedWeights(engines)
         self._parts = {
-            part: _Part(part, path, manifest.parts[part], threads if part in WHOLE else 1, named=linked)
+            part: _Part(part, path, manifest.parts[part], threads if part in WHOLE else 1, linked, weights.of([part]))
             for part, path in files.items()
         }
-        self._chain = _LinkedChain(manifest, files, threads) if linked else None
-        if self._chain is not None:
-            self.notes += (self._chain.note,)
+        paths = manifest.fused.part_paths(manifest.transitions) if fused and manifest.fused is not None else []
+        linker = _linker(engines) if linked and (paths or threads > 1) else None
+        self._switched = _SwitchedChain(manifest, linker, threads) if linker is not None and threads > 1 else None
+        if self._switched is not None:
+            self.notes += (f"chain: parts linked into one session, one pool of {threads} threads",)
+        elif linked:
+            self.notes += ("chain: a session per part, without thread pools",)
+        began = perf_counter()
+        self._fused = {
+            path: _FusedPath(manifest, linker, path, threads, weights) for path in paths if linker is not None
+        }
+        self.fused, self.fused_seconds = frozenset(self._fused), perf_counter() - began
+        if paths:
+            self.notes += (f"fused: {len(paths)} paths linked from the parts' engines, on the same weights",)
         self._in_turn: _PartsInTurn | None = _PartsInTurn(self._parts, manifest)
         self._pool = ThreadPoolExecutor(threads - 1, "bdexport") if threads > 1 else None
         self._closed = False
@@ -82,9 +110,9 @@ class OnnxRuntimeSession(ArrayRows):
         return np.concatenate([engine.run(shares[0]), *(other.result() for other in others)])
 
     def run_path(self, parts: Sequence[str], x: Array) -> Array:
-        chain, in_turn = self._chain, self._in_turn
+        switched, in_turn = self._switched, self._in_turn
         self._check_open()
-        logits = chain.run(parts, x) if chain is not None else None
+        logits = switched.run(parts, x) if switched is not None else None
         if logits is not None:
             return logits
         if in_turn is not None and len(x) == 1 and parts[0] == STEM and parts[-1] == HEAD:
@@ -93,10 +121,15 @@ class OnnxRuntimeSession(ArrayRows):
             x = self.run(part, x)
         return x
 
+    def run_fused(self, path: tuple[str, ...], x: Array) -> Array:
+        fused = self._fused
+        self._check_open()
+        return fused[path].run(x)
+
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.
         self._closed = True
-        self._parts, self._chain, self._in_turn = {}, None, None
+        self._parts, self._switched, self._in_turn, self._fused = {}, None, None, {}
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -113,11 +146,14 @@ class OnnxRuntimeSession(ArrayRows):
 class _Part:
     """One engine in a session of its own. Whole networks (policy, full) run single images in static buffers."""
 
-    def __init__(self, part: str, path: Path, entry: PartEntry, threads: int, named: bool) -> None:
+    def __init__(
+        self, part: str, path: Path, entry: PartEntry, threads: int, named: bool, weights: Mapping[str, Any]
+    ) -> None:
         self.part, self.threads = part, threads
+        self._weights = weights  # the session reads them where they are and does not keep them
         self._input, self._outputs = (input_name(part), [output_name(part)]) if named else (INPUT, [OUTPUT])
         with Reported(part, f"cannot load {path}"):
-            self._session = load_model(str(path), threads)
+            self._session = load_model(str(path), threads, weights)
             properties = self._session.get_modelmeta().custom_metadata_map
         if properties.get(PART_PROPERTY) != part:
             what = f"{part} [onnxruntime]: {path} is another part's engine"
@@ -222,57 +258,74 @@ class _PartBuffers:
         return self._between[shape, side]
 
 
-class _LinkedChain:
-    """Whole paths in one session each, linked from the parts' engines.
+def _read_engines(files: Mapping[str, Path]) -> dict[str, bytes]:
+    with Reported("chain", "cannot read the parts' engines"):
+        return {part: path.read_bytes() for part, path in files.items() if part not in WHOLE}
 
-    With several threads, one session holds all parts and has an image's mask as its inputs: one thread pool, and no
-    second one that spins against it. With one thread there is no pool, and the most frequent masks get a session
-    each, their parts in a row (ResNet-32, 7 of 15 blocks: 7 % less than part by part); other masks are not run here.
-    """
 
-    def __init__(self, manifest: Manifest, files: Mapping[str, Path], threads: int) -> None:
+def _linker(engines: Mapping[str, bytes]) -> Linker:
+    with Reported("chain", "cannot link the parts' engines"):
+        return Linker(engines)
+
+
+class _SharedWeights:
+    """The parts' weights, once in memory: sessions of parts and of fused paths are given the same arrays."""
+
+    def __init__(self, engines: Mapping[str, bytes]) -> None:
+        self._values: dict[str, dict[str, Any]] = {}
+        for part, engine in engines.items():
+            with Reported(part, "cannot read its weights"):
+                self._values[part] = {name: _shared(array) for name, array in float_weights(engine).items()}
+
+    def of(self, parts: Sequence[str]) -> dict[str, Any]:
+        """Weights by name, of the given parts; none of a part that shares none."""
+        return {name: value for part in parts for name, value in self._values.get(part, {}).items()}
+
+
+class _FusedPath:
+    """One path in a session of its own, its parts in a row."""
+
+    def __init__(
+        self, manifest: Manifest, linker: Linker, path: tuple[str, ...], threads: int, weights: _SharedWeights
+    ) -> None:
+        self._weights = weights.of(path)  # the session reads them where they are and does not keep them
+        with Reported("fused", "cannot link the parts' engines"):
+            self._session = load_model(linker.path(path), threads, self._weights)
+        image, logits = manifest.parts[STEM].input.shape, manifest.parts[HEAD].output.shape
+        self._single = _SingleImage("fused", self._session, image, logits)
+
+    def run(self, x: Array) -> Array:
+        """The logits of a batch, fresh."""
+        if len(x) == 1:
+            return self._single(x)
+        with Reported("fused", "failed"):
+            result: Array = self._session.run([OUTPUT], {INPUT: x})[0]
+        return result
+
+
+class _SwitchedChain:
+    """All parts in one session with an image's mask as its inputs: one thread pool, and no second one to spin with."""
+
+    def __init__(self, manifest: Manifest, linker: Linker, threads: int) -> None:
         self._keeps = [keep_name(index) for index in range(manifest.num_blocks)]
         self._blocks = [block_part(index) for index in range(manifest.num_blocks)]
         image, logits = manifest.parts[STEM].input.shape, manifest.parts[HEAD].output.shape
-        data = {part: path.read_bytes() for part, path in files.items() if part not in WHOLE}
         with Reported("chain", "cannot link the parts' engines"):
-            linker = Linker(data)
-            if threads > 1:
-                self._switched = load_model(
-                    linker.switched(manifest.num_blocks, frozenset(manifest.transitions)), threads
-                )
-                self._single = _SingleImage("chain", self._switched, image, logits, self._keeps)
-                paths = []
-            else:
-                self._switched = None
-                paths = frequent_paths(manifest, {part: len(engine) for part, engine in data.items()})
-            self._paths = {path: load_model(linker.path(path), 1) for path in paths}
-        self._single_paths = {
-            path: _SingleImage("chain", session, image, logits) for path, session in self._paths.items()
-        }
+            model = linker.switched(manifest.num_blocks, frozenset(manifest.transitions))
+            self._session = load_model(model, threads)
+        self._single = _SingleImage("chain", self._session, image, logits, self._keeps)
         self._masks: dict[tuple[str, ...], Masks] = {}
-        self.note = (
-            f"chain: parts linked into one session, one pool of {threads} threads"
-            if threads > 1
-            else f"chain: a session per part; the {len(paths)} most frequent masks linked into one session each"
-        )
 
     def run(self, parts: Sequence[str], x: Array) -> Array | None:
-        """The logits of a whole path; None when ``parts`` are no path that is linked."""
-        path = tuple(parts)
-        if len(x) == 1 and path in self._single_paths:
-            return self._single_paths[path](x)
-        keep = self._mask(path) if self._switched is not None else None
-        if keep is not None and len(x) == 1:
+        """The logits of a whole path; None when ``parts`` are no whole path."""
+        keep = self._mask(tuple(parts))
+        if keep is None:
+            return None
+        if len(x) == 1:
             return self._single(x, keep)
-        if keep is not None:
-            switches = {name: np.asarray(keep[index]) for index, name in enumerate(self._keeps)}
-            return self._run_batch(self._switched, {INPUT: x} | switches)
-        return self._run_batch(self._paths[path], {INPUT: x}) if path in self._paths else None
-
-    def _run_batch(self, session: Any, feeds: dict[str, Array]) -> Array:
+        switches = {name: np.asarray(keep[index]) for index, name in enumerate(self._keeps)}
         with Reported("chain", "failed"):
-            result: Array = session.run([OUTPUT], feeds)[0]
+            result: Array = self._session.run([OUTPUT], {INPUT: x} | switches)[0]
         return result
 
     def _mask(self, path: tuple[str, ...]) -> Masks | None:
@@ -283,20 +336,6 @@ class _LinkedChain:
             if len(self._masks) < CACHED_MASKS:
                 self._masks[path] = mask
         return mask
-
-
-def frequent_paths(manifest: Manifest, engine_bytes: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """The paths of the masks that occur most in the manifest's statistics, within :data:`PATH_BYTES` of weights."""
-    masks = sorted(manifest.policy_statistics.get("masks", ()), key=lambda item: -int(item["count"]))
-    chosen: list[tuple[str, ...]] = []
-    weight = 0
-    for item in masks[:MAX_PATHS]:
-        path = path_parts([digit == "1" for digit in item["mask"]], manifest.transitions)
-        weight += sum(engine_bytes[part] for part in path)
-        if weight > PATH_BYTES:
-            break
-        chosen.append(path)
-    return chosen
 
 
 class _SingleImage:

@@ -51,6 +51,7 @@ class OpenVinoBackend:
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     engine_suffix = ".openvino"
     computes = True
+    fuses = True
 
     def available(self) -> Availability:
         """Whether openvino can be imported. Its own telemetry is kept out."""
@@ -115,7 +116,7 @@ class OpenVinoBackend:
         self._check_built_for_this(bundle)
         threads, note = chosen_threads(options.threads, manifest.parts[FULL].flops)
         files = {part: bundle.engine(part) for part in manifest.parts}
-        return OpenVinoSession(manifest, files, threads, note)
+        return OpenVinoSession(manifest, files, threads, note, options.fused)
 
     def _check_built_for_this(self, bundle: Bundle) -> None:
         manifest = bundle.manifest

@@ -11,7 +11,9 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,18 +46,29 @@ Array = NDArray[Any]
 class OpenVinoSession(ArrayRows):
     """See :class:`bdexport.backends.base.Session`. Tensors are numpy arrays."""
 
-    def __init__(self, manifest: Manifest, files: Mapping[str, Path], threads: int, note: str) -> None:
+    def __init__(
+        self, manifest: Manifest, files: Mapping[str, Path], threads: int, note: str, fused: bool = False
+    ) -> None:
         self.device, self.threads = "cpu", threads
         precision = manifest.precision
         self._parts = {
-            part: _Part(part, path, manifest.parts[part], threads, precision) for part, path in files.items()
+            part: _Engine(
+                part, _read_engine(part, path, manifest.parts[part]), manifest.parts[part], threads, precision
+            )
+            for part, path in files.items()
         }
+        paths = manifest.fused.part_paths(manifest.transitions) if fused and manifest.fused is not None else []
+        began = perf_counter()
+        self._fused = {path: self._linked(path, manifest, threads) for path in paths}
+        self.fused, self.fused_seconds = frozenset(self._fused), perf_counter() - began
         self._thread = threading.local()
         self._closed = False
         # One pool: OpenVINO's threads come from one per process, whatever the number of engines.
         built, here = manifest.versions.get("openvino"), import_openvino().__version__.partition("-")[0]
         self.notes: tuple[str, ...] = (note, _precision_note(precision, self._parts.values()))
         self.notes += ("batch 1 is compiled when the bundle is opened, other batches by their first call",)
+        if paths:
+            self.notes += (f"fused: {len(paths)} paths compiled from the parts' graphs, one model each",)
         if built != here:
             self.notes += (f"openvino: built with {built}, running with {here}",)
 
@@ -85,18 +98,30 @@ class OpenVinoSession(ArrayRows):
             x = engines[part].run(x)
         return x
 
+    def run_fused(self, path: tuple[str, ...], x: Array) -> Array:
+        fused = self._fused
+        if self._closed:
+            raise closed_error("openvino")
+        return fused[path].run(x)
+
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.
         self._closed = True
-        self._parts = {}
+        self._parts, self._fused = {}, {}
+
+    def _linked(self, path: tuple[str, ...], manifest: Manifest, threads: int) -> _Engine:
+        """The path as one model: OpenVINO optimises across what were the parts' ends."""
+        entry = replace(manifest.parts[STEM], name="fused", output=manifest.parts[HEAD].output)
+        with Reported("fused", "cannot link the parts"):
+            model = _in_a_row([self._parts[part].model for part in path])
+        return _Engine("fused", model, entry, threads, manifest.precision)
 
 
-class _Part:
-    """One engine: compiled for single images when it is loaded, for any batch when one first comes."""
+class _Engine:
+    """One model: compiled for single images when it is loaded, for any batch when one first comes."""
 
-    def __init__(self, part: str, path: Path, entry: PartEntry, threads: int, precision: str) -> None:
-        self.part, self.entry = part, entry
-        self._model = _read_engine(part, path, entry)
+    def __init__(self, part: str, model: Any, entry: PartEntry, threads: int, precision: str) -> None:
+        self.part, self.entry, self.model = part, entry, model
         self._config = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -106,8 +131,8 @@ class _Part:
             # Engines that pin their threads pin them to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        with Reported(part, f"cannot load {path}"):
-            single = self._model.clone()
+        with Reported(part, "cannot load"):
+            single = model.clone()
             single.reshape({0: [1, *entry.input.shape]})
             self.single = core().compile_model(single, "CPU", self._config)
         self.kernels = _kernels(self.single)
@@ -141,7 +166,7 @@ class _Part:
             pass
         with self._compiling, Reported(self.part, "cannot be compiled for any batch"):
             if self._any is None:
-                self._any = core().compile_model(self._model, "CPU", self._config)
+                self._any = core().compile_model(self.model, "CPU", self._config)
             self._thread.any = self._any.create_infer_request()
         return self._thread.any
 
@@ -149,7 +174,7 @@ class _Part:
 class _SingleImage:
     """A request with buffers of one image that are bound once; they belong to one thread."""
 
-    def __init__(self, part: _Part, x: Array | None = None, y: Array | None = None) -> None:
+    def __init__(self, part: _Engine, x: Array | None = None, y: Array | None = None) -> None:
         self._part = part.part
         self.x = np.zeros((1, *part.entry.input.shape), np.float32) if x is None else x
         self.y = np.zeros((1, *part.entry.output.shape), np.float32) if y is None else y
@@ -174,7 +199,7 @@ class _SingleImage:
 class _Path:
     """One thread's way through whole paths of single images: parts in turn, each from one bound buffer to another."""
 
-    def __init__(self, engines: Mapping[str, _Part]) -> None:
+    def __init__(self, engines: Mapping[str, _Engine]) -> None:
         self._engines = engines
         self._buffers: dict[tuple[tuple[int, ...], int], Array] = {}
         self._steps: dict[tuple[str, int], _SingleImage] = {}
@@ -222,6 +247,18 @@ def _read_engine(part: str, path: Path, entry: PartEntry) -> Any:
         model = core().read_model(xml, tensor)
     _check_shapes(part, path, model, entry)
     return model
+
+
+def _in_a_row(models: Sequence[Any]) -> Any:
+    """One model that runs the given ones one after another, on the same weights in memory."""
+    openvino = import_openvino()
+    clones = [model.clone() for model in models]
+    output = clones[0].get_results()[0].input_value(0)
+    for model in clones[1:]:
+        model.get_parameters()[0].output(0).replace(output)
+        output = model.get_results()[0].input_value(0)
+    result = openvino.opset13.result(output)
+    return openvino.Model([result], clones[0].get_parameters(), "fused")
 
 
 def _check_shapes(part: str, path: Path, model: Any, entry: PartEntry) -> None:

@@ -9,7 +9,7 @@ find the other's weights in the processor's caches, which whoever deploys one of
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
@@ -64,34 +64,65 @@ def measure(
     turn: int = 1,
     progress: Progress | None = None,
 ) -> Measurement:
+    """:func:`measure_all` of one orchestrator."""
+    (only,) = measure_all(
+        {"": orchestrator},
+        images,
+        labels,
+        batch=batch,
+        rounds=rounds,
+        warmup_batches=warmup_batches,
+        turn=turn,
+        progress=progress,
+    ).values()
+    return only
+
+
+def measure_all(
+    orchestrators: Mapping[str, Orchestrator],
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    *,
+    batch: int = 1,
+    rounds: int = 1,
+    warmup_batches: int = 10,
+    turn: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Measurement]:
     """Run and time ``images`` (uint8 (N, H, W, 3), fitted) in batches, ``turn`` calls of one side at a time.
 
+    The sides are the first orchestrator's full network, which all measurements share, and every orchestrator.
     Garbage is not collected meanwhile. Raises :class:`UsageError` for numbers below 1 or a batch larger than N, and
-    whatever the orchestrator raises.
+    whatever an orchestrator raises.
     """
     _check(batch, rounds, turn, len(images))
     starts = range(0, len(images) - batch + 1, batch)
-    full, dynamic = _Recorder(orchestrator.full), _Recorder(orchestrator)
+    full = _Recorder(next(iter(orchestrators.values())).full)
+    dynamic = {name: _Recorder(orchestrator) for name, orchestrator in orchestrators.items()}
+    sides = [full, *dynamic.values()]
     with without_garbage_collection():
         for number in range(warmup_batches):
             start = starts[number % len(starts)]
-            for side in (full, dynamic):
+            for side in sides:
                 side.call(images[start : start + batch])
         calls = rounds * len(starts)
         for number, begin in enumerate(range(0, calls, turn)):
             if progress is not None:
                 progress(begin, calls)
-            for side in (full, dynamic) if number % 2 == 0 else (dynamic, full):
+            first = number % len(sides)
+            for side in (*sides[first:], *sides[:first]):
                 for call in range(begin, min(begin + turn, calls)):
                     start = starts[call % len(starts)]
                     side.timed(images[start : start + batch], keep=call < len(starts))
     rest = starts[-1] + batch
-    for side in (full, dynamic):
+    for side in sides:
         if rest < len(images):
             side.keep(side.call(images[rest:]))
-    return Measurement(
-        full.series(labels), dynamic.series(labels), batch, rounds, warmup_batches, turn, len(images) - rest
-    )
+    reference, left = full.series(labels), len(images) - rest
+    return {
+        name: Measurement(reference, side.series(labels), batch, rounds, warmup_batches, turn, left)
+        for name, side in dynamic.items()
+    }
 
 
 class _Recorder:

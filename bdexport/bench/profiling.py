@@ -4,7 +4,8 @@ The run-time loop knows nothing of it: a :class:`TimedSession` stands between an
 notes what passes. It runs whole paths part by part, which the backend itself may do in one piece. So four sides take
 turns on the same images, batch by batch: as the executor runs them (*as run*), part by part without clocks, part by
 part with clocks (*profiled*), and the full network's own engine. The second and third tell what the clocks cost, the
-first and second what running part by part does.
+first and second what running part by part does. Inside a fused path there are no parts to time: whatever the executor
+is, the second and third side run ``chain``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bdexport.config import ProfileConfig
 from bdexport.errors import UsageError
 from bdexport.parts import Masks
 from bdexport.runtime import Orchestrator, Result
+from bdexport.runtime.executors import Chain
 
 PART, COPY, REGROUP = "part", "copy", "regroup"  # kinds of events
 CLOCK_RUNS, CLOCK_ROUNDS = 200, 25  # calls of an empty session, and how often: the clocks' own cost is the median
@@ -216,11 +218,11 @@ class _Sides:
     """The four ways to run the same images, and what was measured of each."""
 
     def __init__(self, orchestrator: Orchestrator) -> None:
-        bundle, session, executor = orchestrator.bundle, orchestrator.session, orchestrator.executor
+        bundle, session = orchestrator.bundle, orchestrator.session
         self._timed = TimedSession(session)
         self._as_run = orchestrator
-        self._part_by_part = Orchestrator(bundle, PartByPart(session), executor)
-        self._profiled = Orchestrator(bundle, self._timed, executor)
+        self._part_by_part = Orchestrator(bundle, PartByPart(session), Chain.name)
+        self._profiled = Orchestrator(bundle, self._timed, Chain.name)
         self.calls: list[Call] = []
         self.as_run_ms: list[float] = []
         self.part_by_part_ms: list[float] = []

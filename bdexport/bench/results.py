@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "backend": manifest.backend,
         "executor": orchestrator.executor,
         "executor_reason": orchestrator.executor_reason,
+        "hit_rate": orchestrator.hit_rate,
         "device": orchestrator.device,
         "threads": orchestrator.threads,
         "precision": manifest.precision,
@@ -90,6 +92,18 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "notes": list(orchestrator.session.notes),
         "machine": machine(),
     }
+
+
+OF_EXECUTORS = ("executor_reason", "hit_rate", "dynamic", "speedup", "efficiency", "ideal_ms", "spread")
+
+
+def executors_result(
+    sides: Mapping[str, Orchestrator], dataset: Dataset, measurements: Mapping[str, Measurement], chosen: str
+) -> dict[str, Any]:
+    """:func:`bench_result` of the executor ``chosen``, and under ``executors`` what differs, of every one of them."""
+    results = {name: bench_result(sides[name], dataset, measurement) for name, measurement in measurements.items()}
+    executors = {name: {key: result[key] for key in OF_EXECUTORS} for name, result in results.items()}
+    return results[chosen] | {"executors": executors}
 
 
 def latency_summary(times_ms: NDArray[np.float64]) -> dict[str, float]:

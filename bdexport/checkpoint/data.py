@@ -47,8 +47,8 @@ def build_model(ckpt: Checkpoint, with_policy: bool = True) -> BlockDropNet:
     if ckpt.gates is not None and with_policy:
         raise CheckpointError(
             f"this {ckpt.network.name} checkpoint decides inside the network ({ckpt.gates.kind}), not by a policy "
-            "network beforehand, so that there is no bundle of it",
-            remedy="bdexport evaluate and export take it; for a bundle, bdexport train --method blockdrop",
+            "network beforehand: it has no policy to build or shift",
+            remedy="bdexport evaluate and export take it; for a policy, bdexport train --method blockdrop",
         )
     if ckpt.policy is None and with_policy:
         raise CheckpointError(

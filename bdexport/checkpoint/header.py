@@ -169,7 +169,7 @@ def _policy(field: _Field, network: ResNetSpec) -> PolicySpec | None:
     if field.value is None:
         return None
     names = ("family", "stages", "widths", "num_blocks", "shortcut", "input_pool")
-    fields = field.object(*names, optional=("hidden",))
+    fields = field.object(*names, optional=("hidden", "stem_stride"))
     policy = PolicySpec(
         family=cast(Family, fields["family"].choice(get_args(Family))),
         stages=_stages(fields["stages"]),
@@ -178,6 +178,7 @@ def _policy(field: _Field, network: ResNetSpec) -> PolicySpec | None:
         shortcut=cast(Shortcut, fields["shortcut"].choice(get_args(Shortcut))),
         input_pool=fields["input_pool"].integer(1, 16),
         hidden=fields["hidden"].integer(1, MAX_WIDTH) if "hidden" in fields else 0,
+        stem_stride=fields["stem_stride"].integer(2, 16) if "stem_stride" in fields else 1,
     )
     policy.backbone()  # raises when stages and widths do not fit
     return policy

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DEFAULT = BenchConfig()
+ALL = "all"  # for --executor
 
 
 def bench(
@@ -28,7 +29,9 @@ def bench(
         int | None, typer.Option(min=1, help="Threads that compute one call. Default: the backend's choice.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
-    executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
+    executor: Annotated[
+        str, typer.Option(help="How paths are run; auto: as measured at build time; all: each in turn.")
+    ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls per batch.")] = DEFAULT.rounds,
     turn: Annotated[
         int, typer.Option(min=1, help="Timed calls of one side before it is the other's turn.")
@@ -36,15 +39,19 @@ def bench(
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Latency, throughput, accuracy and block usage of dynamic inference against the full network, in turn."""
-    from bdexport.bench import bench_result, measure
+    from bdexport.bench import executors_result, measure_all
     from bdexport.dataset import check_classes, load_dataset
     from bdexport.runtime import load
+    from bdexport.runtime.orchestrator import executors_of
 
-    with load(bundle, threads=threads, device=device, executor=executor) as orchestrator, quiet_progress() as bar:
+    every = executor == ALL
+    opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
+    with opened as orchestrator, quiet_progress() as bar:
         chosen = load_dataset(dataset, data, split, limit=images)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
-        measurement = measure(
-            orchestrator,
+        sides = executors_of(orchestrator) if every else {orchestrator.executor: orchestrator}
+        measurements = measure_all(
+            sides,
             chosen.arrays(orchestrator.manifest.preprocess),
             chosen.labels,
             batch=min(batch, len(chosen)),
@@ -53,9 +60,11 @@ def bench(
             turn=turn,
             progress=updates(bar, "measuring, dynamic and full in turn"),
         )
-        result = bench_result(orchestrator, chosen, measurement)
+        result = executors_result(sides, chosen, measurements, orchestrator.executor)
     out = table_console(json)
     out.print(_table(result))
+    if every:
+        out.print(_executors(result))
     for line in _remarks(result, batch):
         out.print(line, soft_wrap=True)
     if json is not None:
@@ -87,6 +96,24 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _executors(result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("executor", title="executors, in turn on the same images")
+    for name in ("mean", "p50", "p90", "p99", "images/s", "gain", "efficiency", "hits"):
+        table.add_column(name, justify="right")
+    full = result["full"]
+    latencies = [f"{full['latency_ms'][name]:.3f} ms" for name in ("mean", "p50", "p90", "p99")]
+    table.add_row("full", *latencies, f"{full['throughput_per_s']:.1f}", "1.00 x", "", "")
+    for name, side in result["executors"].items():
+        latencies = [f"{side['dynamic']['latency_ms'][key]:.3f} ms" for key in ("mean", "p50", "p90", "p99")]
+        rate, gain = f"{side['dynamic']['throughput_per_s']:.1f}", f"{side['speedup']['latency_mean']:.2f} x"
+        hits = "" if side["hit_rate"] is None else f"{100 * side['hit_rate']:.1f} %"
+        mark = " (auto)" if name == result["executor"] else ""
+        table.add_row(f"{name}{mark}", *latencies, rate, gain, f"{side['efficiency']:.2f}", hits)
+    return table
+
+
 def _remarks(result: dict[str, Any], batch: int) -> list[str]:
     """What the numbers are, and what they could be."""
     dynamic, measured, spread = result["dynamic"], result["measured"], result["spread"]
@@ -95,7 +122,8 @@ def _remarks(result: dict[str, Any], batch: int) -> list[str]:
         f"policy {dynamic['policy_ms']:.3f} ms; unique masks {dynamic['unique_masks']}; "
         f"efficiency {result['efficiency']:.2f} (ideal {result['ideal_ms']:.3f} ms: policy engine + full engine x "
         "share of its FLOPs)",
-        f"executor {result['executor']} ({result['executor_reason']})",
+        f"executor {result['executor']} ({result['executor_reason']})"
+        + ("" if result["hit_rate"] is None else f"; {100 * result['hit_rate']:.1f} % of the images were fused hits"),
         f"{measured['calls']} timed calls each, {measured['calls_per_turn']} at a turn, "
         f"after {measured['warmup_calls']} for warm-up; "
         f"standard deviation {spread['full']['std_ms']:.3f} / {spread['dynamic']['std_ms']:.3f} ms; "

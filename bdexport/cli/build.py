@@ -11,13 +11,19 @@ import typer
 from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
 from bdexport.cli.stages import size_text, stages_of
-from bdexport.config import BuildConfig
+from bdexport.config import BuildConfig, FusedConfig
+from bdexport.errors import UsageError
+from bdexport.fused import MOST_FUSED, shares_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from bdexport.architecture import Shortcut
     from bdexport.build import BuiltBundle
+    from bdexport.dataset import Dataset
 
-DEFAULTS = BuildConfig()
+DEFAULTS, FUSED = BuildConfig(), FusedConfig()
+SIZES = {"before": "bytes_before", "after": "bytes_after"}
 
 
 def build(
@@ -29,31 +35,84 @@ def build(
         int | None, typer.Option(min=1, help="Largest batch that the bundle accepts. Default: any.")
     ] = DEFAULTS.max_batch,
     jobs: Annotated[int, typer.Option(min=1, help="Engines built at a time.")] = DEFAULTS.jobs,
+    fused: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_FUSED,
+            help="Masks that run as one engine each. Default: enough for 95 % of calibration images, at most 32.",
+        ),
+    ] = FUSED.paths,
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration images: cifar10, .., as train has them; their validation split.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of that data set.")] = None,
+    calibration_images: Annotated[
+        int, typer.Option(min=1, help="The first N calibration images.")
+    ] = FUSED.calibration_images,
+    max_bundle_mb: Annotated[
+        float | None, typer.Option(help="Largest bundle, in 10^6 bytes; fused paths add none.")
+    ] = FUSED.max_bundle_mb,
+    quantise_masks: Annotated[
+        str | None,
+        typer.Option(help="Run another mask instead: cover (the cheapest fused one that keeps as much) or budget."),
+    ] = FUSED.quantise,
+    accuracy_budget: Annotated[
+        float, typer.Option(help="Points of validation accuracy that 'budget' may lose.")
+    ] = FUSED.accuracy_budget,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Choose the executor for 'auto' by measuring.")
+    ] = FUSED.measure,
     arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Export the parts, build an engine of each, verify them against torch, and write one bundle."""
-    from bdexport.build import build_bundle
+    from bdexport.build import build_bundle, checked_backend
 
+    settings = FusedConfig(
+        paths=fused,
+        max_bundle_mb=max_bundle_mb,
+        measure=measure,
+        calibration_images=calibration_images,
+        quantise=quantise_masks,
+        accuracy_budget=accuracy_budget,
+    )
+    config = BuildConfig(backend, precision, max_batch, jobs, fused=settings)
+    checked_backend(config)  # before a data set is read
+    calibration = _calibration(dataset, data, calibration_images)
     started = time.perf_counter()
     with progress() as bar:
         bundle = build_bundle(
             checkpoint,
             out,
-            config=BuildConfig(backend, precision, max_batch, jobs),
+            config=config,
             arch=arch,
             shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
             overwrite=overwrite,
             progress=stages_of(bar),
+            calibration=calibration,
         )
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:
         err_console.print(note)
-    table_console(json).print(_summary(bundle, result))
+    shown = table_console(json)
+    if bundle.quantisation:
+        shown.print(_quantisation(bundle))
+    shown.print(_summary(bundle, result), soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
+
+
+def _calibration(dataset: str | None, data: Path | None, images: int) -> Dataset | None:
+    if dataset is None:
+        if data is not None:
+            raise UsageError("--data: a folder of what?", remedy="pass --dataset too")
+        return None
+    from bdexport.dataset import load_dataset
+
+    return load_dataset(dataset, data, "validation", limit=images)
 
 
 def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
@@ -71,16 +130,41 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "verification": manifest.verification,
         "executor": manifest.executor,
+        "fused": None if manifest.fused is None else manifest.fused.to_json() | (bundle.fusing or {}),
+        "mask_mapping": None if manifest.mask_mapping is None else manifest.mask_mapping.to_json(),
+        "quantisation": list(bundle.quantisation),
         "versions": manifest.versions,
         "notes": bundle.notes,
     }
+
+
+def _quantisation(bundle: BuiltBundle) -> Table:
+    from rich.table import Table
+
+    mapping = bundle.manifest.mask_mapping
+    facts = {} if mapping is None else mapping.facts
+    title = f"masks, {facts.get('images')} {facts.get('split')} images; latency: batch 1, policy included"
+    table = Table("fused paths", "masks run", title=title)
+    for name in ("accuracy", "coverage", "blocks", "FLOPs", "latency"):
+        table.add_column(name, justify="right")
+    for row in bundle.quantisation:
+        numbers = f"{row['accuracy']:.2f} %", f"{100 * row['coverage']:.1f} %", f"{row['blocks']:.2f}"
+        rule = "as drawn" if row["rule"] == "off" else row["rule"]
+        table.add_row(str(row["paths"]), rule, *numbers, f"{row['flops']:.3e}", f"{row['latency_ms']:.3f} ms")
+    return table
 
 
 def _summary(bundle: BuiltBundle, result: dict[str, Any]) -> str:
     checked = result["verification"]
     verified = "" if checked is None else f"; largest logit difference from torch {checked['max_logit_difference']:.1e}"
     engines = ", ".join(f"{count} {outcome}" for outcome, count in result["engines"].items() if count)
-    return (
+    lines = (
         f"{bundle.path}: {result['architecture']} for {result['backend']} {result['precision']}, "
         f"{result['parts']} parts ({engines}), {size_text(result['bytes'])}, {result['seconds']:.1f} s{verified}"
     )
+    fused, costs = bundle.manifest.fused, bundle.fusing
+    if fused is not None and costs is not None:
+        sizes = ", ".join(f"{when} {size_text(costs[key])}" for when, key in SIZES.items())
+        lines += f"\n{shares_text(fused)}; linked in {costs['seconds']:.2f} s when it is opened; size: {sizes}"
+    executor = result["executor"]
+    return f"{lines}\nexecutor {executor['choice']}: {executor['reason']}"

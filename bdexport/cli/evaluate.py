@@ -45,7 +45,7 @@ def evaluate(
 
     from bdexport.checkpoint import build_model, load_checkpoint
     from bdexport.checkpoint.reading import checkpoint_file
-    from bdexport.dataset import check_classes, load_dataset
+    from bdexport.dataset import check_classes, load_dataset, unnamed_classes
     from bdexport.evaluate import evaluate_model
     from bdexport.files import sha256_file
     from bdexport.models.lccl import lccl_reference
@@ -95,6 +95,8 @@ def evaluate(
         **trained_record(found.training),
     } | result
     _print_table(result, json)
+    for note in unnamed_classes(chosen, found.class_names if found.form == "bdexport" else ()):
+        table_console(json).print(note, soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
 

@@ -29,11 +29,10 @@ def prune(
 ) -> None:
     """Remove the filters of smallest L1 norm inside each block (PFEC); a policy stays. Finetune the result."""
     from bdexport.checkpoint import load_checkpoint, save_checkpoint
-    from bdexport.errors import OutputError
+    from bdexport.files import refuse_existing
     from bdexport.prune import prune_checkpoint
 
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
+    refuse_existing(out, overwrite)
     before = load_checkpoint(
         checkpoint,
         arch=arch,

@@ -21,6 +21,7 @@ def retarget(
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Slide a policy along its frontier: one shift of all its logits gives the validation split the wanted mean.
@@ -30,14 +31,17 @@ def retarget(
     from dataclasses import replace
 
     from bdexport.checkpoint import build_model, load_checkpoint, save_checkpoint
-    from bdexport.dataset import check_classes, load_dataset
+    from bdexport.dataset import check_classes, load_dataset, unnamed_classes
     from bdexport.errors import UsageError
     from bdexport.evaluate import policy_statistics, run_masks
+    from bdexport.files import check_writable, refuse_existing
     from bdexport.models.flops import count_flops
     from bdexport.retarget import policy_logits
     from bdexport.retarget import retarget as shift_policy
     from bdexport.train.data import DeviceImages
 
+    refuse_existing(out, overwrite)
+    check_writable(out)
     found = load_checkpoint(checkpoint)
     model = build_model(found)
     if not 0 < target_blocks <= found.network.num_blocks:
@@ -70,6 +74,8 @@ def retarget(
         "after": after.to_json(flops, with_policy=True),
     }
     shown = table_console(json)
+    for note in unnamed_classes(chosen, found.class_names):
+        shown.print(note, soft_wrap=True)
     shown.print(
         f"{out}: logits shifted by {shift:+.3f}; validation accuracy {before.accuracy:.2f} % with "
         f"{before.blocks_used.mean():.2f} blocks -> {after.accuracy:.2f} % with {after.blocks_used.mean():.2f}"

@@ -100,7 +100,7 @@ def train(
         "policy.reward": reward,
         "distillation_weight": distillation,
     }
-    _check_options(method, mask, kept, fresh_policy, base)
+    _check_options(method, mask, kept, fresh_policy, base, estimator)
     with joined(device) as world:
         found, num_blocks = _base(base, arch)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
@@ -116,7 +116,12 @@ def train(
 
 
 def _check_options(
-    method: str | None, mask: str | None, kept: int | None, fresh_policy: bool, base: Path | None
+    method: str | None,
+    mask: str | None,
+    kept: int | None,
+    fresh_policy: bool,
+    base: Path | None,
+    estimator: str | None,
 ) -> None:
     """Refuse options that would have no effect: whoever gives them expects one."""
     from bdexport.errors import UsageError
@@ -125,6 +130,8 @@ def _check_options(
         raise UsageError("--mask and --kept", got=f"method {method or 'blockdrop'}", remedy="add --method fixed")
     if kept is not None and mask is not None and not set(mask) - {"0", "1"}:
         raise UsageError("--kept", got=f"the mask {mask}, which says itself what it keeps", remedy="leave --kept out")
+    if estimator is not None and method in ("fixed", "act", "sact"):
+        raise UsageError("--estimator", got=f"method {method}, which has no policy to learn", remedy="leave it out")
     if fresh_policy and base is None:
         raise UsageError("--fresh-policy", got="no --base, and so a fresh policy anyway", remedy="leave it out")
 

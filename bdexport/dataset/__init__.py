@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bdexport.config import DatasetConfig
-from bdexport.dataset.base import SPLITS, Dataset, check_classes
+from bdexport.dataset.base import SPLITS, Dataset, check_classes, unnamed_classes
 from bdexport.dataset.cifar import CIFAR10, CIFAR100, load_cifar
 from bdexport.dataset.digits import load_digits
 from bdexport.dataset.folder import image_files, load_folder, load_images
@@ -31,7 +31,16 @@ DATASETS = {
     CIFAR10_SAMPLES: "200 of CIFAR-10's test images, for a first look; needs no --data, has the split test only",
 }
 
-__all__ = ["DATASETS", "SPLITS", "Dataset", "check_classes", "image_files", "load_dataset", "load_images"]
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "Dataset",
+    "check_classes",
+    "image_files",
+    "load_dataset",
+    "load_images",
+    "unnamed_classes",
+]
 
 
 def load_dataset(

@@ -142,6 +142,17 @@ def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str]
             )
 
 
+def unnamed_classes(dataset: Dataset, class_names: Sequence[str]) -> list[str]:
+    """What to say where a model calls its classes "0", "1", .. and the data set does not: nothing compares the two."""
+    numbered = [str(label) for label in range(len(class_names))]
+    if not class_names or list(class_names) != numbered or list(dataset.class_names) == numbered:
+        return []
+    return [
+        f"note: the model's classes have no names, {dataset.name}'s have: whether label 0 means "
+        f"{dataset.class_names[0]!r} to it is not known"
+    ]
+
+
 def _pick(paths: tuple[Path, ...], rows: Rows) -> tuple[Path, ...]:
     if isinstance(rows, slice):
         return paths[rows]

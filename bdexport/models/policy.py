@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdexport.architecture import PolicySpec
-from bdexport.models.resnet import ResNet
+from bdexport.models.resnet import CifarStem, ResNet
 
 
 class PolicyNet(nn.Module):
@@ -21,6 +21,8 @@ class PolicyNet(nn.Module):
         self.spec = spec
         backbone = ResNet(spec.backbone())
         self.stem, self.blocks = backbone.stem, backbone.blocks
+        if spec.stem_stride > 1:
+            self.stem = CifarStem(spec.widths[0], spec.stem_stride)
         width = spec.widths[-1]
         if spec.hidden:
             self.hidden = nn.Linear(width, spec.hidden)

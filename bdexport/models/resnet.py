@@ -124,11 +124,13 @@ class Block(nn.Module):
 
 
 class CifarStem(nn.Module):
-    """conv3x3-bn-relu at full resolution."""
+    """conv3x3-bn-relu at full resolution; with a stride s > 1, a kernel of 2s + 1 that misses no pixel."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv = conv3x3(3, channels)
+        self.conv = (
+            conv3x3(3, channels) if stride == 1 else nn.Conv2d(3, channels, 2 * stride + 1, stride, stride, bias=False)
+        )
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -270,7 +270,9 @@ def _remark(report: Report, data: Data | None, has_models: bool) -> None:
     elif not has_models:
         report.skipped.append(f"{data.dataset.name}: nothing was measured on it: no checkpoint was named")
     for usage in report.usages:
-        by_design = any(p.method in FIXED_MASKS and p.label.startswith(f"{usage.name}: ") for p in report.points)
+        by_design = any(
+            p.method in (*FIXED_MASKS, "act", "sact") and p.label.startswith(f"{usage.name}: ") for p in report.points
+        )
         if usage.unique_masks == 1 and not by_design:
             report.notes.append(
                 f"{usage.name}: the policy gives every image the same mask: a pruned network, not BlockDrop"

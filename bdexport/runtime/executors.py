@@ -1,14 +1,23 @@
-"""How a path is run on a backend's session. ``chain``: one engine per part, in sequence, always available."""
+"""How a path is run on a backend's session.
+
+``chain``: one engine per part, in sequence, always available. ``fused``: one engine for each of the manifest's most
+frequent masks, the rest as ``chain``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from threading import Lock
 from typing import Protocol
 
-from bdexport.backends.base import Session, Tensor
+import numpy as np
+
+from bdexport.backends.base import FusedSession, Session, Tensor
 from bdexport.bundle import Manifest
 from bdexport.errors import UsageError
-from bdexport.parts import HEAD, STEM, Masks, block_part, path_parts, shortcut_part
+from bdexport.parts import FULL, HEAD, STEM, Masks, block_part, path_parts, shortcut_part
 from bdexport.runtime.grouping import BlockStep, Plan
 
 CACHED_PATHS = 4096  # paths of single masks whose part names are kept; a few hundred bytes each
@@ -35,6 +44,11 @@ class Chain:
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self._session, self._transitions = session, frozenset(manifest.transitions)
         self._paths: dict[bytes, tuple[str, ...]] = {}
+
+    @staticmethod
+    def unavailable(session: Session, manifest: Manifest) -> str | None:
+        """Why this executor cannot run; never the case."""
+        return None
 
     def run(self, x: Tensor, plan: Plan) -> Tensor:
         """See :meth:`Executor.run`."""
@@ -71,27 +85,118 @@ class Chain:
         return parts
 
 
+class Fused:
+    """One engine per path where there is one, ``chain`` for every other mask; all blocks kept: the full engine.
+
+    A batch of mixed masks runs group by group, equal masks together; the groups without an engine of their own are one
+    batch for ``chain``. Whether an image's mask is a hit does not depend on the others of its batch.
+    """
+
+    name = "fused"
+    fallback: str | None = None
+
+    def __init__(self, session: Session, manifest: Manifest) -> None:
+        self._session, self._chain = session, Chain(session, manifest)
+        self._engines: dict[bytes, Callable[[Tensor], Tensor]] = {}
+        if manifest.fused is not None and isinstance(session, FusedSession):
+            paths = manifest.fused.part_paths(manifest.transitions)
+            for mask, path in zip(manifest.fused.masks(manifest.num_blocks), paths, strict=True):
+                if path in session.fused:
+                    self._engines[mask.tobytes()] = partial(session.run_fused, path)
+        self._engines[np.ones(manifest.num_blocks, bool).tobytes()] = partial(session.run, FULL)
+        self._counting = Lock()
+        self.images = self.hits = 0
+
+    @staticmethod
+    def unavailable(session: Session, manifest: Manifest) -> str | None:
+        """Why this executor would be ``chain`` under another name; None where it is not."""
+        if manifest.fused is None or not manifest.fused.paths:
+            return "this bundle has no fused paths; build it with --fused N"
+        if not isinstance(session, FusedSession):
+            return f"backend {manifest.backend} runs no fused paths"
+        return None if session.fused else "its session was opened without the fused paths"
+
+    def run(self, x: Tensor, plan: Plan) -> Tensor:
+        """See :meth:`Executor.run`."""
+        if plan.uniform:
+            engine = self._engines.get(plan.masks[0].tobytes())
+            self._count(len(plan.masks), len(plan.masks) if engine is not None else 0)
+            return self._chain.run(x, plan) if engine is None else engine(x)
+        return self._run_mixed(x, plan)
+
+    def run_whole(self, part: str, x: Tensor) -> Tensor:
+        """See :meth:`Executor.run_whole`."""
+        return self._session.run(part, x)
+
+    def _run_mixed(self, x: Tensor, plan: Plan) -> Tensor:
+        session, pieces, missed = self._session, [], []
+        for begin, end in plan.groups():
+            engine, rows = self._engines.get(plan.masks[begin].tobytes()), np.arange(begin, end)
+            if engine is None:
+                missed.append(rows)
+            else:
+                pieces.append((rows, engine(session.take(x, rows))))
+        images = len(plan.masks)
+        if not pieces:
+            self._count(images, 0)
+            return self._chain.run(x, plan)
+        if missed:
+            rest = np.concatenate(missed)
+            pieces.append((rest, self._chain.run(session.take(x, rest), plan.part(rest))))
+        self._count(images, images - sum(len(rows) for rows in missed))
+        return session.merge(pieces, images)
+
+    def _count(self, images: int, hits: int) -> None:
+        with self._counting:
+            self.images += images
+            self.hits += hits
+
+
+# One visible table; a backend's own executors stand here too and say in ``unavailable`` where they cannot run.
 EXECUTORS: dict[str, str] = {
     "chain": "bdexport.runtime.executors:Chain",
+    "fused": "bdexport.runtime.executors:Fused",
     "graph": "bdexport.runtime.graph_executor:GraphExecutor",
 }
 
 
-def choose_executor(name: str, session: Session, manifest: Manifest) -> tuple[Executor, str]:
-    """The executor called ``name`` and the reason for it; ``auto`` follows what was measured at build time.
+def executor_name(name: str, manifest: Manifest) -> tuple[str, str]:
+    """The executor that ``name`` means for this bundle and the reason; ``auto``: as measured when it was built.
 
     Raises :class:`UsageError` for a name that is not in the table.
     """
+    reason = "asked for by name"
     if name == "auto":
         measured = manifest.executor or {}
         name = str(measured.get("choice", "chain"))
         reason = str(measured.get("reason", "the only executor of this bundle"))
-    else:
-        reason = "asked for by name"
     if name not in EXECUTORS:
         raise UsageError("unknown executor", got=repr(name), expected="auto or one of " + ", ".join(EXECUTORS))
-    module, _, class_name = EXECUTORS[name].partition(":")
-    executor: Chain = getattr(import_module(module), class_name)(session, manifest)
+    return name, reason
+
+
+def choose_executor(name: str, session: Session, manifest: Manifest) -> tuple[Executor, str]:
+    """The executor called ``name``, see :func:`executor_name`, and the reason for it.
+
+    Raises :class:`UsageError` for a name that is not in the table, or whose executor this bundle or session has not.
+    """
+    name, reason = executor_name(name, manifest)
+    chosen = _executor_class(name)
+    missing = chosen.unavailable(session, manifest)
+    if missing is not None:
+        raise UsageError(f"executor {name!r}: {missing}", expected=" or ".join(usable_executors(session, manifest)))
+    executor = chosen(session, manifest)
     if executor.fallback is not None:
         reason += f"; runs as chain: {executor.fallback}"
     return executor, reason
+
+
+def usable_executors(session: Session, manifest: Manifest) -> tuple[str, ...]:
+    """Names of the executors that this session can run this bundle with, ``chain`` first."""
+    return tuple(name for name in EXECUTORS if _executor_class(name).unavailable(session, manifest) is None)
+
+
+def _executor_class(name: str) -> type[Chain] | type[Fused]:
+    module, _, class_name = EXECUTORS[name].partition(":")
+    found: type[Chain] | type[Fused] = getattr(import_module(module), class_name)
+    return found

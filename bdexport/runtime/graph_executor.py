@@ -57,6 +57,15 @@ class GraphExecutor(Chain):
         self._reasons: Counter[str] = Counter()
         self.fallback = self._refusal()
 
+    @staticmethod
+    def unavailable(session: Session, manifest: Manifest) -> str | None:
+        """Why no path can be captured on this session; a capture that the driver refuses shows later."""
+        ask = getattr(session, "can_capture", None)
+        if ask is None:
+            return f"a session on {session.device} cannot capture"
+        possible, reason = ask()
+        return None if possible else str(reason)
+
     def run(self, x: Tensor, plan: Plan) -> Tensor:
         """See :meth:`bdexport.runtime.executors.Executor.run`."""
         if self.fallback is not None:
@@ -85,13 +94,7 @@ class GraphExecutor(Chain):
             }
 
     def _refusal(self) -> str | None:
-        """Why nothing can be captured here; found by capturing the policy, which every call runs."""
-        ask = getattr(self._session, "can_capture", None)
-        if ask is None:
-            return f"this session on {self._session.device} cannot capture"
-        possible, reason = ask()
-        if not possible:
-            return str(reason)
+        """Why nothing is captured here; found by capturing the policy, which every call runs."""
         try:
             self._capture(((POLICY,), 1))
         except BackendError as error:

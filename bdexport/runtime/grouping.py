@@ -31,6 +31,17 @@ class Plan:
     masks: Masks
     uniform: bool
 
+    def groups(self) -> Iterator[tuple[int, int]]:
+        """(first row, end) of every run of equal masks, in order; each mask has one run."""
+        changes = np.flatnonzero((self.masks[1:] != self.masks[:-1]).any(axis=1)) + 1
+        ends = [*changes.tolist(), len(self.masks)]
+        return zip([0, *ends[:-1]], ends, strict=True)
+
+    def part(self, rows: Rows) -> Plan:
+        """The plan of some of the rows, ascending: a batch of its own in that order."""
+        masks = self.masks[rows]
+        return Plan(None, masks, uniform=not (masks != masks[0]).any())
+
     def steps(self) -> Iterator[BlockStep]:
         """The K blocks in order of execution."""
         for index in range(self.masks.shape[1]):

@@ -18,9 +18,10 @@ from bdexport.bundle import Bundle, Manifest, open_bundle
 from bdexport.cuda.exchange import is_device_array
 from bdexport.errors import BackendError, UsageError
 from bdexport.hardware import usable_cores
+from bdexport.mask_map import MaskMapper
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
-from bdexport.runtime.executors import choose_executor
+from bdexport.runtime.executors import Fused, choose_executor, executor_name, usable_executors
 from bdexport.runtime.grouping import Plan, plan_batch
 from bdexport.runtime.inputs import device_input, network_input
 
@@ -31,7 +32,8 @@ LEAST_THREAD_LIMIT = 16  # may be asked for anywhere, so that a script runs on a
 class Result:
     """What one call gives, image by image in the order they were passed.
 
-    ``logits`` float32 (N, classes); ``masks`` bool (N, K), what ran; ``probabilities`` float32 (N, K), None where the
+    ``logits`` float32 (N, classes); ``masks`` bool (N, K), what ran, after the bundle's mask mapping if it has one;
+    ``probabilities`` float32 (N, K), None where the
     policy did not run (masks forced, or the full engine); ``timings`` in ms: ``preprocess``, ``policy``, ``network``,
     ``total``. The rest is computed when it is asked for, and takes no time from the inference.
     """
@@ -79,6 +81,8 @@ class Orchestrator:
     def __init__(self, bundle: Bundle, session: Session, executor: str = "auto") -> None:
         self.bundle, self.session = bundle, session
         self._executor, self.executor_reason = choose_executor(executor, session, bundle.manifest)
+        mapping = bundle.manifest.mask_mapping
+        self._mapped = None if mapping is None else MaskMapper(mapping, bundle.manifest.num_blocks)
         self._closed = False
 
     @property
@@ -97,6 +101,12 @@ class Orchestrator:
         return None if report is None else dict(report())
 
     @property
+    def hit_rate(self) -> float | None:
+        """Share of the images so far that ran as one engine; None before the first, and unless ``fused`` runs."""
+        executor = self._executor
+        return executor.hits / executor.images if isinstance(executor, Fused) and executor.images else None
+
+    @property
     def device(self) -> str:
         """Where the engines run."""
         return self.session.device
@@ -112,7 +122,7 @@ class Orchestrator:
         return self.manifest.class_names
 
     def __call__(self, images: Any, masks: Any = None) -> Result:
-        """Run the blocks that the policy keeps, or those that ``masks`` (bool (N, K)) forces.
+        """Run the blocks that the policy keeps, or those that ``masks`` (bool (N, K)) forces, which are not mapped.
 
         ``images``: uint8 (N, h, w, 3) of any size, fitted by the manifest's preprocessing, or float32 (N, 3, H, W)
         that is preprocessed already. Raises :class:`InputError` for anything else, :class:`BackendError` when an
@@ -194,7 +204,8 @@ class Orchestrator:
     def _decide(self, x: Tensor) -> tuple[NDArray[np.float32], Masks]:
         """The only time that anything but the logits comes to the host."""
         probabilities = self.session.get(POLICY, self._executor.run_whole(POLICY, x))
-        return probabilities, masks_from_probabilities(probabilities)
+        masks = masks_from_probabilities(probabilities)
+        return probabilities, masks if self._mapped is None else self._mapped(masks)
 
     def _run_blocks(self, x: Tensor, masks: Masks) -> NDArray[np.float32]:
         plan = plan_batch(masks)
@@ -216,25 +227,29 @@ def load(
     threads: int | None = None,
     device: str | None = None,
     executor: str = "auto",
+    fused: bool = False,
     stream: Any = None,
 ) -> Orchestrator:
     """Open a bundle for inference with the backend that it was built for.
 
     ``threads``: threads that compute one call (None: the backend's choice, see ``orchestrator.threads``). ``device``:
-    None for the backend's default. ``executor``: ``auto`` or a name. ``stream``: on a GPU, the caller's stream that all
-    work is queued on (a raw handle or an object with ``__cuda_stream__``); None: one of its own. Raises
-    :class:`BundleError` for a damaged bundle, :class:`BackendError` where its engines cannot run here,
-    :class:`UsageError` for a wrong argument.
+    None for the backend's default. ``executor``: ``auto`` or a name. ``fused``: load the fused paths whatever the
+    executor, for comparing executors on one session. ``stream``: on a GPU, the caller's stream that all work is queued
+    on (a raw handle or an object with ``__cuda_stream__``); None: one of its own. Raises :class:`BundleError` for a
+    damaged bundle, :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
     """
     _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    name, _ = executor_name(executor, opened.manifest)
     backend = get_backend(opened.manifest.backend)
     place = default_device(backend) if device is None else device
     if stream is not None and not place.startswith("cuda"):
         raise UsageError(
             "stream", got=f"one for device {place!r}", expected="a device with streams", remedy="device='cuda'"
         )
-    options = RunOptions(place, None if threads is None else int(threads), stream)
+    options = RunOptions(
+        place, None if threads is None else int(threads), stream=stream, fused=fused or name == Fused.name
+    )
     if opened.manifest.precision not in backend.precisions:
         raise BackendError(
             f"{opened.path} [{backend.name}]: precision",
@@ -248,6 +263,18 @@ def load(
     except BaseException:
         session.close()
         raise
+
+
+def executors_of(orchestrator: Orchestrator) -> dict[str, Orchestrator]:
+    """One orchestrator for every executor that its session can run, on that session: close only the one given.
+
+    The one given stands for its own executor. Load it with ``fused=True``, or the fused paths are missing.
+    """
+    bundle, session = orchestrator.bundle, orchestrator.session
+    return {
+        name: orchestrator if name == orchestrator.executor else Orchestrator(bundle, session, name)
+        for name in usable_executors(session, bundle.manifest)
+    }
 
 
 def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any) -> None:

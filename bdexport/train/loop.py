@@ -217,12 +217,16 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
     num_blocks = phase.setting.num_blocks
     rows = [row for row in state.history if row["phase"] == phase.name][-COLLAPSED_EPOCHS:]
     means = [row["validation"]["blocks_used"]["mean"] for row in rows]
-    has_budget = phase.setting.config.policy.target_blocks is not None
+    config = phase.setting.config.policy
+    has_budget = config.target_blocks is not None
     for extreme, what, way in ((num_blocks, "keeps", "lower"), (0, "drops", "raise")):
         if means[-1] != extreme:
             continue
         text = f"the policy {what} every block for every image"
-        remedy = f"{way} --gamma" + (", or learn for more epochs" if has_budget else " or set --target-blocks")
+        if config.estimator == "marginal":  # gamma is no part of it, the budget alone sets the price of a block
+            remedy = f"choose a --target-blocks further from {extreme}, or lower policy_learning_rate of the phase"
+        else:
+            remedy = f"{way} --gamma" + (", or learn for more epochs" if has_budget else " or set --target-blocks")
         if len(rows) == COLLAPSED_EPOCHS and set(means) == {extreme}:
             raise DivergedError(f"{text}: it has collapsed", remedy=remedy)
         reporter.note(f"warning: {text}; {remedy} if it stays so")

@@ -299,7 +299,9 @@ def levels_from_text(text: str, num_blocks: int) -> list[int]:
         levels = []
     if not levels or sorted(set(levels), reverse=True) != levels or not 1 <= levels[-1] <= levels[0] <= num_blocks:
         raise UsageError(
-            "adapt.levels", got=repr(text), expected=f"numbers of blocks like 15,8,4, at most {num_blocks}"
+            "adapt.levels",
+            got=repr(text),
+            expected=f"different numbers of blocks, most first, at most {num_blocks}, like {num_blocks},1",
         )
     return levels
 

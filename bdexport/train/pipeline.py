@@ -32,7 +32,7 @@ from bdexport.train.methods import phases_of
 from bdexport.train.phases import Phase, Setting, levels_from_text
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.sequential import check_sequential
-from bdexport.train.settings import check_ranges
+from bdexport.train.settings import check_ranges, per_stage
 from bdexport.train.state import (
     LAST_GOOD_FILE,
     MODEL_FILE,
@@ -143,6 +143,12 @@ def _checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         _check_fixed(request, config)
     if config.method == "sequential":
         check_sequential(config)
+    if config.method in ("act", "sact") and max(request.network.stages) < 2:
+        raise UsageError(
+            f"method {config.method}",
+            got=f"one block a stage ({request.network.name})",
+            expected="a stage of two blocks or more: a stage halts after its first",
+        )
     _check_policy(config.policy, request.network.num_blocks)
     if config.method == "blockdrop" and config.policy.estimator == "marginal" and not request.base_only:
         _check_marginal(config)
@@ -220,8 +226,13 @@ def _policy_spec(request: TrainRequest, config: TrainConfig) -> PolicySpec:
     kept = _kept_policy(request)
     if kept is not None:
         return kept
-    spec = replace(policy_spec(request.network), hidden=config.policy.hidden)
-    return spec if config.policy.input_pool is None else replace(spec, input_pool=config.policy.input_pool)
+    wanted = config.policy
+    spec = replace(policy_spec(request.network), hidden=wanted.hidden, stem_stride=wanted.stem_stride)
+    if wanted.stages:
+        spec = replace(spec, stages=per_stage("policy.stages", wanted.stages, len(spec.stages)))
+    if wanted.widths:
+        spec = replace(spec, widths=per_stage("policy.widths", wanted.widths, len(spec.stages)))
+    return spec if wanted.input_pool is None else replace(spec, input_pool=wanted.input_pool)
 
 
 def _setting(request: TrainRequest, config: TrainConfig, device: str, bf16: bool) -> Setting:

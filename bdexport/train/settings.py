@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_WIDTH
 from bdexport.config import TrainConfig
 from bdexport.errors import UsageError
 
@@ -39,6 +40,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "policy.memory": (1, 10**7),
     "policy.lessons": (1, 1000),
     "policy.input_pool": (1, 16),
+    "policy.stem_stride": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
     "policy.wrong_prediction_penalty": (0, 1e6),
 }
@@ -60,6 +62,16 @@ def check_ranges(config: TrainConfig) -> None:
             got=round(shares, 4),
             expected="at most 0.99: the policy learns from the rest",
         )
+
+
+def per_stage(path: str, text: str, stages: int) -> tuple[int, ...]:
+    """``"24,48,96"`` -> (24, 48, 96): the setting ``path``; raises UsageError unless it fits so many stages."""
+    most = {"policy.widths": MAX_WIDTH, "policy.stages": MAX_BLOCKS_PER_STAGE}[path]
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != stages or not all(word.isdecimal() and 1 <= int(word) <= most for word in words):
+        example = ",".join("1" * stages)
+        raise UsageError(path, got=repr(text), expected=f"{stages} numbers from 1 to {most}, like {example}")
+    return tuple(int(word) for word in words)
 
 
 def with_setting(settings: Settings, path: str, value: Any) -> Settings:

@@ -295,6 +295,34 @@ breaks_manifest("R15", "more counted than seen", in_object("policy_statistics", 
 breaks_manifest("R15", "share above one", lambda manifest: manifest["policy_statistics"]["masks"][0].update(share=1.5))
 breaks_manifest("R15", "count of zero", lambda manifest: manifest["policy_statistics"]["masks"][0].update(count=0))
 
+# ---- R16 fused paths
+FUSED: Json = {
+    "split": "validation",
+    "images": 100,
+    "coverage": 0.9,
+    "stored": "linked",
+    "paths": [{"mask": "000", "share": 0.3}],
+}
+breaks_manifest("R16", "fused paths as null", put(fused=None))
+breaks_manifest("R16", "coverage above one", put(fused=FUSED | {"coverage": 1.5}))
+breaks_manifest("R16", "an unknown way of storing", put(fused=FUSED | {"stored": "by hand"}))
+breaks_manifest("R16", "a path of another K", put(fused=FUSED | {"paths": [{"mask": "00", "share": 0.3}]}))
+breaks_manifest("R16", "a path twice", put(fused=FUSED | {"paths": FUSED["paths"] * 2}))
+breaks_manifest("R16", "the full network as a path", put(fused=FUSED | {"paths": [{"mask": "111", "share": 0.3}]}))
+breaks_manifest(
+    "R3", "a path with a key too many", put(fused=FUSED | {"paths": [{"mask": "000", "share": 0.3, "a": 1}]})
+)
+
+# ---- R17 mask mapping
+MAPPING: Json = {"rule": "budget", "targets": ["000", "111"], "seen": {"010": "000"}, "facts": {}}
+breaks_manifest("R17", "an unknown rule", put(mask_mapping=MAPPING | {"rule": "nearest"}))
+breaks_manifest("R17", "no targets", put(mask_mapping=MAPPING | {"targets": []}))
+breaks_manifest("R17", "the full network not last", put(mask_mapping=MAPPING | {"targets": ["111", "000"]}))
+breaks_manifest("R17", "a target twice", put(mask_mapping=MAPPING | {"targets": ["000", "000", "111"]}))
+breaks_manifest("R17", "a target of another K", put(mask_mapping=MAPPING | {"targets": ["00", "111"]}))
+breaks_manifest("R17", "a seen mask of another K", put(mask_mapping=MAPPING | {"seen": {"0101": "000"}}))
+breaks_manifest("R17", "a seen mask's target that is none", put(mask_mapping=MAPPING | {"seen": {"010": "011"}}))
+
 
 @pytest.fixture(scope="module")
 def good_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,7 +26,7 @@ from bdexport.backends.onnx_rewrite import conv_from_pad
 from bdexport.backends.onnxruntime import open_graphs
 from bdexport.backends.onnxruntime_build import NotBlockedError, _without_guards, build_engine
 from bdexport.backends.onnxruntime_common import NCHWC_DOMAIN, Reported, channel_block
-from bdexport.backends.onnxruntime_session import PATH_BYTES, _from_blocked, _to_blocked, frequent_paths
+from bdexport.backends.onnxruntime_session import OnnxRuntimeSession, _from_blocked, _to_blocked
 from bdexport.bundle import Bundle
 from bdexport.errors import BackendError, BuildError
 from bdexport.hardware import usable_cores
@@ -173,25 +173,21 @@ def test_other_pads_are_left_alone(change: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_way_of_running_a_path_agrees(bundle: Bundle, threads: int) -> None:
-    """Oracle: the graphs run part by part: frequent masks (linked), others (part by part or switched), batches."""
+    """Oracle: the graphs run part by part: fused or not, part by part or switched, single images and batches."""
     graphs = open_graphs(bundle)
     with bdexport.load(bundle, threads=threads) as orchestrator:
         session, manifest = orchestrator.session, bundle.manifest
         inputs = manifest.preprocess(pixels(3))
+        assert isinstance(session, OnnxRuntimeSession)
         frequent = [[digit == "1" for digit in item["mask"]] for item in manifest.policy_statistics["masks"]]
         for mask in [*frequent, *some_masks(5, manifest.num_blocks).tolist()]:
             parts = path_parts(mask, manifest.transitions)
             for x in (inputs[:1], inputs):
                 got = session.get("head", session.run_path(parts, session.put("stem", x)))
-                assert_close(got, graphs.get("head", graphs.run_path(parts, graphs.put("stem", x))))
-
-
-def test_frequent_paths_are_the_frequent_masks(bundle: Bundle) -> None:
-    """Oracle: the manifest's statistics; weights beyond the limit are not loaded twice."""
-    sizes = dict.fromkeys(bundle.manifest.parts, 1)
-    expected = [path_parts(mask, bundle.manifest.transitions) for mask in ([True] * 4, [False] * 4)]
-    assert frequent_paths(bundle.manifest, sizes) == expected
-    assert frequent_paths(bundle.manifest, dict.fromkeys(sizes, PATH_BYTES)) == []
+                expected = graphs.get("head", graphs.run_path(parts, graphs.put("stem", x)))
+                assert_close(got, expected)
+                if parts in session.fused:
+                    assert_close(session.get("head", session.run_fused(parts, session.put("stem", x))), expected)
 
 
 def test_one_thread_means_no_pool(bundle: Bundle) -> None:

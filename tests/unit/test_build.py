@@ -117,7 +117,7 @@ def test_progress_covers_every_stage(checkpoint: Path, tmp_path: Path) -> None:
         config=BuildConfig(),
         progress=lambda what, done, total: calls.setdefault(what, []).append((done, total)),
     )
-    assert list(calls) == ["load", "export", "engines", "parts", "paths"]
+    assert list(calls) == ["load", "export", "engines", "parts", "paths", "executors"]
     for steps in calls.values():
         assert steps[0][0] == 0
         assert steps == sorted(steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,12 +15,14 @@ from tiny import tiny_checkpoint_file
 from bdexport.build import build_bundle
 from bdexport.bundle import (
     FORMAT_VERSION,
+    RUN_CHECKPOINT,
     file_problems,
     manifest_from_json,
     open_bundle,
     read_manifest,
     write_manifest,
 )
+from bdexport.checkpoint.reading import RUN_FILE
 from bdexport.config import BuildConfig
 from bdexport.errors import BundleError
 from bdexport.files import sha256_file
@@ -124,3 +127,15 @@ def test_reading_needs_no_build_half(bundle_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, bundle_path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("what", ["run", "run/model.safetensors", "resnet32.th", "zoo:resnet20-digits"])
+def test_a_checkpoint_in_place_of_a_bundle_is_told_how_to_become_one(tmp_path: Path, what: str) -> None:
+    """Oracle: the line that builds it stands in the error; and the run's file is called as training calls it."""
+    assert RUN_CHECKPOINT == RUN_FILE
+    (tmp_path / "run").mkdir()
+    for name in ("run/model.safetensors", "resnet32.th"):
+        (tmp_path / name).write_bytes(b"weights")
+    path = what if what.startswith("zoo:") else tmp_path / what
+    with pytest.raises(BundleError, match=re.escape(f"build it first: bdexport build {path}")):
+        open_bundle(path)

@@ -312,6 +312,7 @@ def take(*place: str) -> Callable[[dict[str, Any]], None]:
         (put("network", "dropped_transition", value="relu"), r"network\.dropped_transition"),
         (put("policy", "num_blocks", value=9), r"policy\.num_blocks: got 9, expected an integer in 4\.\.4"),
         (put("policy", "input_pool", value=0), r"policy\.input_pool: got 0"),
+        (put("policy", "stem_stride", value=1), r"policy\.stem_stride: got 1"),
         (put("policy", "widths", value=[4]), "stages and widths do not fit"),
         (put("policy", value=False), r"header\.policy: got false, expected an object"),
         (put("preprocess", "size", value=[32]), r"preprocess\.size: got \[32\], expected a list of 2 values"),

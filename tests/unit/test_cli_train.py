@@ -54,6 +54,9 @@ def test_a_wrong_request_leaves_no_run(
         (["--kept", "2"], "--method fixed"),
         (["--method", "fixed", "--mask", "110", "--kept", "1"], "leave --kept out"),
         (["--fresh-policy"], "leave it out"),
+        (["--method", "act", "--estimator", "marginal"], "leave it out"),
+        (["--method", "act"], "two blocks or more"),  # ResNet-8 has one a stage
+        (["--method", "fixed", "--mask", "000"], "at least one block"),
     ],
 )
 def test_options_without_effect_are_refused(

@@ -199,8 +199,9 @@ def test_a_path_that_cannot_be_captured_later_runs_as_chain(case: DeviceCase) ->
 def test_engines_that_cannot_be_captured_are_named(case: DeviceCase) -> None:
     """Oracle: the reason that the engines' maker gave."""
     session = case.session(CudaDouble(), capturable=(False, "it aborts"))
-    with Orchestrator(case.bundle, session, "graph") as orchestrator:
-        assert orchestrator.executor_reason.endswith("runs as chain: it aborts")
+    with pytest.raises(UsageError, match="executor 'graph': it aborts, expected chain"):
+        Orchestrator(case.bundle, session, "graph")
+    session.close()
 
 
 def test_mixed_batches_are_counted(case: DeviceCase) -> None:

@@ -97,7 +97,7 @@ def test_evaluate_model_agrees_with_running_it() -> None:
     assert result["fixed"]["110000"]["blocks_used"]["mean"] == 2.0
 
 
-@pytest.mark.parametrize(("name", "kept"), [("median-k", 3), ("first-k", None), ("101", None)])
+@pytest.mark.parametrize(("name", "kept"), [("median-k", 3), ("first-k", None), ("101", None), ("000000", None)])
 def test_fixed_masks_that_make_no_sense(name: str, kept: int | None) -> None:
     """Oracle: UsageError, not a guess."""
     batches = [(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))]

@@ -97,3 +97,12 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="folder: cannot be written"):
         write_text(tmp_path / "folder", "text")
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_a_folder_that_cannot_be_made_is_named_as_the_caller_named_it() -> None:
+    """Oracle: the kernel's own file system makes no folders; the error is about the wanted file, not a hidden one."""
+    wanted = Path("/proc/bdexport/model.safetensors")
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+    with pytest.raises(OutputError, match=r"^/proc/bdexport/model.safetensors: .*choose another place"):
+        write_text(wanted, "x")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from bdexport.architecture import ResNetSpec, policy_spec, resnet_spec
+from bdexport.errors import UsageError
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ROW_MULTIPLE, Block, ResNet
@@ -104,6 +107,23 @@ def test_policy_of_half_resolution_costs_a_quarter() -> None:
     half = BlockDropNet(spec, policy_spec(spec).__class__(**{**vars(policy_spec(spec)), "input_pool": 2}))
     whole = BlockDropNet(spec)
     assert count_flops(half, (32, 32)).policy == pytest.approx(count_flops(whole, (32, 32)).policy / 4, rel=0.01)
+
+
+def test_policy_with_a_strided_stem_sees_every_pixel_at_a_quarter_of_the_cost() -> None:
+    """Oracles: FLOPs of all but the stem scale with its outputs' pixels; the gradient with respect to the image."""
+    spec = resnet_spec("resnet32")
+    strided = BlockDropNet(spec, replace(policy_spec(spec), stem_stride=2))
+    assert count_flops(strided, (32, 32)).policy < count_flops(BlockDropNet(spec), (32, 32)).policy / 3.5
+    image = torch.rand(1, 3, 32, 32, requires_grad=True)
+    strided.policy.eval().stem(image).square().sum().backward()
+    assert image.grad is not None
+    assert (image.grad != 0).any(dim=1).all()
+
+
+def test_imagenet_policies_have_a_stem_of_their_own() -> None:
+    """Oracle: what is refused, and the remedy named."""
+    with pytest.raises(UsageError, match=r"stem_stride.*input_pool=2"):
+        replace(policy_spec(resnet_spec("resnet50")), stem_stride=2)
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 
+from bdexport.checkpoint import load_checkpoint
+from bdexport.cli.main import main
 from bdexport.errors import UsageError
 from bdexport.retarget import policy_logits, retarget, shift_for
 
@@ -40,3 +44,15 @@ def test_the_policy_itself_meets_the_target() -> None:
     logits = policy_logits(model, [(images, torch.zeros(200))])
     retarget(model, logits, 2.0)
     assert model.masks(images).float().sum(dim=1).mean().item() == pytest.approx(2.0, abs=0.01)
+
+
+def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the file's bytes; with --overwrite, the validation mean that the result names."""
+    out = tmp_path / "there.safetensors"
+    out.write_bytes(b"precious")
+    line = ["retarget", "zoo:resnet20-digits", "--target-blocks", "3", "--dataset", "digits", "--out", str(out)]
+    assert main(line) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+    assert main([*line, "--overwrite"]) == 0
+    assert load_checkpoint(out).training["policy_statistics"]["blocks_used"]["mean"] == pytest.approx(3.0, abs=0.3)

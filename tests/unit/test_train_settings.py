@@ -6,7 +6,7 @@ import pytest
 
 from bdexport.config import PRESETS, TrainConfig, preset
 from bdexport.errors import UsageError
-from bdexport.train.settings import RANGES, check_ranges, with_assignments
+from bdexport.train.settings import RANGES, check_ranges, per_stage, with_assignments
 
 
 def test_assignments_reach_nested_fields_with_their_types() -> None:
@@ -62,6 +62,7 @@ def test_a_refused_value_is_named_in_full() -> None:
         "finetune.full_share=1",
         "policy.samples=0",
         "policy.input_pool=0",
+        "policy.stem_stride=0",
         "policy.wrong_prediction_penalty=1e300",
     ],
 )
@@ -70,6 +71,14 @@ def test_numbers_that_no_run_can_work_with_are_refused(assignment: str) -> None:
     config = with_assignments(TrainConfig(), [assignment])
     with pytest.raises(UsageError, match=assignment.partition(".")[0].partition("=")[0]):
         check_ranges(config)
+
+
+@pytest.mark.parametrize("text", ["24,48", "24,48,0", "24,48,x", "24,48,9999999", "24,48,-96"])
+def test_policy_widths_fit_the_stages(text: str) -> None:
+    """Oracle: three stages want three positive numbers within what a checkpoint may hold."""
+    assert per_stage("policy.widths", "24,48, 96", 3) == (24, 48, 96)
+    with pytest.raises(UsageError, match=r"policy\.widths"):
+        per_stage("policy.widths", text, 3)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

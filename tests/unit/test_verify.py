@@ -30,6 +30,7 @@ from bdexport.verify import (
 )
 
 FEW = VerifyConfig(random_masks=10, images=4)
+FUSED_PATHS = {"fused paths": 3, "fused paths, as batches": 3}  # all dropped, all kept, all dropped again
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_right_bundle_holds(bundle: Bundle, model: BlockDropNet, reference: st
         "random": 10,
         "random, as batches": 10,
         "policy's own": 4,
-    }
+    } | ({} if bundle.manifest.fused is None else FUSED_PATHS)
     assert report["max_logit_difference"] <= 1e-4
     assert report["policy"]["masks_equal"] == 4
     require(report)

@@ -1,0 +1,260 @@
+"""The benchmark suite: its statistics, its rounds, its table, and that a run goes on where it was cut off."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from bundles import assert_close, pixels, some_masks, torch_logits
+from tiny import tiny_checkpoint, tiny_checkpoint_file, tiny_model
+
+from benchmarks.suite import contestants, suite
+from benchmarks.suite.__main__ import _parser, config_of
+from benchmarks.suite.footprint import footprints
+from benchmarks.suite.graphs import graph_with_ifs
+from benchmarks.suite.measuring import measure
+from benchmarks.suite.networks import random_masks, sweep_masks
+from benchmarks.suite.plan import Cell, SuiteConfig, cells, seconds_for
+from benchmarks.suite.results import lines_of
+from benchmarks.suite.statistics import efficiency, ratio, straight_line, summary
+from benchmarks.suite.store import Store
+from benchmarks.suite.tables import markdown
+
+TINY = SuiteConfig(
+    models=("resnet32",),
+    batches=(1,),
+    minutes=1.0,
+    images=4,
+    masks=2,
+    least_rounds=2,
+    most_rounds=3,
+    compile_batches=(),
+)
+
+
+def test_ratio_of_proportional_times_is_exact_whatever_the_rounds_were_like() -> None:
+    """Oracle: a = 2 b round by round, so every draw of rounds has the same ratio: pairing removes the noise."""
+    b = np.random.default_rng(0).lognormal(0.0, 2.0, 51)
+    assert ratio(2 * b, b) == pytest.approx({"value": 2.0, "low": 2.0, "high": 2.0, "means": 2.0})
+
+
+def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
+    """Oracle: 95 % intervals of 100 samples with a known ratio of medians, 1.5."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        found = ratio(1.5 * rng.lognormal(0.0, 0.3, 60), rng.lognormal(0.0, 0.3, 60))
+        covered += found["low"] <= 1.5 <= found["high"]
+    assert covered >= 85
+
+
+def test_efficiency_is_one_where_time_follows_flops() -> None:
+    """Oracle: own = policy + share * full gives 1; twice that time gives 0.5."""
+    rng = np.random.default_rng(0)
+    policy, full, share = rng.random(20), 5 * rng.random(20), rng.random(20)
+    own = policy + share * full
+    assert efficiency(own, policy, full, share)["value"] == pytest.approx(1.0)
+    assert efficiency(2 * own, policy, full, share)["means"] == pytest.approx(0.5)
+
+
+def test_straight_line_and_summary() -> None:
+    """Oracle: the line that the points were made from; numpy's own percentiles of 1..101."""
+    x = np.arange(5.0)
+    assert straight_line(x, 3 + 0.5 * x) == pytest.approx({"intercept": 3.0, "slope": 0.5, "r2": 1.0})
+    found = summary(np.arange(1.0, 102.0))
+    assert (found["p50"], found["p90"], found["min"], found["mean"]) == (51.0, 91.0, 1.0, 51.0)
+
+
+def test_small_networks_and_single_images_come_first() -> None:
+    """Oracle: the order that the brief of the suite names; ImageNet sizes only at batch 1 unless asked for."""
+    plan = cells(SuiteConfig())
+    assert [cell.model for cell in plan[:3]] == ["resnet32", "resnet56", "resnet110"]
+    assert plan[0].usage == "trained"
+    assert plan[1].usage == "random"
+    large = [cell for cell in plan if cell.model in ("resnet50", "resnet101")]
+    assert plan[-len(large) :] == large
+    assert {cell.batch for cell in large} == {1}
+    assert len({cell.name for cell in plan}) == len(plan)
+
+
+def test_time_is_shared_out_and_never_negative() -> None:
+    """Oracle: shares by hand."""
+    assert seconds_for(4, 100.0, 90.0) == 25.0
+    assert seconds_for(1, 100.0, 90.0) == 90.0
+    assert seconds_for(3, -5.0, 90.0) == 0.0
+
+
+class Clock:
+    """Seconds that only the steps of a test let go by."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[str, int]] = []
+
+    def step(self, name: str, seconds: float) -> Any:
+        def run(number: int) -> None:
+            self.now += seconds
+            self.calls.append((name, number))
+
+        return run
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_everybody_makes_as_many_rounds_on_the_same_images_in_changing_order() -> None:
+    """Oracle: the log of calls: each round calls each once (and warms once), and the order is not always the same."""
+    clock = Clock()
+    steps = {name: clock.step(name, 0.01) for name in "abc"}
+    found = measure(steps, 10.0, least=5, most=20, warm_calls=1, clock=clock)
+    assert {len(times) for times in found.times.values()} == {20}
+    rounds = clock.calls[-20 * 6 :]
+    orders = set()
+    for number in range(20):
+        calls = rounds[6 * number : 6 * number + 6]
+        assert sorted(calls) == sorted(2 * [("a", number), ("b", number), ("c", number)])
+        orders.add("".join(name for name, _ in calls[::2]))
+    assert len(orders) > 1
+
+
+def test_rounds_stop_with_the_time_and_who_is_too_slow_is_named() -> None:
+    """Oracle: a clock of the test's own: 1.1 s a round, 11 s: ten rounds; a call of 5 s has no place in them."""
+    clock = Clock()
+    steps = {"quick": clock.step("quick", 0.1), "middle": clock.step("middle", 1.0), "slow": clock.step("slow", 5.0)}
+    found = measure(steps, 11.0, least=3, most=100, clock=clock)
+    assert set(found.times) == {"quick", "middle"}
+    assert len(found.times["quick"]) == pytest.approx(10, abs=1)
+    assert "5.00 s" in found.missing["slow"]
+
+
+def test_random_masks_keep_as_many_as_asked_for() -> None:
+    """Oracle: counting; and the sweep's masks are the same every time, since bundles name them."""
+    masks = random_masks(np.random.default_rng(0), (4, 7), 15, 6)
+    assert masks.shape == (4, 7, 15)
+    assert (masks.sum(axis=-1) == 6).all()
+    for kept, choices in sweep_masks(15, (0.2, 1.0)).items():
+        assert (choices.sum(axis=1) == kept).all()
+        np.testing.assert_array_equal(choices, sweep_masks(15, (0.2, 1.0))[kept])
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_the_graph_with_ifs_computes_what_torch_does(forced: bool) -> None:
+    """Oracle: ``forward_masked`` of the model, under the policy's own masks and under forced ones."""
+    model = tiny_model(shortcut="conv", rule="shortcut_relu")
+    preprocess = tiny_checkpoint(model).preprocess
+    session = onnxruntime.InferenceSession(graph_with_ifs(model, preprocess, forced))
+    inputs = preprocess.normalise(pixels(4))
+    with torch.no_grad():
+        masks = some_masks(4, 3) if forced else model.masks(torch.from_numpy(inputs)).numpy()
+    rows = []
+    for index in range(4):
+        feeds = {"x": inputs[index : index + 1]}
+        if forced:
+            feeds["keep"] = masks[index : index + 1].astype(np.float32)
+        rows.append(session.run(["logits"], feeds)[0])
+    assert_close(np.concatenate(rows), torch_logits(model, inputs, masks), 1e-4)
+
+
+def test_a_stored_cell_counts_only_under_the_key_it_was_measured_with(tmp_path: Path) -> None:
+    """Oracle: the same key gives the result back; another checkpoint, version or setting, or a torn file, does not."""
+    cell, result = Cell("resnet32", "sweep", 1, 1), {"rounds": 3}
+    store = Store(tmp_path, {"torch": "1"}, "cpu")
+    key = store.key(TINY, "abc")
+    assert store.load(cell, key) is None
+    store.save(cell, key, result)
+    assert store.load(cell, key) == result
+    assert store.load(cell, store.key(replace(TINY, minutes=5.0), "abc")) == result
+    others = [store.key(TINY, "other"), store.key(replace(TINY, warm_calls=0), "abc")]
+    others.append(Store(tmp_path, {"torch": "2"}, "cpu").key(TINY, "abc"))
+    assert [store.load(cell, other) for other in others] == [None, None, None]
+    (tmp_path / "cells" / f"{cell.name}.json").write_text('{"key": ')
+    assert store.load(cell, key) is None
+
+
+def test_options_take_the_place_of_defaults() -> None:
+    """Oracle: what was asked for, and the defaults' own values where nothing was."""
+    given = ["--models", "resnet56", "--checkpoint", "resnet56=x.safetensors", "--batches", "4", "--data", "d"]
+    config = config_of(_parser().parse_args(given))
+    assert (config.models, config.batches, config.minutes) == (("resnet56",), (4,), SuiteConfig.minutes)
+    assert config.checkpoints["resnet56"] == "x.safetensors"
+    assert config.dataset == "cifar10"
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["--checkpoint", "vgg16=x"])
+
+
+@pytest.fixture
+def one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of one backend: the others' own tests are elsewhere."""
+    for module in (contestants, suite):
+        monkeypatch.setattr(module, "variants", lambda: [("onnxruntime", "fp32")])
+
+
+def test_a_run_measures_a_cell_and_the_next_run_finds_it(
+    tmp_path: Path, one_backend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: invariants of the result; and the second run leaves the cell's file as it is, and gives the same."""
+    cell = Cell("resnet32", "trained", 1, 1)
+    monkeypatch.setattr(suite, "cells", lambda _config: [cell])
+    checkpoint = tiny_checkpoint_file(tmp_path / "tiny.safetensors")
+    config = replace(TINY, checkpoints={"resnet32": str(checkpoint)})
+    first = suite.run_suite(config, tmp_path / "out", tmp_path / "work")
+    file = tmp_path / "out" / "cells" / f"{cell.name}.json"
+    written = file.stat().st_mtime_ns
+    (result,) = first["cells"]
+    by_name = {one["name"]: one for one in result["contestants"]}
+    chain = by_name["bdexport onnxruntime fp32, chain"]
+    assert result["rounds"] >= TINY.least_rounds
+    assert {one["agreement"] for one in result["contestants"] if one["group"] != "policy"} == {1.0}
+    full = by_name["ONNX Runtime, full"]["ms"]["p50"]
+    assert chain["speedup_over"]["onnxruntime_full"]["value"] == pytest.approx(full / chain["ms"]["p50"])
+    assert 0 < chain["efficiency"]["share"] <= 1
+    assert {"torch.compile, full", "TensorRT, full"} <= set(result["missing"])
+    page = (tmp_path / "out" / "suite.md").read_text()
+    assert all(f"| {name} |" in page for name in by_name)
+    again = suite.run_suite(config, tmp_path / "out", tmp_path / "work")
+    assert file.stat().st_mtime_ns == written
+    assert again["cells"] == first["cells"]
+    saved = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert saved["cells"] == first["cells"]
+
+
+def test_no_time_left_is_said_and_nothing_is_lost(tmp_path: Path, one_backend: None) -> None:
+    """Oracle: every cell of the plan is named as not measured."""
+    config = replace(TINY, minutes=0.0, checkpoints={"resnet32": str(tiny_checkpoint_file(tmp_path / "t.safetensors"))})
+    found = suite.run_suite(config, tmp_path / "out", tmp_path / "work")
+    assert set(found["not_measured"]) == {cell.name for cell in cells(config)}
+    assert all(name in markdown(found) for name in found["not_measured"])
+
+
+def test_footprints_are_of_processes_of_their_own(tmp_path: Path) -> None:
+    """Oracle: a process holds what it held before loading, and its peak is no less than what it holds at the end."""
+    from bundles import make_bundle
+
+    bundle = make_bundle(tmp_path / "bundle", tiny_model())
+    found = footprints(bundle.path, threads=1, repeats=1)
+    for kind in ("bundle", "full"):
+        one = found[kind]
+        assert one["load_s"] > 0
+        assert 0 < one["rss_imported"] <= one["rss_loaded"] * 1.01
+        assert one["peak"] >= one["rss_run"] * 0.95
+    assert found["ratio"]["rss_run"] == pytest.approx(found["bundle"]["rss_run"] / found["full"]["rss_run"])
+
+
+def test_points_of_a_sweep_are_lines_by_executor() -> None:
+    """Oracle: two executors and two levels by hand."""
+    points = [
+        {"group": "dynamic", "engine": "e", "executor": executor, "kept": kept, "ms": {"p50": kept}}
+        for executor in ("chain", "fused")
+        for kept in (5, 2)
+    ]
+    found = lines_of({"contestants": points})
+    assert {label: [point["kept"] for point in line] for label, line in found.items()} == {
+        "e, chain": [2, 5],
+        "e, fused": [2, 5],
+    }
