@@ -38,10 +38,11 @@ lint: $(STAMP)
 test: lint
 	@$(BIN)/pytest -q
 
-test-gpu: $(STAMP)
+# With GPU_PYTHON=python3 the tests run in that Python as it is: where torch for CUDA is installed already.
+test-gpu: $(if $(GPU_PYTHON),,$(STAMP))
 	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || \
 	  { echo "test-gpu: no NVIDIA GPU found (nvidia-smi lists none); nothing was tested" >&2; exit 1; }
-	@$(BIN)/pytest -q -m gpu
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q -m gpu
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from gpu_report import pytest_runtest_makereport, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 (hooks)
 
 if TYPE_CHECKING:
     from bdexport.checkpoint import Checkpoint

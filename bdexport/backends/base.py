@@ -45,11 +45,13 @@ class BuildOptions:
 class RunOptions:
     """How engines are loaded. ``threads`` None: the backend's choice, reported by the session.
 
+    ``stream``: on a GPU, the caller's stream (a raw handle or an object with ``__cuda_stream__``); None: the session's.
     ``fused``: load the manifest's fused paths too, where the backend can (:class:`FusedSession`).
     """
 
     device: str = "cpu"
     threads: int | None = None
+    stream: Any = None
     fused: bool = False
 
 
@@ -146,6 +148,11 @@ class Backend(Protocol):
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load every engine of ``bundle``. Raises BackendError naming the part, both sides and the remedy."""
+
+
+def default_device(backend: Backend) -> str:
+    """Where a backend runs when nobody names a device: its ``default_device``, which only backends off the CPU have."""
+    return str(getattr(backend, "default_device", RunOptions().device))
 
 
 def fuses_paths(backend: Backend) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from threading import Lock
 from typing import Protocol
 
@@ -30,11 +31,15 @@ class Executor(Protocol):
     def run(self, x: Tensor, plan: Plan) -> Tensor:
         """The network's input, in the plan's order -> logits in the plan's order, as the session's tensor."""
 
+    def run_whole(self, part: str, x: Tensor) -> Tensor:
+        """A network of its own (``policy``, ``full``) on the network's input."""
+
 
 class Chain:
     """One engine per part. One mask for the whole batch: its path at once; otherwise gather, run, scatter per block."""
 
     name = "chain"
+    fallback: str | None = None  # why an executor that was asked for runs as this one does
 
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self._session, self._transitions = session, frozenset(manifest.transitions)
@@ -53,6 +58,10 @@ class Chain:
         for step in plan.steps():
             x = self._run_block(x, step)
         return self._session.run(HEAD, x)
+
+    def run_whole(self, part: str, x: Tensor) -> Tensor:
+        """See :meth:`Executor.run_whole`."""
+        return self._session.run(part, x)
 
     def _run_block(self, x: Tensor, step: BlockStep) -> Tensor:
         session, block, transition = self._session, block_part(step.index), step.index in self._transitions
@@ -84,6 +93,7 @@ class Fused:
     """
 
     name = "fused"
+    fallback: str | None = None
 
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self._session, self._chain = session, Chain(session, manifest)
@@ -114,6 +124,10 @@ class Fused:
             return self._chain.run(x, plan) if engine is None else engine(x)
         return self._run_mixed(x, plan)
 
+    def run_whole(self, part: str, x: Tensor) -> Tensor:
+        """See :meth:`Executor.run_whole`."""
+        return self._session.run(part, x)
+
     def _run_mixed(self, x: Tensor, plan: Plan) -> Tensor:
         session, pieces, missed = self._session, [], []
         for begin, end in plan.groups():
@@ -139,7 +153,11 @@ class Fused:
 
 
 # One visible table; a backend's own executors stand here too and say in ``unavailable`` where they cannot run.
-EXECUTORS: dict[str, type[Chain] | type[Fused]] = {"chain": Chain, "fused": Fused}
+EXECUTORS: dict[str, str] = {
+    "chain": "bdexport.runtime.executors:Chain",
+    "fused": "bdexport.runtime.executors:Fused",
+    "graph": "bdexport.runtime.graph_executor:GraphExecutor",
+}
 
 
 def executor_name(name: str, manifest: Manifest) -> tuple[str, str]:
@@ -163,13 +181,22 @@ def choose_executor(name: str, session: Session, manifest: Manifest) -> tuple[Ex
     Raises :class:`UsageError` for a name that is not in the table, or whose executor this bundle or session has not.
     """
     name, reason = executor_name(name, manifest)
-    chosen = EXECUTORS[name]
+    chosen = _executor_class(name)
     missing = chosen.unavailable(session, manifest)
     if missing is not None:
         raise UsageError(f"executor {name!r}: {missing}", expected=" or ".join(usable_executors(session, manifest)))
-    return chosen(session, manifest), reason
+    executor = chosen(session, manifest)
+    if executor.fallback is not None:
+        reason += f"; runs as chain: {executor.fallback}"
+    return executor, reason
 
 
 def usable_executors(session: Session, manifest: Manifest) -> tuple[str, ...]:
     """Names of the executors that this session can run this bundle with, ``chain`` first."""
-    return tuple(name for name, kind in EXECUTORS.items() if kind.unavailable(session, manifest) is None)
+    return tuple(name for name in EXECUTORS if _executor_class(name).unavailable(session, manifest) is None)
+
+
+def _executor_class(name: str) -> type[Chain] | type[Fused]:
+    module, _, class_name = EXECUTORS[name].partition(":")
+    found: type[Chain] | type[Fused] = getattr(import_module(module), class_name)
+    return found

@@ -13,16 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends import get_backend
-from bdexport.backends.base import RunOptions, Session, Tensor
+from bdexport.backends.base import RunOptions, Session, Tensor, default_device
 from bdexport.bundle import Bundle, Manifest, open_bundle
+from bdexport.cuda.exchange import is_device_array
 from bdexport.errors import BackendError, UsageError
 from bdexport.hardware import usable_cores
 from bdexport.mask_map import MaskMapper
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
 from bdexport.runtime.executors import Fused, choose_executor, executor_name, usable_executors
-from bdexport.runtime.grouping import plan_batch
-from bdexport.runtime.inputs import network_input
+from bdexport.runtime.grouping import Plan, plan_batch
+from bdexport.runtime.inputs import device_input, network_input
 
 LEAST_THREAD_LIMIT = 16  # may be asked for anywhere, so that a script runs on any machine
 
@@ -62,6 +63,18 @@ class Result:
         return top
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceResult:
+    """What :meth:`Orchestrator.on_device` gives. ``logits``: (N, classes) on the device, with DLPack and
+    ``__cuda_array_interface__``; the other fields as in :class:`Result`. ``inputs`` keeps the images' memory alive.
+    """
+
+    logits: Any
+    masks: Masks
+    probabilities: NDArray[np.float32] | None
+    inputs: Any
+
+
 class Orchestrator:
     """A loaded bundle. Call it with images; it may be called from several threads at once. A context manager."""
 
@@ -81,6 +94,11 @@ class Orchestrator:
     def executor(self) -> str:
         """Name of the executor in use; ``executor_reason`` says why."""
         return self._executor.name
+
+    def executor_report(self) -> dict[str, Any] | None:
+        """What the executor counted so far (hits, captures, reasons of fallbacks); None where it counts nothing."""
+        report = getattr(self._executor, "report", None)
+        return None if report is None else dict(report())
 
     @property
     def hit_rate(self) -> float | None:
@@ -112,11 +130,12 @@ class Orchestrator:
         """
         started = perf_counter_ns()
         inputs = self._inputs(images)
-        forced = None if masks is None else checked_masks(masks, len(inputs), self.manifest.num_blocks)
+        forced = None if masks is None else checked_masks(masks, inputs.shape[0], self.manifest.num_blocks)
         prepared = perf_counter_ns()
-        probabilities, masks = (None, forced) if forced is not None else self._decide(inputs)
-        decided = perf_counter_ns()
-        logits = self._run_blocks(inputs, masks)
+        x = self.session.put(POLICY if forced is None else STEM, inputs)
+        probabilities, masks = (None, forced) if forced is not None else self._decide(x)
+        decided = prepared if forced is not None else perf_counter_ns()
+        logits = self._run_blocks(x, masks)
         ended = perf_counter_ns()
         timings = _timings_ms(started, prepared, decided, ended)
         return Result(logits, masks, probabilities, timings)
@@ -126,11 +145,31 @@ class Orchestrator:
         started = perf_counter_ns()
         inputs = self._inputs(images)
         prepared = perf_counter_ns()
-        logits = _finite(self.session.get(FULL, self.session.run(FULL, self.session.put(FULL, inputs))))
+        x = self.session.put(FULL, inputs)
+        logits = _finite(self.session.get(FULL, self._executor.run_whole(FULL, x)))
         ended = perf_counter_ns()
-        masks = np.ones((len(inputs), self.manifest.num_blocks), dtype=bool)
+        masks = np.ones((inputs.shape[0], self.manifest.num_blocks), dtype=bool)
         timings = _timings_ms(started, prepared, prepared, ended)
         return Result(logits, masks, None, timings)
+
+    def on_device(self, images: Any, masks: Any = None) -> DeviceResult:
+        """Like a call, but the logits stay on the GPU, and the host waits for the policy's masks only.
+
+        The work is queued on the session's stream when this returns; logits are not checked for being finite. Keep the
+        result until your own stream is done with it. Raises as a call does, and UsageError on a CPU.
+        """
+        inputs = self._inputs(images)
+        export = getattr(self.session, "export", None)
+        if export is None:
+            raise UsageError(f"on_device: this bundle runs on {self.device}", remedy="load it with device='cuda'")
+        forced = None if masks is None else checked_masks(masks, inputs.shape[0], self.manifest.num_blocks)
+        x = self.session.put(POLICY if forced is None else STEM, inputs)
+        probabilities, masks = (None, forced) if forced is not None else self._decide(x)
+        plan = plan_batch(masks)
+        logits = self._run_plan(x, plan)
+        if plan.order is not None:
+            logits = self.session.take(logits, np.argsort(plan.order))
+        return DeviceResult(export(logits), masks, probabilities, x)
 
     def warm_up(self, batch: int = 1) -> None:
         """Run every part once at this batch size, so that no later call pays for first-time work."""
@@ -154,26 +193,32 @@ class Orchestrator:
     ) -> None:
         self.close()
 
-    def _inputs(self, images: Any) -> NDArray[np.float32]:
+    def _inputs(self, images: Any) -> Any:
+        """float32 (N, 3, H, W) on the host; images on the session's device as they are, for the session to check."""
         if self._closed:
             raise UsageError(f"orchestrator of {self.bundle.path}: used after close", remedy="load the bundle again")
+        if is_device_array(images):
+            return device_input(images, self.device)
         return network_input(images, self.manifest.preprocess, self.manifest.max_batch)
 
-    def _decide(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], Masks]:
-        session = self.session
-        probabilities = session.get(POLICY, session.run(POLICY, session.put(POLICY, inputs)))
+    def _decide(self, x: Tensor) -> tuple[NDArray[np.float32], Masks]:
+        """The only time that anything but the logits comes to the host."""
+        probabilities = self.session.get(POLICY, self._executor.run_whole(POLICY, x))
         masks = masks_from_probabilities(probabilities)
         return probabilities, masks if self._mapped is None else self._mapped(masks)
 
-    def _run_blocks(self, inputs: NDArray[np.float32], masks: Masks) -> NDArray[np.float32]:
+    def _run_blocks(self, x: Tensor, masks: Masks) -> NDArray[np.float32]:
         plan = plan_batch(masks)
-        x: Tensor = self.session.put(STEM, inputs)
+        sorted_logits = _finite(self.session.get(HEAD, self._run_plan(x, plan)))
         if plan.order is None:
-            return _finite(self.session.get(HEAD, self._executor.run(x, plan)))
-        sorted_logits = _finite(self.session.get(HEAD, self._executor.run(self.session.take(x, plan.order), plan)))
+            return sorted_logits
         logits = np.empty_like(sorted_logits)
         logits[plan.order] = sorted_logits
         return logits
+
+    def _run_plan(self, x: Tensor, plan: Plan) -> Tensor:
+        """The logits in the plan's order."""
+        return self._executor.run(x if plan.order is None else self.session.take(x, plan.order), plan)
 
 
 def load(
@@ -183,24 +228,28 @@ def load(
     device: str | None = None,
     executor: str = "auto",
     fused: bool = False,
+    stream: Any = None,
 ) -> Orchestrator:
     """Open a bundle for inference with the backend that it was built for.
 
     ``threads``: threads that compute one call (None: the backend's choice, see ``orchestrator.threads``). ``device``:
     None for the backend's default. ``executor``: ``auto`` or a name. ``fused``: load the fused paths whatever the
-    executor, for comparing executors on one session. Raises :class:`BundleError` for a damaged bundle,
-    :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
+    executor, for comparing executors on one session. ``stream``: on a GPU, the caller's stream that all work is queued
+    on (a raw handle or an object with ``__cuda_stream__``); None: one of its own. Raises :class:`BundleError` for a
+    damaged bundle, :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
     """
     _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    defaults = RunOptions()
     name, _ = executor_name(executor, opened.manifest)
-    options = RunOptions(
-        defaults.device if device is None else device,
-        None if threads is None else int(threads),
-        fused=fused or name == Fused.name,
-    )
     backend = get_backend(opened.manifest.backend)
+    place = default_device(backend) if device is None else device
+    if stream is not None and not place.startswith("cuda"):
+        raise UsageError(
+            "stream", got=f"one for device {place!r}", expected="a device with streams", remedy="device='cuda'"
+        )
+    options = RunOptions(
+        place, None if threads is None else int(threads), stream=stream, fused=fused or name == Fused.name
+    )
     if opened.manifest.precision not in backend.precisions:
         raise BackendError(
             f"{opened.path} [{backend.name}]: precision",

@@ -26,7 +26,7 @@ from bdexport.backends.onnx_rewrite import conv_from_pad
 from bdexport.backends.onnxruntime import open_graphs
 from bdexport.backends.onnxruntime_build import NotBlockedError, _without_guards, build_engine
 from bdexport.backends.onnxruntime_common import NCHWC_DOMAIN, Reported, channel_block
-from bdexport.backends.onnxruntime_session import _from_blocked, _to_blocked
+from bdexport.backends.onnxruntime_session import OnnxRuntimeSession, _from_blocked, _to_blocked
 from bdexport.bundle import Bundle
 from bdexport.errors import BackendError, BuildError
 from bdexport.hardware import usable_cores
@@ -178,6 +178,7 @@ def test_every_way_of_running_a_path_agrees(bundle: Bundle, threads: int) -> Non
     with bdexport.load(bundle, threads=threads) as orchestrator:
         session, manifest = orchestrator.session, bundle.manifest
         inputs = manifest.preprocess(pixels(3))
+        assert isinstance(session, OnnxRuntimeSession)
         frequent = [[digit == "1" for digit in item["mask"]] for item in manifest.policy_statistics["masks"]]
         for mask in [*frequent, *some_masks(5, manifest.num_blocks).tolist()]:
             parts = path_parts(mask, manifest.transitions)
