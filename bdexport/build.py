@@ -18,16 +18,16 @@ import torch
 
 from bdexport import __version__
 from bdexport.architecture import Shortcut
-from bdexport.backends import backend_class, get_backend
+from bdexport.backends import backend_class, get_builder
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import BuildConfig
-from bdexport.engine_cache import EngineCache, default_cache_folder, engine_key, engine_recipe
+from bdexport.engine_cache import EngineCache, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
-from bdexport.files import making_folder, sha256_file, write_bytes
+from bdexport.files import default_cache_folder, making_folder, sha256_file, write_bytes
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
@@ -70,7 +70,7 @@ def build_bundle(
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
     ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
-    ``cache_dir``: the engine cache, default as :func:`bdexport.engine_cache.default_cache_folder`. Raises UsageError,
+    ``cache_dir``: the engine cache, default as :func:`bdexport.files.default_cache_folder`. Raises UsageError,
     CheckpointError, ExportError, BuildError, VerificationError or OutputError; after them, as after Ctrl-C, nothing is
     left and an old bundle is as it was.
     """
@@ -110,12 +110,13 @@ def bundle_from_model(
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
+    options = backend.resolved(_build_options(config))
     with making_folder(out, overwrite) as staging:
         specs = part_specs(model, checkpoint.preprocess)
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
-        engines, outcomes, notes = _build_engines(graphs, staging / ENGINES, backend, config, model, cache, report)
+        engines, outcomes, notes = _build_engines(graphs, staging / ENGINES, backend, options, config.jobs, model, cache, report)
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
-        manifest = _manifest(out, model, checkpoint, backend, config, parts, checkpoint_sha256)
+        manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
         verification = _verified(Bundle(staging, manifest), model, backend, notes, report)
         write_manifest(staging, replace(manifest, verification=verification))
@@ -132,7 +133,13 @@ def checked_backend(config: BuildConfig) -> Backend:
     for name, value in (("--max-batch", config.max_batch), ("--jobs", config.jobs)):
         if value is not None and value < 1:
             raise UsageError(name, got=value, expected="at least 1")
-    return get_backend(config.backend)
+    backend = get_builder(config.backend)
+    backend.resolved(_build_options(config))
+    return backend
+
+
+def _build_options(config: BuildConfig) -> BuildOptions:
+    return BuildOptions(config.precision, config.max_batch, config.tensorrt)
 
 
 def default_bundle_path(checkpoint_path: Path) -> Path:
@@ -153,16 +160,18 @@ def _build_engines(
     graphs: Mapping[str, Path],
     folder: Path,
     backend: Backend,
-    config: BuildConfig,
+    options: BuildOptions,
+    jobs: int,
     model: BlockDropNet,
     cache: EngineCache | None,
     report: Progress,
 ) -> tuple[dict[str, Path], dict[str, str], list[str]]:
     """Engine files by part, what became of each (:class:`BuiltBundle`), and notes."""
     folder.mkdir()
-    options = BuildOptions(config.precision, config.max_batch)
     recipe = engine_recipe(backend, options)
     notes: list[str] = []
+    going = _Going(report, len(graphs))
+    options = replace(options, cache_folder=None if cache is None else cache.folder.parent, progress=going.step)
 
     def engine_of(part: str) -> tuple[Path, str]:
         engine = folder / f"{part}{backend.engine_suffix}"
@@ -178,18 +187,38 @@ def _build_engines(
 
     # Threads, not processes: backends build in native code, which leaves the interpreter free.
     done: dict[str, tuple[Path, str]] = {}
-    with ThreadPoolExecutor(config.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(engine_of, part): part for part in graphs}
         try:
             report("engines", 0, len(graphs))
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
-                report("engines", len(done), len(graphs))
-        except BaseException:  # a part that failed, or Ctrl-C: do not start the others
+                going.finished(futures[future])
+        except BaseException:  # a part that failed, or Ctrl-C: do not start the others, nor go on with those begun
+            going.on = False
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     engines = {part: done[part][0] for part in graphs}
     return engines, {part: done[part][1] for part in graphs}, notes
+
+
+class _Going:
+    """How far the engines are, as the bar shows it, and whether to go on with them."""
+
+    def __init__(self, report: Progress, parts: int) -> None:
+        self._report, self._parts = report, parts
+        self._shares: dict[str, float] = {}
+        self.on = True
+
+    def step(self, part: str, share: float) -> bool:
+        """See :data:`bdexport.backends.base.PartProgress`."""
+        self._shares[part] = share
+        self._report("engines", sum(list(self._shares.values())), self._parts)
+        return self.on
+
+    def finished(self, part: str) -> None:
+        """The part is there, built or from the cache."""
+        self.step(part, 1.0)
 
 
 def _from_cache(cache: EngineCache, key: str, engine: Path, part: str, notes: list[str]) -> str:
@@ -249,7 +278,7 @@ def _manifest(
     model: BlockDropNet,
     checkpoint: Checkpoint,
     backend: Backend,
-    config: BuildConfig,
+    options: BuildOptions,
     parts: dict[str, PartEntry],
     checkpoint_sha256: str,
 ) -> Manifest:
@@ -266,11 +295,12 @@ def _manifest(
         preprocess=checkpoint.preprocess,
         class_names=checkpoint.class_names,
         backend=backend.name,
-        precision=config.precision,
-        max_batch=config.max_batch,
+        precision=options.precision,
+        max_batch=options.max_batch,
         parts=parts,
         versions=_tool_versions() | dict(backend.versions()),
         fingerprint=backend.fingerprint(),
+        compute_capability=", ".join(options.tensorrt.compute_capabilities) or None,
         training=training,
         policy_statistics=checkpoint.training.get(STATISTICS) or {},
         checkpoint={"sha256": checkpoint_sha256, "form": checkpoint.form},
@@ -284,6 +314,10 @@ def _verified(
     """The report of comparing engines with torch, which holds; None, with a note, where there is nothing to compare."""
     if not backend.computes:
         notes.append(f"not verified: backend {backend.name} computes nothing")
+        return None
+    here = backend.available()
+    if not here.ok:
+        notes.append(f"not verified: the engines cannot run here ({here.reason}); run `bdexport verify` where they can")
         return None
     result = verify_against_model(bundle, model, progress=report)
     require(result)

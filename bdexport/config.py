@@ -286,6 +286,21 @@ def _paper(num_blocks: int) -> TrainConfig:
 
 
 @dataclass(frozen=True)
+class TensorRTConfig:
+    """What the builders of the backends ``tensorrt`` and ``tensorrt-rtx`` are told; None: TensorRT's own choice."""
+
+    min_batch: int = 1  # smaller batches are refused; masks that differ within a batch need 1
+    opt_batch: int = 1  # what kernels are chosen for
+    max_batch: int = 256  # where BuildConfig.max_batch is None: TensorRT has no engines for any batch
+    workspace_mib: int | None = None  # device memory that kernels may use while one engine runs
+    optimization_level: int | None = None  # 0..5: time to build against time to run
+    tf32: bool = False  # float32 products with 10 bits of mantissa, which TensorRT would do by itself
+    version_compatible: bool = False  # the engine loads in later TensorRT releases of the same major version
+    hardware_compatible: str | None = None  # tensorrt: "ampere+" or "same-compute-capability", not this GPU model alone
+    compute_capabilities: tuple[str, ...] = ()  # tensorrt-rtx: GPUs to build for, e.g. "8.9"; none: 8.0 and newer
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """What engines are built for. ``max_batch`` None: any batch, where the backend can."""
 
@@ -293,6 +308,7 @@ class BuildConfig:
     precision: str = "fp32"
     max_batch: int | None = None
     jobs: int = 1  # engines built at a time; backends that choose kernels by timing them want the machine to themselves
+    tensorrt: TensorRTConfig = field(default_factory=TensorRTConfig)
 
 
 @dataclass(frozen=True)

@@ -336,5 +336,4 @@ def _opened(bundle: Bundle, threads: int | None, device: str | None) -> closing[
     backend = get_backend(bundle.manifest.backend)
     if not backend.computes:
         raise UsageError(f"{bundle.path}: backend {backend.name} computes nothing, so there is nothing to verify")
-    defaults = RunOptions()
-    return closing(backend.open(bundle, RunOptions(device=device or defaults.device, threads=threads)))
+    return closing(backend.open(bundle, RunOptions(device=device, threads=threads)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.backends.onnxruntime_common import channel_block
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession
 from bdexport.errors import BackendError, BuildError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ENGINE_FORMAT = "3"  # of what is in an engine file; part of every cache key, so raise it when building changes
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(BuildsWhereItRuns):
     """Builds and opens engines for ONNX Runtime's CPU execution provider."""
 
     name = "onnxruntime"
@@ -68,7 +68,7 @@ class OnnxRuntimeBackend:
 
     def open(self, bundle: Bundle, options: RunOptions) -> OnnxRuntimeSession:
         """Load the engines. Raises BackendError for another machine, version or device than they are built for."""
-        if options.device != "cpu":
+        if options.device not in (None, "cpu"):
             raise no_device_error(self.name, options.device, "cpu (this backend has no other device yet)")
         self._check_built_for_this(bundle)
         threads, note = chosen_threads(options.threads, bundle.manifest.parts[FULL].flops)

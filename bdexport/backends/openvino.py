@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.backends.openvino_common import (
     BF16,
     DESCRIPTION,
@@ -44,7 +44,7 @@ ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal 
 FP32_REMEDY = "build with --precision fp32"
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(BuildsWhereItRuns):
     """Builds and opens engines for OpenVINO's CPU plugin."""
 
     name = "openvino"
@@ -109,7 +109,7 @@ class OpenVinoBackend:
 
     def open(self, bundle: Bundle, options: RunOptions) -> OpenVinoSession:
         """Load the engines. Raises BackendError for another device, format or processor than they can run on."""
-        if options.device != "cpu":
+        if options.device not in (None, "cpu"):
             raise no_device_error(self.name, options.device, "cpu (this backend has no other device yet)")
         manifest = bundle.manifest
         self._check_built_for_this(bundle)

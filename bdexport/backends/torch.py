@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.errors import BackendError, BuildError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ HEADER = "bdexport"  # the key of the specs in the engine's header
 Array = NDArray[Any]
 
 
-class TorchBackend:
+class TorchBackend(BuildsWhereItRuns):
     """Builds and opens parts as torch modules, in evaluation mode, batch norm as trained (not folded)."""
 
     name = "torch"
@@ -74,7 +74,7 @@ class TorchBackend:
 
     def open(self, bundle: Bundle, options: RunOptions) -> TorchSession:
         """Load every part of ``bundle`` on the CPU."""
-        if options.device != "cpu":
+        if options.device not in (None, "cpu"):
             raise no_device_error(self.name, options.device, "cpu")
         skeleton: BlockDropNet | None = None
         modules: dict[str, nn.Module] = {}

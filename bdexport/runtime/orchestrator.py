@@ -176,8 +176,7 @@ def load(
     """
     _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    defaults = RunOptions()
-    options = RunOptions(defaults.device if device is None else device, None if threads is None else int(threads))
+    options = RunOptions(device, None if threads is None else int(threads))
     backend = get_backend(opened.manifest.backend)
     if opened.manifest.precision not in backend.precisions:
         raise BackendError(
