@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends import get_backend
-from bdexport.backends.base import RunOptions, Session
+from bdexport.backends.base import RunOptions, Session, default_device
 from bdexport.bundle import Bundle, Manifest
 from bdexport.config import Tolerance, VerifyConfig
 from bdexport.errors import UsageError, VerificationError
@@ -336,4 +336,4 @@ def _opened(bundle: Bundle, threads: int | None, device: str | None) -> closing[
     backend = get_backend(bundle.manifest.backend)
     if not backend.computes:
         raise UsageError(f"{bundle.path}: backend {backend.name} computes nothing, so there is nothing to verify")
-    return closing(backend.open(bundle, RunOptions(device=device, threads=threads)))
+    return closing(backend.open(bundle, RunOptions(device=device or default_device(backend), threads=threads)))

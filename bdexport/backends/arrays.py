@@ -57,7 +57,7 @@ def closed_error(backend: str) -> UsageError:
     return UsageError(f"session [{backend}]: used after close", remedy="open the bundle again")
 
 
-def no_device_error(backend: str, device: str | None, known: str) -> BackendError:
+def no_device_error(backend: str, device: str, known: str) -> BackendError:
     """What a backend raises for a device that it does not have here."""
     return BackendError(
         f"backend {backend}: no such device", got=repr(device), expected=known, remedy="pass device=None"

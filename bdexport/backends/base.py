@@ -58,10 +58,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How engines are loaded. None: the backend's choice, reported by the session."""
+    """How engines are loaded. ``threads`` None: the backend's choice, reported by the session.
 
-    device: str | None = None
+    ``stream``: on a GPU, the caller's stream (a raw handle or an object with ``__cuda_stream__``); None: the session's.
+    """
+
+    device: str = "cpu"
     threads: int | None = None
+    stream: Any = None
 
 
 class Session(Protocol):
@@ -84,7 +88,10 @@ class Session(Protocol):
         """Choices made while loading, each with its reason."""
 
     def put(self, part: str, array: NDArray[Any]) -> Tensor:
-        """A host array in the manifest's layout -> the session's tensor, as input of ``part``; it may share memory."""
+        """A host array in the manifest's layout -> the session's tensor, as input of ``part``; it may share memory.
+
+        ``policy``, ``stem`` and ``full`` have the same input: what is put for one of them will do for the others.
+        """
 
     def get(self, part: str, tensor: Tensor) -> NDArray[Any]:
         """An output of ``part`` -> a host array in the manifest's layout that the caller owns."""
@@ -156,3 +163,8 @@ class BuildsWhereItRuns:
             remedy = "leave them out, or build with --backend tensorrt or tensorrt-rtx"
             raise UsageError(f"settings of TensorRT have no effect on backend {self.name}", remedy=remedy)
         return options
+
+
+def default_device(backend: Backend) -> str:
+    """Where a backend runs when nobody names a device: its ``default_device``, which only backends off the CPU have."""
+    return str(getattr(backend, "default_device", RunOptions().device))

@@ -71,7 +71,7 @@ class NullBackend(BuildsWhereItRuns):
 
     def open(self, bundle: Bundle, options: RunOptions) -> NullSession:
         """Read every declaration of ``bundle``."""
-        if options.device not in (None, "cpu"):
+        if options.device != "cpu":
             raise no_device_error(self.name, options.device, "cpu")
         engines = {part: _read_engine(bundle.engine(part), part) for part in bundle.manifest.parts}
         return NullSession(bundle.manifest, engines)

@@ -68,7 +68,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
 
     def open(self, bundle: Bundle, options: RunOptions) -> OnnxRuntimeSession:
         """Load the engines. Raises BackendError for another machine, version or device than they are built for."""
-        if options.device not in (None, "cpu"):
+        if options.device != "cpu":
             raise no_device_error(self.name, options.device, "cpu (this backend has no other device yet)")
         self._check_built_for_this(bundle)
         threads, note = chosen_threads(options.threads, bundle.manifest.parts[FULL].flops)

@@ -109,7 +109,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
 
     def open(self, bundle: Bundle, options: RunOptions) -> OpenVinoSession:
         """Load the engines. Raises BackendError for another device, format or processor than they can run on."""
-        if options.device not in (None, "cpu"):
+        if options.device != "cpu":
             raise no_device_error(self.name, options.device, "cpu (this backend has no other device yet)")
         manifest = bundle.manifest
         self._check_built_for_this(bundle)

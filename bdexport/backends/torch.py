@@ -74,7 +74,7 @@ class TorchBackend(BuildsWhereItRuns):
 
     def open(self, bundle: Bundle, options: RunOptions) -> TorchSession:
         """Load every part of ``bundle`` on the CPU."""
-        if options.device not in (None, "cpu"):
+        if options.device != "cpu":
             raise no_device_error(self.name, options.device, "cpu")
         skeleton: BlockDropNet | None = None
         modules: dict[str, nn.Module] = {}

@@ -52,13 +52,14 @@ def runs_here(bundle: Bundle, intact: bool) -> dict[str, Any]:
     A damaged bundle (not ``intact``) is not loaded.
     """
     from bdexport.backends import get_backend
-    from bdexport.backends.base import RunOptions
+    from bdexport.backends.base import RunOptions, default_device
     from bdexport.errors import BackendError, UsageError
 
     if not intact:
         return {"ok": False, "reason": "damaged"}
     try:
-        session = get_backend(bundle.manifest.backend).open(bundle, RunOptions())
+        backend = get_backend(bundle.manifest.backend)
+        session = backend.open(bundle, RunOptions(default_device(backend)))
     except (BackendError, UsageError) as error:  # UsageError: a backend that this bdexport does not have
         return {"ok": False, "reason": str(error)}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Protocol
 
 from bdexport.backends.base import Session, Tensor
@@ -21,11 +22,15 @@ class Executor(Protocol):
     def run(self, x: Tensor, plan: Plan) -> Tensor:
         """The network's input, in the plan's order -> logits in the plan's order, as the session's tensor."""
 
+    def run_whole(self, part: str, x: Tensor) -> Tensor:
+        """A network of its own (``policy``, ``full``) on the network's input."""
+
 
 class Chain:
     """One engine per part. One mask for the whole batch: its path at once; otherwise gather, run, scatter per block."""
 
     name = "chain"
+    fallback: str | None = None  # why an executor that was asked for runs as this one does
 
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self._session, self._transitions = session, frozenset(manifest.transitions)
@@ -39,6 +44,10 @@ class Chain:
         for step in plan.steps():
             x = self._run_block(x, step)
         return self._session.run(HEAD, x)
+
+    def run_whole(self, part: str, x: Tensor) -> Tensor:
+        """See :meth:`Executor.run_whole`."""
+        return self._session.run(part, x)
 
     def _run_block(self, x: Tensor, step: BlockStep) -> Tensor:
         session, block, transition = self._session, block_part(step.index), step.index in self._transitions
@@ -62,7 +71,10 @@ class Chain:
         return parts
 
 
-EXECUTORS: dict[str, type[Chain]] = {"chain": Chain}
+EXECUTORS: dict[str, str] = {
+    "chain": "bdexport.runtime.executors:Chain",
+    "graph": "bdexport.runtime.graph_executor:GraphExecutor",
+}
 
 
 def choose_executor(name: str, session: Session, manifest: Manifest) -> tuple[Executor, str]:
@@ -78,4 +90,8 @@ def choose_executor(name: str, session: Session, manifest: Manifest) -> tuple[Ex
         reason = "asked for by name"
     if name not in EXECUTORS:
         raise UsageError("unknown executor", got=repr(name), expected="auto or one of " + ", ".join(EXECUTORS))
-    return EXECUTORS[name](session, manifest), reason
+    module, _, class_name = EXECUTORS[name].partition(":")
+    executor: Chain = getattr(import_module(module), class_name)(session, manifest)
+    if executor.fallback is not None:
+        reason += f"; runs as chain: {executor.fallback}"
+    return executor, reason

@@ -44,6 +44,14 @@ def network_input(images: Any, preprocess: Preprocess, max_batch: int | None) ->
     raise InputError("images: wrong dtype", got=array.dtype, expected=accepted, remedy=_dtype_remedy(array))
 
 
+def device_input(images: Any, device: str) -> Any:
+    """``images`` in a GPU's memory as they are: the session checks them. Raises InputError where it has no GPU."""
+    if not device.startswith("cuda"):
+        remedy = "copy them to the host, or load the bundle with device='cuda'"
+        raise InputError("images: in a GPU's memory", got=type(images).__name__, expected=f"on {device}", remedy=remedy)
+    return images
+
+
 def _as_array(images: Any) -> NDArray[Any]:
     try:
         return np.asarray(images)

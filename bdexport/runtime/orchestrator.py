@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends import get_backend
-from bdexport.backends.base import RunOptions, Session, Tensor
+from bdexport.backends.base import RunOptions, Session, Tensor, default_device
 from bdexport.bundle import Bundle, Manifest, open_bundle
+from bdexport.cuda.exchange import is_device_array
 from bdexport.errors import BackendError, UsageError
 from bdexport.hardware import usable_cores
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
 from bdexport.runtime.executors import choose_executor
 from bdexport.runtime.grouping import plan_batch
-from bdexport.runtime.inputs import network_input
+from bdexport.runtime.inputs import device_input, network_input
 
 LEAST_THREAD_LIMIT = 16  # may be asked for anywhere, so that a script runs on any machine
 
@@ -102,11 +103,12 @@ class Orchestrator:
         """
         started = perf_counter_ns()
         inputs = self._inputs(images)
-        forced = None if masks is None else checked_masks(masks, len(inputs), self.manifest.num_blocks)
+        forced = None if masks is None else checked_masks(masks, inputs.shape[0], self.manifest.num_blocks)
         prepared = perf_counter_ns()
-        probabilities, masks = (None, forced) if forced is not None else self._decide(inputs)
-        decided = perf_counter_ns()
-        logits = self._run_blocks(inputs, masks)
+        x = self.session.put(POLICY if forced is None else STEM, inputs)
+        probabilities, masks = (None, forced) if forced is not None else self._decide(x)
+        decided = prepared if forced is not None else perf_counter_ns()
+        logits = self._run_blocks(x, masks)
         ended = perf_counter_ns()
         timings = _timings_ms(started, prepared, decided, ended)
         return Result(logits, masks, probabilities, timings)
@@ -116,9 +118,10 @@ class Orchestrator:
         started = perf_counter_ns()
         inputs = self._inputs(images)
         prepared = perf_counter_ns()
-        logits = _finite(self.session.get(FULL, self.session.run(FULL, self.session.put(FULL, inputs))))
+        x = self.session.put(FULL, inputs)
+        logits = _finite(self.session.get(FULL, self._executor.run_whole(FULL, x)))
         ended = perf_counter_ns()
-        masks = np.ones((len(inputs), self.manifest.num_blocks), dtype=bool)
+        masks = np.ones((inputs.shape[0], self.manifest.num_blocks), dtype=bool)
         timings = _timings_ms(started, prepared, prepared, ended)
         return Result(logits, masks, None, timings)
 
@@ -144,19 +147,21 @@ class Orchestrator:
     ) -> None:
         self.close()
 
-    def _inputs(self, images: Any) -> NDArray[np.float32]:
+    def _inputs(self, images: Any) -> Any:
+        """float32 (N, 3, H, W) on the host; images on the session's device as they are, for the session to check."""
         if self._closed:
             raise UsageError(f"orchestrator of {self.bundle.path}: used after close", remedy="load the bundle again")
+        if is_device_array(images):
+            return device_input(images, self.device)
         return network_input(images, self.manifest.preprocess, self.manifest.max_batch)
 
-    def _decide(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], Masks]:
-        session = self.session
-        probabilities = session.get(POLICY, session.run(POLICY, session.put(POLICY, inputs)))
+    def _decide(self, x: Tensor) -> tuple[NDArray[np.float32], Masks]:
+        """The only time that anything but the logits comes to the host."""
+        probabilities = self.session.get(POLICY, self._executor.run_whole(POLICY, x))
         return probabilities, masks_from_probabilities(probabilities)
 
-    def _run_blocks(self, inputs: NDArray[np.float32], masks: Masks) -> NDArray[np.float32]:
+    def _run_blocks(self, x: Tensor, masks: Masks) -> NDArray[np.float32]:
         plan = plan_batch(masks)
-        x: Tensor = self.session.put(STEM, inputs)
         if plan.order is None:
             return _finite(self.session.get(HEAD, self._executor.run(x, plan)))
         sorted_logits = _finite(self.session.get(HEAD, self._executor.run(self.session.take(x, plan.order), plan)))
@@ -166,18 +171,27 @@ class Orchestrator:
 
 
 def load(
-    bundle: str | Path | Bundle, *, threads: int | None = None, device: str | None = None, executor: str = "auto"
+    bundle: str | Path | Bundle,
+    *,
+    threads: int | None = None,
+    device: str | None = None,
+    executor: str = "auto",
+    stream: Any = None,
 ) -> Orchestrator:
     """Open a bundle for inference with the backend that it was built for.
 
     ``threads``: threads that compute one call (None: the backend's choice, see ``orchestrator.threads``). ``device``:
-    None for the backend's default. ``executor``: ``auto`` or a name. Raises :class:`BundleError` for a damaged bundle,
+    None for the backend's default. ``executor``: ``auto`` or a name. ``stream``: on a GPU, the caller's stream that all
+    work is queued on (a raw handle or an object with ``__cuda_stream__``); None: one of its own. Raises :class:`BundleError` for a damaged bundle,
     :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
     """
     _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    options = RunOptions(device, None if threads is None else int(threads))
     backend = get_backend(opened.manifest.backend)
+    place = default_device(backend) if device is None else device
+    if stream is not None and not place.startswith("cuda"):
+        raise UsageError("stream", got=f"one for device {place!r}", expected="a device with streams", remedy="device='cuda'")
+    options = RunOptions(place, None if threads is None else int(threads), stream)
     if opened.manifest.precision not in backend.precisions:
         raise BackendError(
             f"{opened.path} [{backend.name}]: precision",
