@@ -114,7 +114,9 @@ def bundle_from_model(
     with making_folder(out, overwrite) as staging:
         specs = part_specs(model, checkpoint.preprocess)
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
-        engines, outcomes, notes = _build_engines(graphs, staging / ENGINES, backend, options, config.jobs, model, cache, report)
+        engines, outcomes, notes = _build_engines(
+            graphs, staging / ENGINES, backend, options, config.jobs, model, cache, report
+        )
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.

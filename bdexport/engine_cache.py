@@ -13,6 +13,7 @@ from bdexport import __version__
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.files import sha256_file, write_bytes
 
+
 def engine_recipe(backend: Backend, options: BuildOptions) -> str:
     """Everything but the graph that an engine depends on: options, backend, its versions and code, the machine."""
     recipe = {

@@ -41,6 +41,7 @@ class TensorRTBackend:
     precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ".engine"
     computes = True
+    default_device = "cuda"
     flavour: Flavour = TENSORRT
 
     def available(self) -> Availability:

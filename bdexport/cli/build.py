@@ -11,13 +11,15 @@ import typer
 from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
 from bdexport.cli.stages import size_text, stages_of
-from bdexport.config import BuildConfig
+from bdexport.config import BuildConfig, TensorRTConfig
 
 if TYPE_CHECKING:
     from bdexport.architecture import Shortcut
     from bdexport.build import BuiltBundle
 
 DEFAULTS = BuildConfig()
+TENSORRT = DEFAULTS.tensorrt
+PANEL = "TensorRT (backends tensorrt and tensorrt-rtx)"
 
 
 def build(
@@ -26,23 +28,62 @@ def build(
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = DEFAULTS.backend,
     precision: Annotated[str, typer.Option(help="What the engines compute in.")] = DEFAULTS.precision,
     max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch that the bundle accepts. Default: any.")
+        int | None,
+        typer.Option(
+            min=1, help=f"Largest batch that the bundle accepts. Default: any; {TENSORRT.max_batch} for TensorRT."
+        ),
     ] = DEFAULTS.max_batch,
     jobs: Annotated[int, typer.Option(min=1, help="Engines built at a time.")] = DEFAULTS.jobs,
     arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    min_batch: Annotated[
+        int, typer.Option(help="Smallest batch; more than 1 for equal masks only.", rich_help_panel=PANEL)
+    ] = TENSORRT.min_batch,
+    opt_batch: Annotated[
+        int, typer.Option(help="Batch that kernels are chosen for.", rich_help_panel=PANEL)
+    ] = TENSORRT.opt_batch,
+    workspace_mib: Annotated[
+        int | None, typer.Option(help="Device memory an engine may use as scratch.", rich_help_panel=PANEL)
+    ] = TENSORRT.workspace_mib,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="0 (builds fast) to 5 (runs fast).", rich_help_panel=PANEL)
+    ] = TENSORRT.optimization_level,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow TF32 for float32 products.", rich_help_panel=PANEL)
+    ] = TENSORRT.tf32,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Load in later releases, too.", rich_help_panel=PANEL)
+    ] = TENSORRT.version_compatible,
+    hardware_compatible: Annotated[
+        str | None,
+        typer.Option(help="ampere+ or same-compute-capability (tensorrt only).", rich_help_panel=PANEL),
+    ] = TENSORRT.hardware_compatible,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU to build for, e.g. 8.9; may be repeated (tensorrt-rtx only).", rich_help_panel=PANEL),
+    ] = None,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Export the parts, build an engine of each, verify them against torch, and write one bundle."""
     from bdexport.build import build_bundle
 
+    tensorrt = TensorRTConfig(
+        min_batch=min_batch,
+        opt_batch=opt_batch,
+        workspace_mib=workspace_mib,
+        optimization_level=optimization_level,
+        tf32=tf32,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capabilities=tuple(compute_capability or ()),
+    )
     started = time.perf_counter()
     with progress() as bar:
         bundle = build_bundle(
             checkpoint,
             out,
-            config=BuildConfig(backend, precision, max_batch, jobs),
+            config=BuildConfig(backend, precision, max_batch, jobs, tensorrt),
             arch=arch,
             shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
             overwrite=overwrite,
