@@ -50,7 +50,8 @@ def build_engine(
 def _plan(api: Api, part: str, graph: Path, options: BuildOptions, gpu: str | None) -> bytes:
     with api.log.book.capture() as said:
         builder = api.module.Builder(api.log)
-        network = _network(api, builder, part, graph, said)
+        # The parser owns the weights that the network points to: it must live until the engine is built.
+        network, _parser = _network(api, builder, part, graph, said)
         config = builder.create_builder_config()
         _apply(api, config, options.tensorrt)
         _add_profile(builder, network, config, part, api, _batches(options), said)
@@ -63,7 +64,7 @@ def _plan(api: Api, part: str, graph: Path, options: BuildOptions, gpu: str | No
         if built is None:
             if monitor.stopped:
                 raise BuildError(f"{part} [{api.flavour.name}]: the build was stopped")
-            raise _error(api, part, f"cannot be built from {graph}", said)
+            raise _error(api, part, "cannot be built", said)
         if cache is not None:
             _keep_timings(config, cache)
         return bytes(built)
@@ -76,7 +77,7 @@ def _error(api: Api, part: str, what: str, said: LogLines) -> BuildError:
 # ---- network and profile ------------------------------------------------------------------------------------------
 
 
-def _network(api: Api, builder: Any, part: str, graph: Path, said: LogLines) -> Any:
+def _network(api: Api, builder: Any, part: str, graph: Path, said: LogLines) -> tuple[Any, Any]:
     trt = api.module
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 knows no other kind
     network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -90,7 +91,7 @@ def _network(api: Api, builder: Any, part: str, graph: Path, said: LogLines) -> 
     if (network.num_inputs, network.num_outputs) != (1, 1):
         got = f"{network.num_inputs} inputs, {network.num_outputs} outputs"
         raise BuildError(f"{part} [{api.flavour.name}]: {graph}", got=got, expected="one of each")
-    return network
+    return network, parser
 
 
 def _parser_errors(parser: Any) -> str:
@@ -147,18 +148,20 @@ def _check_targets(api: Api, settings: TensorRTConfig, name: str) -> None:
         if api.flavour.rtx:
             remedy = "name the GPUs with --compute-capability instead"
             raise UsageError(f"{name}: --hardware-compatible has no effect", remedy=remedy)
-        if settings.hardware_compatible not in HARDWARE_LEVELS:
-            expected = " or ".join(HARDWARE_LEVELS)
+        levels = api.module.HardwareCompatibilityLevel.__members__
+        known = [text for text, level in HARDWARE_LEVELS.items() if level in levels]
+        if settings.hardware_compatible not in known:
+            expected = f"{' or '.join(known)} (what {api.flavour.title} {api.version} offers)"
             raise UsageError(f"{name}: --hardware-compatible", got=settings.hardware_compatible, expected=expected)
     if settings.compute_capabilities:
         if not api.flavour.rtx:
             remedy = "TensorRT builds for the GPU that is here; tensorrt-rtx builds for others"
             raise UsageError(f"{name}: --compute-capability has no effect", remedy=remedy)
-        known = compute_capabilities(api)
-        unknown = [text for text in settings.compute_capabilities if text not in known]
+        targets = compute_capabilities(api)
+        unknown = [text for text in settings.compute_capabilities if text not in targets]
         if unknown or len(set(settings.compute_capabilities)) != len(settings.compute_capabilities):
             got = ", ".join(unknown or settings.compute_capabilities)
-            expected = f"some of {', '.join(known)}, each once (what {api.flavour.title} {api.version} builds for)"
+            expected = f"some of {', '.join(targets)}, each once (what {api.flavour.title} {api.version} builds for)"
             raise UsageError(f"{name}: --compute-capability", got=got, expected=expected)
 
 

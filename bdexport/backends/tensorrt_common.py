@@ -1,7 +1,7 @@
 """What building and running with TensorRT share: the two packages behind one interface, TensorRT's log, engine files.
 
-An engine file is a stored (not compressed) zip: ``plan``, TensorRT's own form; ``part.json``, what it was built with and
-for; ``layers.json``, what TensorRT's inspector says about its layers, where the engine could be loaded when it was built.
+An engine file is a stored (not compressed) zip: ``plan``, TensorRT's own form; ``part.json``, what it was built with
+and for; ``layers.json``, what TensorRT's inspector says about its layers, where the engine could be loaded when built.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,6 @@ def _major(version: str) -> int:
 def same_major(one: str, other: str) -> bool:
     """Whether two versions have their first number in common."""
     return one.partition(".")[0] == other.partition(".")[0]
-
-
-def distribution_version(name: str) -> str | None:
-    """The version of an installed distribution."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # ---- TensorRT's log ----------------------------------------------------------------------------------------------
