@@ -80,7 +80,8 @@ class DeviceTensor:
 class DeviceSession:
     """See :class:`bdexport.backends.base.Session`. Takes over ``cuda`` and ``engines``, also when it cannot be made.
 
-    ``stream``: the caller's (a raw handle or an object with ``__cuda_stream__``); None: one of its own.
+    ``stream``: the caller's (a raw handle or an object with ``__cuda_stream__``); None: one of its own. ``made``: the
+    same stream where the engines already had to be told of it; the session closes it.
     ``capturable``: whether the engines' work may be captured into graphs, and the reason.
     """
 
@@ -94,6 +95,7 @@ class DeviceSession:
         cuda: Cuda,
         *,
         stream: Any = None,
+        made: Stream | None = None,
         notes: Sequence[str] = (),
         capturable: tuple[bool, str] = (True, "the engines' work can be captured"),
     ) -> None:
@@ -105,12 +107,13 @@ class DeviceSession:
         self._static: dict[int, _StaticBuffers] = {}
         self._graphs: set[CapturedPath] = set()
         self._lock = threading.RLock()
-        self._stream: Stream | None = None
+        self._stream = made
         self._capture_stream: Stream | None = None
         self._capturable = capturable
         self._closed = False
         try:
-            self._stream = cuda.stream() if stream is None else cuda.wrap_stream(stream)
+            if self._stream is None:
+                self._stream = cuda.stream() if stream is None else cuda.wrap_stream(stream)
             scratch = self._share_scratch()
         except BaseException:
             self.close()
@@ -272,6 +275,8 @@ class DeviceSession:
         """For :class:`CapturedPath`: run ``graph`` on ``x``."""
         with self._lock:
             stream, buffers = self._open_stream(), path.buffers
+            if buffers is None:
+                raise closed_error(self._backend)
             source = buffers.input.block.pointer
             if x.pointer != source:
                 # Another thread's images may lie there, waiting for their turn.
@@ -383,7 +388,8 @@ class CapturedPath:
     def __init__(
         self, session: DeviceSession, parts: tuple[str, ...], batch: int, buffers: _StaticBuffers, graph: Graph
     ) -> None:
-        self.parts, self.batch, self.buffers = parts, batch, buffers
+        self.parts, self.batch = parts, batch
+        self.buffers: _StaticBuffers | None = buffers
         self._session, self._graph = weakref.ref(session), graph
 
     def run(self, x: DeviceTensor) -> DeviceTensor:
@@ -394,8 +400,9 @@ class CapturedPath:
         return session.launch(self, self._graph, x)
 
     def close(self) -> None:
-        """Destroy the graph."""
+        """Destroy the graph, and let go of the buffers."""
         self._graph.close()
+        self.buffers = None
         session = self._session()
         if session is not None:
             session.forget(self)

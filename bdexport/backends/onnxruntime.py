@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend on the CPU: the embedded default.
+"""The ONNX Runtime backend: on the CPU, the embedded default; on a GPU see :mod:`bdexport.backends.onnxruntime_cuda`.
 
 Engines are optimised offline (:mod:`bdexport.backends.onnxruntime_build`) and belong to one version of ONNX Runtime and
 one kind of processor; how they are run is in :mod:`bdexport.backends.onnxruntime_session`.
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
 from bdexport.backends.onnxruntime_common import channel_block
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession
+from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError
 from bdexport.parts import FULL
 
@@ -66,10 +67,18 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
             raise BuildError(f"{part} [onnxruntime]: precision", got=options.precision, expected=expected)
         build_engine(part, graph, engine, channel_block())
 
-    def open(self, bundle: Bundle, options: RunOptions) -> OnnxRuntimeSession:
-        """Load the engines. Raises BackendError for another machine, version or device than they are built for."""
+    def open(self, bundle: Bundle, options: RunOptions) -> Session:
+        """Load the engines; on a GPU, the graphs that they were built from.
+
+        Raises BackendError for another machine, version or device than they are built for.
+        """
+        ordinal = cuda_ordinal(options.device)
+        if ordinal is not None:
+            from bdexport.backends.onnxruntime_cuda import open_on_cuda
+
+            return open_on_cuda(bundle, options.device, ordinal, options.stream)
         if options.device != "cpu":
-            raise no_device_error(self.name, options.device, "cpu (this backend has no other device yet)")
+            raise no_device_error(self.name, options.device, "cpu or cuda")
         self._check_built_for_this(bundle)
         threads, note = chosen_threads(options.threads, bundle.manifest.parts[FULL].flops)
         return OnnxRuntimeSession(

@@ -1,4 +1,4 @@
-"""The backends ``tensorrt`` (TensorRT 10 and 11) and ``tensorrt-rtx`` (TensorRT for RTX): two names, one implementation.
+"""The backends ``tensorrt`` (TensorRT 10 and 11) and ``tensorrt-rtx`` (TensorRT for RTX): two names, one code.
 
 TensorRT builds on the GPU that its engines are for. TensorRT for RTX builds on any machine, for the GPUs it is told,
 and compiles kernels where the engine runs. How engines are run is in :mod:`bdexport.backends.tensorrt_session`.

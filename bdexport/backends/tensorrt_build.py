@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,16 +291,13 @@ def _keep_timings(config: Any, path: Path) -> None:
     """Add what this build has timed to the file; builds side by side each add theirs."""
     own = config.get_timing_cache()
     with _timing_lock:
-        try:
+        with suppress(OSError):  # there is none yet
             kept = config.create_timing_cache(path.read_bytes())
             if kept is not None:
                 own.combine(kept, False)
-        except OSError:
-            pass  # there is none yet
-        try:
+        # Without the file the next build is slower. The engine cache in the same folder reports what is wrong with it.
+        with suppress(OutputError):
             write_bytes(path, bytes(own.serialize()))
-        except OutputError:
-            pass  # the next build is slower; the engine cache in the same folder reports that it cannot be written
 
 
 # ---- inspector ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
+from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
+from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
 
 if TYPE_CHECKING:
@@ -72,16 +74,21 @@ class TorchBackend(BuildsWhereItRuns):
         state = {name: value.detach().clone() for name, value in part_module(model, part).state_dict().items()}
         save_file(state, engine, metadata={HEADER: json.dumps(specs)})
 
-    def open(self, bundle: Bundle, options: RunOptions) -> TorchSession:
-        """Load every part of ``bundle`` on the CPU."""
-        if options.device != "cpu":
-            raise no_device_error(self.name, options.device, "cpu")
+    def open(self, bundle: Bundle, options: RunOptions) -> Session:
+        """Load every part of ``bundle`` on the CPU or a GPU."""
+        ordinal = cuda_ordinal(options.device)
+        if ordinal is None and options.device != "cpu":
+            raise no_device_error(self.name, options.device, "cpu or cuda")
+        if ordinal is not None:
+            check_torch_cuda(options.device, ordinal)
         skeleton: BlockDropNet | None = None
         modules: dict[str, nn.Module] = {}
         for part in bundle.manifest.parts:
             specs, state = _read_engine(bundle.engine(part), part)
             skeleton = skeleton or _skeleton(specs)
             modules[part] = _load_part(skeleton, part, state)
+        if ordinal is not None:
+            return TorchCudaSession(bundle.manifest, modules, ordinal, options.stream)
         return TorchSession(bundle.manifest, modules, options.threads)
 
 

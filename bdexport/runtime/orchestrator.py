@@ -21,7 +21,7 @@ from bdexport.hardware import usable_cores
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
 from bdexport.runtime.executors import choose_executor
-from bdexport.runtime.grouping import plan_batch
+from bdexport.runtime.grouping import Plan, plan_batch
 from bdexport.runtime.inputs import device_input, network_input
 
 LEAST_THREAD_LIMIT = 16  # may be asked for anywhere, so that a script runs on any machine
@@ -61,6 +61,18 @@ class Result:
         return top
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceResult:
+    """What :meth:`Orchestrator.on_device` gives. ``logits``: (N, classes) on the device, with DLPack and
+    ``__cuda_array_interface__``; the other fields as in :class:`Result`. ``inputs`` keeps the images' memory alive.
+    """
+
+    logits: Any
+    masks: Masks
+    probabilities: NDArray[np.float32] | None
+    inputs: Any
+
+
 class Orchestrator:
     """A loaded bundle. Call it with images; it may be called from several threads at once. A context manager."""
 
@@ -78,6 +90,11 @@ class Orchestrator:
     def executor(self) -> str:
         """Name of the executor in use; ``executor_reason`` says why."""
         return self._executor.name
+
+    def executor_report(self) -> dict[str, Any] | None:
+        """What the executor counted so far (hits, captures, reasons of fallbacks); None where it counts nothing."""
+        report = getattr(self._executor, "report", None)
+        return None if report is None else dict(report())
 
     @property
     def device(self) -> str:
@@ -125,6 +142,25 @@ class Orchestrator:
         timings = _timings_ms(started, prepared, prepared, ended)
         return Result(logits, masks, None, timings)
 
+    def on_device(self, images: Any, masks: Any = None) -> DeviceResult:
+        """Like a call, but the logits stay on the GPU, and the host waits for the policy's masks only.
+
+        The work is queued on the session's stream when this returns; logits are not checked for being finite. Keep the
+        result until your own stream is done with it. Raises as a call does, and UsageError on a CPU.
+        """
+        inputs = self._inputs(images)
+        export = getattr(self.session, "export", None)
+        if export is None:
+            raise UsageError(f"on_device: this bundle runs on {self.device}", remedy="load it with device='cuda'")
+        forced = None if masks is None else checked_masks(masks, inputs.shape[0], self.manifest.num_blocks)
+        x = self.session.put(POLICY if forced is None else STEM, inputs)
+        probabilities, masks = (None, forced) if forced is not None else self._decide(x)
+        plan = plan_batch(masks)
+        logits = self._run_plan(x, plan)
+        if plan.order is not None:
+            logits = self.session.take(logits, np.argsort(plan.order))
+        return DeviceResult(export(logits), masks, probabilities, x)
+
     def warm_up(self, batch: int = 1) -> None:
         """Run every part once at this batch size, so that no later call pays for first-time work."""
         images = np.zeros((batch, *self.manifest.preprocess.size, 3), np.uint8)
@@ -162,12 +198,16 @@ class Orchestrator:
 
     def _run_blocks(self, x: Tensor, masks: Masks) -> NDArray[np.float32]:
         plan = plan_batch(masks)
+        sorted_logits = _finite(self.session.get(HEAD, self._run_plan(x, plan)))
         if plan.order is None:
-            return _finite(self.session.get(HEAD, self._executor.run(x, plan)))
-        sorted_logits = _finite(self.session.get(HEAD, self._executor.run(self.session.take(x, plan.order), plan)))
+            return sorted_logits
         logits = np.empty_like(sorted_logits)
         logits[plan.order] = sorted_logits
         return logits
+
+    def _run_plan(self, x: Tensor, plan: Plan) -> Tensor:
+        """The logits in the plan's order."""
+        return self._executor.run(x if plan.order is None else self.session.take(x, plan.order), plan)
 
 
 def load(

@@ -1,0 +1,145 @@
+"""ONNX Runtime's CUDA provider: the bundle's graphs as exported, optimised when they are loaded, on device memory.
+
+A bundle's engines are laid out for the CPU and are not used. Every part's session reads and writes device addresses
+(IOBinding) and queues on the session's stream; without the two synchronisations that ``Run`` does by default, nothing
+but the policy's probabilities and the logits makes the host wait. A stock session aborts inside a stream capture, so
+paths run as ``chain``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bdexport.backends.device_session import DeviceSession
+from bdexport.backends.onnxruntime_common import Reported
+from bdexport.bundle import INPUT_NAME, OUTPUT_NAME
+from bdexport.cuda import open_cuda
+from bdexport.errors import BackendError
+
+if TYPE_CHECKING:
+    from bdexport.bundle import Bundle, PartEntry
+    from bdexport.cuda import Stream
+
+PROVIDER = "CUDAExecutionProvider"
+INSTALL = 'pip uninstall onnxruntime, then pip install "bdexport[gpu]": both at once hide the CUDA provider'
+NO_CAPTURE = "ONNX Runtime's CUDA provider cannot be captured into a graph from outside"
+CACHED_BINDINGS = 64  # per part; one for each pair of addresses and batch
+
+
+def open_on_cuda(bundle: Bundle, device: str, ordinal: int, stream: Any = None) -> DeviceSession:
+    """Load the bundle's graphs on a GPU. Raises BackendError: no provider, no driver, no such device, out of memory."""
+    import onnxruntime as ort
+
+    if PROVIDER not in ort.get_available_providers():
+        what = "backend onnxruntime: no such device"
+        expected = f"cpu (this onnxruntime {ort.__version__} has no CUDA provider)"
+        raise BackendError(what, got=repr(device), expected=expected, remedy=INSTALL)
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is not None:
+        preload()  # finds CUDA and cuDNN in pip's NVIDIA wheels
+    cuda = open_cuda(device=ordinal, foreign_stream=stream is not None)
+    manifest = bundle.manifest
+    # The sessions are made with the stream's handle, hence before the device session, which owns it from then on.
+    own = cuda.stream() if stream is None else cuda.wrap_stream(stream)
+    engines: dict[str, OrtCudaEngine] = {}
+    try:
+        options = provider_options(ordinal, own.handle)
+        for part, entry in manifest.parts.items():
+            engines[part] = OrtCudaEngine(part, bundle.graph(part), entry, options, ordinal)
+    except BaseException:
+        for engine in engines.values():
+            engine.close()
+        own.close()
+        cuda.close()
+        raise
+    note = "onnxruntime: the graphs as exported, optimised at load; float32, TF32 off"
+    return DeviceSession(
+        *("onnxruntime", manifest, engines, cuda),
+        stream=stream,
+        made=own,
+        notes=(note, f"graph: {NO_CAPTURE}"),
+        capturable=(False, NO_CAPTURE),
+    )
+
+
+def provider_options(ordinal: int, stream: int) -> dict[str, str]:
+    """Options of the CUDA provider, all of them text. Memory grows by what is asked for, not in powers of two."""
+    return {
+        "device_id": str(ordinal),
+        "user_compute_stream": str(stream),
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "use_tf32": "0",
+        "do_copy_in_default_stream": "1",
+    }
+
+
+class OrtCudaEngine:
+    """One part; see :class:`bdexport.backends.device_session.DeviceEngine`."""
+
+    scratch_bytes = 0  # the provider's own arena
+
+    def __init__(self, part: str, graph: Path, entry: PartEntry, options: Mapping[str, str], ordinal: int) -> None:
+        import onnxruntime as ort
+
+        self._part, self._entry, self._ordinal = part, entry, ordinal
+        session_options = ort.SessionOptions()
+        session_options.log_severity_level = 4
+        session_options.intra_op_num_threads = session_options.inter_op_num_threads = 1
+        # Operators that would run on the CPU copy between host and device in every call: an error, not a slow answer.
+        session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        with Reported(part, f"cannot load {graph} on CUDA"):
+            self._session: Any = ort.InferenceSession(
+                str(graph), session_options, providers=[(PROVIDER, dict(options))]
+            )
+        if PROVIDER not in self._session.get_providers():
+            what = f"{part} [onnxruntime]: the CUDA provider could not be started"
+            remedy = "install CUDA and cuDNN of the versions that onnxruntime-gpu names (see `bdexport doctor`)"
+            raise BackendError(what, got=", ".join(self._session.get_providers()), expected=PROVIDER, remedy=remedy)
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._bindings: dict[tuple[int, int, int], Any] = {}
+
+    def use_scratch(self, pointer: int) -> None:
+        """Never called: ``scratch_bytes`` is 0."""
+
+    def enqueue(self, source: int, target: int, batch: int, stream: Stream) -> None:
+        """The stream is the one that the session was made with."""
+        key = (source, target, batch)
+        binding = self._bindings.get(key)
+        with Reported(self._part, "failed"):
+            if binding is None:
+                binding = self._bound(source, target, batch)
+                if len(self._bindings) >= CACHED_BINDINGS:
+                    self._bindings.clear()
+                self._bindings[key] = binding
+            self._session.run_with_iobinding(binding, self._run_options)
+
+    def close(self) -> None:
+        self._bindings, self._session = {}, None
+
+    def _bound(self, source: int, target: int, batch: int) -> Any:
+        binding = self._session.io_binding()
+        ends = (
+            (binding.bind_input, INPUT_NAME, self._entry.input.shape, source),
+            (binding.bind_output, OUTPUT_NAME, self._entry.output.shape, target),
+        )
+        for bind, name, shape, pointer in ends:
+            bind(name, "cuda", self._ordinal, np.float32, [batch, *shape], pointer)
+        return binding
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA provider cannot be used here; None where it can, as far as is known without loading a graph."""
+    import onnxruntime as ort
+
+    from bdexport.cuda import why_no_cuda
+
+    if PROVIDER not in ort.get_available_providers():
+        return f"onnxruntime {ort.__version__} has no CUDA provider"
+    error = why_no_cuda()
+    return None if error is None else str(error)
