@@ -16,7 +16,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny import SIZE, tiny_checkpoint, tiny_checkpoint_file, tiny_model
-from typer.testing import CliRunner
 
 import bdexport
 from bdexport.backends import backend_class, get_backend, get_builder
@@ -35,7 +34,8 @@ from bdexport.backends.tensorrt_common import (
     write_engine,
 )
 from bdexport.build import BUILT, REUSED, BuiltBundle, build_bundle, bundle_from_model
-from bdexport.bundle import Bundle
+from bdexport.bundle import Bundle, open_bundle
+from bdexport.cli.main import main
 from bdexport.config import BuildConfig, TensorRTConfig
 from bdexport.engine_cache import EngineCache
 from bdexport.errors import BackendError, BuildError, UsageError
@@ -496,19 +496,16 @@ def test_a_file_that_is_no_engine_is_refused(tmp_path: Path, damage: str) -> Non
 
 def test_build_command(backend: TensorRTForRTXBackend, tmp_path: Path) -> None:
     """Oracle: the manifest that the command leaves, and its JSON: built first, reused then."""
-    from bdexport.cli.app import app
-
     checkpoint = tiny_checkpoint_file(tmp_path / "tiny.safetensors")
     command = ["build", str(checkpoint), "--backend", NAME, "--out", str(tmp_path / "bundle"), "--overwrite"]
     command += ["--max-batch", "16", "--opt-batch", "4", "--compute-capability", "8.6", "--jobs", "2", "--json"]
     found = []
     for number in range(2):
         result = tmp_path / f"{number}.json"
-        done = CliRunner().invoke(app, [*command, str(result)])
-        assert done.exit_code == 0, done.output
+        assert main([*command, str(result)]) == 0
         found.append(json.loads(result.read_text()))
     assert found[0]["engines"] == {"built": 8, "reused": 0, "rebuilt": 0}
     assert found[1]["engines"] == {"built": 0, "reused": 8, "rebuilt": 0}
-    opened = bdexport.bundle.open_bundle(tmp_path / "bundle")
+    opened = open_bundle(tmp_path / "bundle")
     assert read(opened, "stem")[0].batches == (1, 4, 16)
     assert opened.manifest.compute_capability == "8.6"
