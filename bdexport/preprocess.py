@@ -12,28 +12,29 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from PIL.Image import Transpose
 
 from bdexport.errors import ImageError, InputError
+
+if TYPE_CHECKING:  # arrays of the network's size need no Pillow, and a machine that measures may not have it
+    from PIL import Image
 
 Resampling = Literal["bilinear", "bicubic"]
 MAX_RESIZE_SHORT = 8192  # pixels
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the public CIFAR ResNets use ImageNet's
 
 EXIF_ORIENTATION = 0x0112
-UPRIGHT = {  # what undoes each EXIF orientation (TIFF 6.0, tag 274); 1 is upright already
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
+UPRIGHT = {  # what undoes each EXIF orientation (TIFF 6.0, tag 274), by Pillow's name; 1 is upright already
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
 }
 
 
@@ -71,6 +72,8 @@ class Preprocess:
 
         Raises :class:`ImageError` for a colour space that Pillow cannot turn into RGB.
         """
+        from PIL import Image
+
         image = to_rgb(image)
         height, width = self.size
         resampling = Image.Resampling[self.resampling.upper()]
@@ -104,6 +107,8 @@ class Preprocess:
         _check_images(images)
         if images.shape[1:3] == self.size:
             return images
+        from PIL import Image
+
         return np.stack([self.fit_image(Image.fromarray(image)) for image in images])
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -171,6 +176,8 @@ def read_image(path: Path) -> Image.Image:
     Raises :class:`ImageError` naming the file and the reason, also for an image so large that Pillow takes it for a
     decompression bomb.
     """
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as image:
             image.load()
@@ -191,8 +198,10 @@ def read_image(path: Path) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """A copy that no longer needs the file, turned as its EXIF orientation says."""
+    from PIL.Image import Transpose
+
     method = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
-    return image.copy() if method is None else image.transpose(method)
+    return image.copy() if method is None else image.transpose(Transpose[method])
 
 
 def _check_images(images: NDArray[np.uint8]) -> None:
@@ -208,6 +217,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image (greyscale, palette, CMYK, alpha..) as RGB. Raises :class:`ImageError` where none is defined."""
     if image.mode.startswith(("I", "F")):
         return _deep_greyto_rgb(image)
+    from PIL import Image
+
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
         opaque.alpha_composite(image.convert("RGBA"))
@@ -223,6 +234,8 @@ def _deep_greyto_rgb(image: Image.Image) -> Image.Image:
 
     32-bit integers and floats do not say what white is: 1 (floats), 255 or 65535, the first that none exceeds.
     """
+    from PIL import Image
+
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ImageError("greyscale image of floats: NaN or infinite pixels")

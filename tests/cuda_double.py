@@ -1,7 +1,7 @@
 """The CUDA interface on host memory, for tests of what is built on it where no GPU is.
 
-Addresses are real host addresses. Nothing that is queued runs before somebody waits for it, so a test sees a result that
-is read too early and memory that is used again too early.
+Addresses are real host addresses. Nothing that is queued runs before somebody waits for it, so a test sees a result
+that is read too early and memory that is used again too early.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIGNMENT = 256
 
 
 class CudaDouble:
-    """See :class:`bdexport.cuda.base.Cuda`. ``total``: bytes of the device. ``refusal``: why captures fail, if they do."""
+    """See :class:`bdexport.cuda.base.Cuda`. ``total``: bytes of the device. ``refusal``: why captures fail."""
 
     name, note, device = "double", "double: host memory", 0
 

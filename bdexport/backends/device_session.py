@@ -303,7 +303,9 @@ class DeviceSession:
     def _input(self, shape: tuple[int, ...]) -> DeviceTensor:
         """Memory for images: where graphs of that batch read them, if nobody's images are there; else anywhere."""
         if self._static:
-            found = self._static.get(1 << (shape[0] - 1).bit_length()) or self._static.get(self._manifest.max_batch or 0)
+            found = self._static.get(1 << (shape[0] - 1).bit_length()) or self._static.get(
+                self._manifest.max_batch or 0
+            )
             if found is not None and shape[1:] == found.image and shape[0] <= found.capacity and found.input.unused:
                 return found.input.hold(shape)
         return self._new(shape)
@@ -431,7 +433,7 @@ def _nobody() -> None:
 
 
 class _StaticBuffers:
-    """What all graphs of batches up to ``capacity`` share: images, two sides for activations, an output per last part."""
+    """What graphs of batches up to ``capacity`` share: images, two sides for activations, an output per last part."""
 
     def __init__(self, arena: Arena, manifest: Manifest, capacity: int) -> None:
         self._arena, self._manifest, self.capacity = arena, manifest, capacity

@@ -35,7 +35,9 @@ def check_torch_cuda(device: str, ordinal: int) -> None:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        reason = f"torch {torch.__version__} is built {f'for CUDA {built}, and finds no GPU' if built else 'without CUDA'}"
+        reason = (
+            f"torch {torch.__version__} is built {f'for CUDA {built}, and finds no GPU' if built else 'without CUDA'}"
+        )
         remedy = "see `nvidia-smi`" if built else "install a torch that is built with CUDA"
         raise BackendError("backend torch: no such device", got=repr(device), expected=f"cpu ({reason})", remedy=remedy)
     count = torch.cuda.device_count()
@@ -57,15 +59,15 @@ class TorchCudaSession:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._owner = stream
         self._stream: Any = (
-            torch.cuda.Stream(self._device)
+            torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             if stream is None
-            else torch.cuda.ExternalStream(stream_handle(stream), device=self._device)
+            else torch.cuda.ExternalStream(stream_handle(stream), device=self._device)  # type: ignore[no-untyped-call]
         )
         with _reported("parts"):
             self._modules = {part: module.to(self._device) for part, module in modules.items()}
             torch.cuda.synchronize(self._device)  # the weights were copied on another stream
             self._pool = torch.cuda.graph_pool_handle()
-            self._capture_stream: Any = torch.cuda.Stream(self._device)
+            self._capture_stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._paths: set[TorchPath] = set()
         self._lock = threading.RLock()
         self._closed = False
@@ -227,9 +229,10 @@ def _through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _adopted(array: Any) -> Tensor:
     """The array's memory as a tensor: by DLPack, which orders the streams, else by ``__cuda_array_interface__``."""
     import torch
+    from torch.utils.dlpack import from_dlpack
 
     try:
-        return torch.from_dlpack(array) if hasattr(array, "__dlpack__") else torch.as_tensor(array, device="cuda")
+        return from_dlpack(array) if hasattr(array, "__dlpack__") else torch.as_tensor(array, device="cuda")
     except (BufferError, TypeError, ValueError) as error:
         remedy = "pass array.detach()" if "grad" in str(error) else None
         raise InputError(f"images: not to be read by torch ({_first_line(error)})", remedy=remedy) from error

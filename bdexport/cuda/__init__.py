@@ -11,8 +11,16 @@ from bdexport.errors import BackendError, UsageError
 
 PYCUDA, BINDINGS = "pycuda", "cuda-python"
 __all__ = [
-    *("Capture", "Cuda", "DeviceBuffer", "Event", "Graph", "PinnedBuffer", "Stream"),
-    *("cuda_ordinal", "open_cuda", "why_no_cuda"),
+    "Capture",
+    "Cuda",
+    "DeviceBuffer",
+    "Event",
+    "Graph",
+    "PinnedBuffer",
+    "Stream",
+    "cuda_ordinal",
+    "open_cuda",
+    "why_no_cuda",
 ]
 
 

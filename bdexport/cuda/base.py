@@ -168,14 +168,10 @@ class Cuda(Protocol):
         Raises BackendError when the driver refuses something inside; the stream is usable again afterwards.
         """
 
-    def gather_rows(
-        self, target: int, source: int, rows: Address, row_bytes: int, count: int, stream: Stream
-    ) -> None:
+    def gather_rows(self, target: int, source: int, rows: Address, row_bytes: int, count: int, stream: Stream) -> None:
         """target[i] = source[rows[i]] for i < count; ``rows`` is int32 on the device; rows are ``row_bytes`` long."""
 
-    def scatter_rows(
-        self, target: int, source: int, rows: Address, row_bytes: int, count: int, stream: Stream
-    ) -> None:
+    def scatter_rows(self, target: int, source: int, rows: Address, row_bytes: int, count: int, stream: Stream) -> None:
         """target[rows[i]] = source[i] for i < count."""
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ def driver_api() -> Any:
 
 
 def checked(api: Any, result: tuple[Any, ...], what: str) -> Any:
-    """The value of a driver call (None, the value, or a tuple of them). Raises BackendError: what, and the driver's words."""
+    """The value of a driver call (None, one, or a tuple of them). Raises BackendError: what, and the driver's words."""
     code, *values = result
     if code != api.CUresult.CUDA_SUCCESS:
         raise BackendError(f"cuda: {what} failed ({describe(api, code)})", remedy=_remedy(code))
@@ -61,7 +61,9 @@ def start(api: Any) -> int:
     checked(api, (code,), "start")
     version = int(checked(api, api.cuDriverGetVersion(), "driver version"))
     if version < LEAST_DRIVER:
-        raise BackendError("cuda: driver too old", got=version_text(version), expected="CUDA 12.0 or newer", remedy=UPDATE)
+        raise BackendError(
+            "cuda: driver too old", got=version_text(version), expected="CUDA 12.0 or newer", remedy=UPDATE
+        )
     return version
 
 
@@ -79,8 +81,8 @@ def check_device(device: int, count: int) -> None:
 
 def out_of_memory(kind: str, asked: int, memory: tuple[int, int]) -> BackendError:
     """The error for an allocation that the device, or the host, refuses."""
-    free, total = (size / 2**20 for size in memory)
-    what = f"cuda: out of {kind} memory: {asked / 2**20:.1f} MiB asked for, {free:.1f} of {total:.1f} MiB free on the device"
+    needed, free, total = (size / 2**20 for size in (asked, *memory))
+    what = f"cuda: out of {kind} memory: {needed:.1f} MiB asked for, {free:.1f} of {total:.1f} MiB free on the device"
     return BackendError(what, remedy="use a smaller batch, or free memory of other processes")
 
 
@@ -106,7 +108,7 @@ def stream_handle(stream: Any) -> int:
         handle = next((getattr(stream, name) for name in names if hasattr(stream, name)), None)
     if not isinstance(handle, int):
         raise UsageError("stream", got=repr(stream), expected=expected)
-    if handle in (0, 1, 2):
+    if handle < 3:
         remedy = "pass a stream that you made, such as torch.cuda.Stream()"
         raise UsageError("stream: a default stream", got=handle, expected=f"another one: {expected}", remedy=remedy)
     return handle

@@ -87,9 +87,7 @@ def adopt(array: Any, shape: tuple[int, ...], cuda: Cuda, stream: Stream) -> tup
     return _from_interface(array, shape, cuda, stream)
 
 
-def _from_dlpack(
-    array: Any, shape: tuple[int, ...], cuda: Cuda, stream: Stream
-) -> tuple[int, tuple[int, ...], object]:
+def _from_dlpack(array: Any, shape: tuple[int, ...], cuda: Cuda, stream: Stream) -> tuple[int, tuple[int, ...], object]:
     _check_device(int(array.__dlpack_device__()[1]), cuda)
     try:
         capsule = array.__dlpack__(stream=stream.handle)
@@ -136,7 +134,9 @@ def _from_interface(
 def _check_device(device: int, cuda: Cuda) -> None:
     if device != cuda.device:
         remedy = f"load the bundle with device='cuda:{device}', or copy the images"
-        raise InputError("images: on another device", got=f"cuda:{device}", expected=f"cuda:{cuda.device}", remedy=remedy)
+        raise InputError(
+            "images: on another device", got=f"cuda:{device}", expected=f"cuda:{cuda.device}", remedy=remedy
+        )
 
 
 def _check_layout(
@@ -169,8 +169,8 @@ class DeviceArray:
     """float32 ``shape`` on the device, for torch, CuPy, PyCUDA and others: ``torch.from_dlpack(array)``.
 
     Work that fills it is queued on the session's stream. A consumer that passes its stream (``__dlpack__`` does it by
-    itself) waits for that work on the device; so does one that honours the interface's ``stream``. The memory belongs to
-    whoever holds the array or what was made from it. It may be used again by the session as soon as all of these are
+    itself) waits for that work on the device; so does one that honours the interface's ``stream``. The memory is kept
+    by whoever holds the array or what was made from it. It may be used again by the session as soon as all of these are
     gone, so let them go after your stream is done with it, or give the session your stream.
     """
 
@@ -225,19 +225,21 @@ def _capsule(array: DeviceArray) -> Any:
     managed.dl_tensor.dtype = _DLDataType(FLOAT, FLOAT_BITS, 1)
     managed.dl_tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
     managed.dl_tensor.strides = ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64))
-    managed.deleter = _forget
+    managed.deleter = _deleter
     address = ctypes.addressof(managed)
     _exported[address] = (managed, shape, strides, array)
-    return _new_capsule(address, CAPSULE, _destroy_capsule)
+    return _new_capsule(address, CAPSULE, _capsule_destructor)
 
 
-@_Deleter
 def _forget(managed: Any) -> None:
     _exported.pop(ctypes.addressof(managed.contents), None)
 
 
-@_CapsuleDestructor
 def _destroy_capsule(capsule: int) -> None:
     """A capsule that nobody has taken over is the last owner of its tensor."""
     if _dying_is_valid(capsule, CAPSULE):
         _exported.pop(_dying_pointer(capsule, CAPSULE), None)
+
+
+# C code holds their addresses for as long as the process lives.
+_deleter, _capsule_destructor = _Deleter(_forget), _CapsuleDestructor(_destroy_capsule)

@@ -43,11 +43,13 @@ def grid_width(row_bytes: int) -> int:
 def compiled(source: str, capability: tuple[int, int], name: str = "bdexport.cu") -> bytes:
     """Machine code for that GPU, or PTX where the compiler does not know it yet, by NVRTC; needs no GPU.
 
-    Machine code rather than PTX, since a driver refuses PTX of a compiler that is newer than itself. Raises BackendError,
-    quoting the compiler.
+    Machine code rather than PTX, since a driver refuses PTX of a compiler that is newer than itself. Raises
+    BackendError, quoting the compiler.
     """
     nvrtc = _nvrtc()
-    known = [arch for arch in _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs()) if arch <= 10 * capability[0] + capability[1]]
+    known = [
+        arch for arch in _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs()) if arch <= 10 * capability[0] + capability[1]
+    ]
     if not known:
         what = f"cuda: NVRTC has no target for compute capability {capability[0]}.{capability[1]}"
         raise BackendError(what, remedy="install the nvidia-cuda-nvrtc of an older CUDA version")

@@ -107,7 +107,9 @@ class BindingsCuda:
     def copy_to_device(self, target: int, source: Array, stream: Stream) -> None:
         self.current()
         address = _address(source)
-        checked(self.api, self.api.cuMemcpyHtoDAsync(target, address, source.nbytes, stream.handle), "copy to the device")
+        checked(
+            self.api, self.api.cuMemcpyHtoDAsync(target, address, source.nbytes, stream.handle), "copy to the device"
+        )
 
     def copy_to_host(self, target: Array, source: int, stream: Stream) -> None:
         self.current()

@@ -1,7 +1,7 @@
-"""The CUDA interface by PyCUDA: memory, streams, events and kernels of its own; graphs by cuda-bindings where installed.
+"""The CUDA interface by PyCUDA: memory, streams, events, kernels; graphs by cuda-bindings where that is installed.
 
-The device's primary context is used, as torch and TensorRT do, and pushed for each call: PyCUDA keeps a stack of contexts
-per thread and aborts the process at exit when it is not empty.
+The device's primary context is used, as torch and TensorRT do, and pushed for each call: PyCUDA keeps a stack of
+contexts per thread and aborts the process at exit when it is not empty.
 """
 
 from __future__ import annotations

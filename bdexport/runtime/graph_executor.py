@@ -72,7 +72,7 @@ class GraphExecutor(Chain):
         return self._launched((part,), x) if self.fallback is None else super().run_whole(part, x)
 
     def report(self) -> dict[str, Any]:
-        """Graphs captured, hits, misses and evictions so far, the hit rate, and how often it fell back for which reason."""
+        """Captures, hits, misses, evictions so far, the hit rate, and how often it fell back for which reason."""
         with self._lock:
             runs = self._counts["hits"] + self._counts["misses"]
             counts = {name: self._counts[name] for name in ("captured", "hits", "misses", "evicted")}

@@ -222,15 +222,18 @@ def load(
 
     ``threads``: threads that compute one call (None: the backend's choice, see ``orchestrator.threads``). ``device``:
     None for the backend's default. ``executor``: ``auto`` or a name. ``stream``: on a GPU, the caller's stream that all
-    work is queued on (a raw handle or an object with ``__cuda_stream__``); None: one of its own. Raises :class:`BundleError` for a damaged bundle,
-    :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
+    work is queued on (a raw handle or an object with ``__cuda_stream__``); None: one of its own. Raises
+    :class:`BundleError` for a damaged bundle, :class:`BackendError` where its engines cannot run here,
+    :class:`UsageError` for a wrong argument.
     """
     _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     backend = get_backend(opened.manifest.backend)
     place = default_device(backend) if device is None else device
     if stream is not None and not place.startswith("cuda"):
-        raise UsageError("stream", got=f"one for device {place!r}", expected="a device with streams", remedy="device='cuda'")
+        raise UsageError(
+            "stream", got=f"one for device {place!r}", expected="a device with streams", remedy="device='cuda'"
+        )
     options = RunOptions(place, None if threads is None else int(threads), stream)
     if opened.manifest.precision not in backend.precisions:
         raise BackendError(

@@ -60,6 +60,8 @@ class DeviceCase:
         parts = self.bundle.manifest.parts
         return {part: ModuleEngine(part, part_module(self.model, part), entry) for part, entry in parts.items()}
 
-    def session(self, cuda: CudaDouble, engines: dict[str, ModuleEngine] | None = None, **more: object) -> DeviceSession:
+    def session(
+        self, cuda: CudaDouble, engines: dict[str, ModuleEngine] | None = None, **more: object
+    ) -> DeviceSession:
         make: Callable[..., DeviceSession] = DeviceSession
         return make("double", self.bundle.manifest, engines or self.engines(), cuda, **more)

@@ -399,7 +399,9 @@ def test_a_batch_beyond_the_profile_is_refused(case: DeviceCase) -> None:
     """Oracle: part, both numbers, remedy."""
     session = case.session(CudaDouble())
     x = session.put(STEM, inputs_of(case, 10))
-    with pytest.raises(BackendError, match=r"stem \[double\]: batch 10 exceeds the profile's 9; rebuild with --max-batch 10"):
+    with pytest.raises(
+        BackendError, match=r"stem \[double\]: batch 10 exceeds the profile's 9; rebuild with --max-batch 10"
+    ):
         session.run(STEM, x)
     session.close()
 

@@ -15,7 +15,6 @@ from importlib.resources.abc import Traversable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from bdexport.dataset.base import Dataset
 from bdexport.errors import DatasetError, UsageError
@@ -51,6 +50,8 @@ def load_samples(split: str) -> Dataset:
 
 
 def _images(sheet: Traversable) -> NDArray[np.uint8]:
+    from PIL import Image
+
     with sheet.open("rb") as file, Image.open(file) as image:
         return tiles_of(np.asarray(image.convert("RGB")))
 

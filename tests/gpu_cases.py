@@ -1,0 +1,61 @@
+"""Every GPU backend with every precision it has here, and bundles for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bundles import make_bundle
+from contract_cases import NETWORKS
+
+import bdexport
+from bdexport.backends import BACKENDS, backend_class, get_backend
+from bdexport.bundle import Bundle
+from bdexport.errors import BdexportError
+from bdexport.models.pair import BlockDropNet
+from bdexport.runtime import Orchestrator
+
+GPU_BACKENDS = tuple(name for name in ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx") if name in BACKENDS)
+EXECUTORS = ("chain", "graph")
+# Largest difference from torch in FP32 (TF32 off), as a share of the largest value.
+SHARES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.06, "int8": 0.25, "fp8": 0.25}
+MAX_BATCH = 16
+
+
+def precisions(backend: str) -> tuple[str, ...]:
+    """Those of the backend that need no calibration: random networks have no images to calibrate with."""
+    return tuple(name for name in backend_class(backend).precisions if name not in ("int8", "fp8"))
+
+
+CASES = [(backend, precision) for backend in GPU_BACKENDS for precision in precisions(backend)]
+
+
+def network(name: str) -> BlockDropNet:
+    """A small network by its name in the contract suite."""
+    return NETWORKS[name]()
+
+
+def bundle_of(
+    known: dict[tuple[str, str, str], Bundle], folder: Path, backend: str, name: str = "wide", precision: str = "fp32"
+) -> Bundle:
+    """The bundle, built once per run; the test is skipped where the backend cannot build here."""
+    key = (backend, name, precision)
+    if key not in known:
+        try:
+            get_backend(backend)
+            known[key] = make_bundle(folder / "bundle", network(name), backend, MAX_BATCH, precision)
+        except BdexportError as error:
+            pytest.skip(f"{backend} {precision}: {error}")
+    return known[key]
+
+
+def opened(bundle: Bundle, executor: str = "chain", stream: object = None) -> Orchestrator:
+    """The bundle on the first GPU; skipped where its backend has none here or the executor is not to be had."""
+    try:
+        orchestrator = bdexport.load(bundle, device="cuda", executor=executor, stream=stream)
+    except BdexportError as error:
+        pytest.skip(f"{bundle.manifest.backend}: {error}")
+    if "runs as chain" in orchestrator.executor_reason:
+        orchestrator.close()
+        pytest.skip(f"{bundle.manifest.backend}: {orchestrator.executor_reason}")
+    return orchestrator
