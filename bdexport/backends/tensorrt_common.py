@@ -63,7 +63,7 @@ class Api:
         self.version: str = module.__version__
 
 
-@lru_cache(maxsize=2)
+@lru_cache
 def load_api(flavour: Flavour) -> Api:
     """Import it. Raises ImportError; BackendError for a major version that this package does not know."""
     module = import_module(flavour.module)

@@ -11,7 +11,7 @@ until theirs are compiled in the background. What is compiled is kept in a file 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +39,12 @@ def open_session(api: Api, bundle: Bundle, options: RunOptions) -> TensorRTSessi
         raise no_device_error(api.flavour.name, options.device, "cuda or cuda:N")
     loader = _Loader(api, bundle)
     loader.check_versions()
-    loader.cuda = open_cuda(device=ordinal, foreign_stream=options.stream is not None)
+    # PyCUDA leaves no device behind in the thread, and TensorRT takes the first one then.
+    loader.cuda = open_cuda(device=ordinal, foreign_stream=options.stream is not None or ordinal > 0)
     try:
+        if ordinal > 0 and loader.cuda.name == "pycuda":
+            what = f"backend {api.flavour.name}: PyCUDA works on cuda:0 only"
+            raise BackendError(what, got=options.device, remedy='pip install "cuda-python>=12.6"')
         engines = loader.engines()
     except BaseException:
         loader.cuda.close()
@@ -84,11 +88,20 @@ class TensorRTEngine:
     """See :class:`bdexport.backends.device_session.DeviceEngine`.
 
     ``exact``: the context for batches that the profile names; ``other``: for all others. They may be the same.
+    ``enter``: has the calling thread work on the right device; None where that is the first, which it does anyway.
     """
 
     def __init__(
-        self, api: Api, description: EngineDescription, entry: PartEntry, engine: Any, exact: Any, other: Any
+        self,
+        api: Api,
+        description: EngineDescription,
+        entry: PartEntry,
+        engine: Any,
+        exact: Any,
+        other: Any,
+        enter: Callable[[], object] | None = None,
     ) -> None:
+        self._enter = enter
         self._api, self._description, self._entry = api, description, entry
         self._engine = engine
         self._exact = _Context(exact)
@@ -106,6 +119,8 @@ class TensorRTEngine:
 
     def enqueue(self, source: int, target: int, batch: int, stream: Stream) -> None:
         """See :meth:`DeviceEngine.enqueue`."""
+        if self._enter is not None:
+            self._enter()
         batches = self._description.batches
         context = self._exact if batch in batches else self._other
         x, y = self._entry.input.name, self._entry.output.name
@@ -210,7 +225,9 @@ class _Loader:
             exact, other = self._contexts(engine)
             if exact is None or other is None:
                 raise self._error(description, plan, "no execution context can be made", said)
-        return TensorRTEngine(self.api, description, self._bundle.manifest.parts[part], engine, exact, other)
+        # Every call of the CUDA interface makes its device the thread's own; this is the cheapest one.
+        enter = self.cuda.memory if self.cuda.device else None
+        return TensorRTEngine(self.api, description, self._bundle.manifest.parts[part], engine, exact, other, enter)
 
     def _contexts(self, engine: Any) -> tuple[Any, Any]:
         """For batches that the profile names, and for others; without memory of their own."""

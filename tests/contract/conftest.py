@@ -12,7 +12,6 @@ import bdexport
 from bdexport.backends import backend_class
 from bdexport.backends.openvino_common import no_bf16_reason
 
-
 PARAMS = [pytest.param(case, marks=pytest.mark.gpu) if case[0] in ON_GPU else case for case in CASES]
 
 

@@ -53,7 +53,7 @@ class DescribingBackend(NullBackend):
 
 def write_fake_engine(path: Path, part: str, flavour: str, fault: str | None = None, **changes: Any) -> None:
     """``changes``: of the description. ``fault``: what the fake refuses."""
-    description = {
+    description: dict[str, Any] = {
         "part": part,
         "flavour": flavour,
         "version": VERSION,

@@ -6,6 +6,7 @@ Loading and running them needs a driver: see ``test_backend_tensorrt_session.py`
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny import SIZE, tiny_checkpoint, tiny_checkpoint_file, tiny_model
 
 import bdexport
-from bdexport.backends import backend_class, get_backend, get_builder
+from bdexport.backends import backend_class, get_backend, get_builder, tensorrt_common
+from bdexport.backends import tensorrt as tensorrt_module
 from bdexport.backends.base import BuildOptions
-from bdexport.backends.tensorrt import TensorRTForRTXBackend
+from bdexport.backends.tensorrt import Gpu, TensorRTBackend, TensorRTForRTXBackend
 from bdexport.backends.tensorrt_build import _apply, _keep_timings, _monitor, _use_timing_cache, compute_capabilities
 from bdexport.backends.tensorrt_common import (
     LAYERS,
@@ -28,6 +30,7 @@ from bdexport.backends.tensorrt_common import (
     RTX,
     Api,
     EngineDescription,
+    Flavour,
     load_api,
     read_engine,
     read_layers,
@@ -375,7 +378,12 @@ def test_a_build_can_be_stopped(backend: TensorRTForRTXBackend, tmp_path: Path) 
 def test_phases_inside_phases_are_shares_of_one(api: Api) -> None:
     """Oracle: worked by hand: half of a phase in the second of four steps is 1.5 / 4."""
     told: list[float] = []
-    monitor = _monitor(api, "stem", lambda _part, share: told.append(share) is None)
+
+    def progress(_part: str, share: float) -> bool:
+        told.append(share)
+        return True
+
+    monitor = _monitor(api, "stem", progress)
     monitor.phase_start("all", None, 4)
     monitor.step_complete("all", 0)
     monitor.phase_start("inner", "all", 2)
@@ -408,6 +416,60 @@ def test_timings_are_kept_and_read_again(api: Api, tmp_path: Path) -> None:
     _use_timing_cache(config, path)
     _keep_timings(config, path)
     assert len(path.read_bytes()) >= len(first)
+
+
+class StandIn(TensorRTBackend):
+    """The backend ``tensorrt`` with the builder of TensorRT for RTX, since TensorRT itself needs a GPU to be imported
+    for anything; the GPU is declared.
+    """
+
+    flavour = Flavour("tensorrt", "tensorrt_rtx", "TensorRT")
+
+
+@pytest.fixture
+def stand_in(backend: TensorRTForRTXBackend, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    monkeypatch.setattr(tensorrt_common, "OLDEST_MAJOR", 1)
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
+    return StandIn()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorrt_builds_for_the_gpu_that_is_here(stand_in: StandIn, tmp_path: Path, own_cache: Path) -> None:
+    """Oracle: the GPU's name and capability in fingerprint, options and engine; timings in the cache folder."""
+    assert stand_in.available().ok
+    assert stand_in.fingerprint() == "NVIDIA A100"
+    options = stand_in.resolved(BuildOptions(cache_folder=own_cache))
+    assert options.tensorrt.compute_capabilities == ("8.0",)
+    assert stand_in.resolved(options) == options
+    graph = graph_file(tmp_path / "graph.onnx", [helper.make_node("Relu", ["x"], ["y"])], {})
+    for _ in range(2):
+        stand_in.build_part("stem", graph, tmp_path / "engine", options)
+    description, _ = read_engine(tmp_path / "engine", "stem", stand_in.flavour, "rebuild")
+    assert (description.gpu, description.compute_capabilities) == ("NVIDIA A100", ("8.0",))
+    assert len(list((own_cache / "tensorrt-timing").iterdir())) == 1
+    if not get_builder(NAME).available().ok:
+        assert description.layers == "the engine does not load on the machine that built it"
+
+
+def test_tensorrt_has_no_other_targets(stand_in: StandIn) -> None:
+    """Oracle: the remedy names the backend that has them, and the levels that TensorRT knows."""
+    with pytest.raises(UsageError, match="tensorrt-rtx builds for others"):
+        stand_in.resolved(BuildOptions(tensorrt=TensorRTConfig(compute_capabilities=("8.9",))))
+    with pytest.raises(UsageError, match=r"got all, expected ampere\+ or same-compute-capability"):
+        stand_in.resolved(BuildOptions(tensorrt=TensorRTConfig(hardware_compatible="all")))
+    compatible = TensorRTConfig(hardware_compatible="ampere+")
+    assert stand_in.resolved(BuildOptions(tensorrt=compatible)).tensorrt.hardware_compatible == "ampere+"
+
+
+def test_another_major_version_is_refused(backend: TensorRTForRTXBackend) -> None:
+    """Oracle: version 1 of TensorRT for RTX, taken for TensorRT; both sides and the remedy."""
+
+    class Old(StandIn):
+        flavour = Flavour("tensorrt", "tensorrt_rtx", "TensorRT, an old one")
+
+    found = Old().available()
+    assert not found.ok
+    assert re.search(r"got 1\..*, expected 10\.x or 11\.x", found.reason)
 
 
 # ---- where it cannot run ------------------------------------------------------------------------------------------

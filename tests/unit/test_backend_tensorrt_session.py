@@ -1,5 +1,7 @@
-"""TensorRT's engines on a device session. Without a GPU TensorRT loads nothing: so this runs on a fake of its run-time API
-and the double of CUDA, with real parts of a network. The real thing runs in the contract suite on a GPU.
+"""TensorRT's engines on a device session. Where no GPU is, TensorRT does not load anything.
+
+So this runs on a fake of its run-time API and the double of CUDA, with real parts of a network. The real thing runs in
+tests/gpu and in the contract suite on a GPU.
 """
 
 from __future__ import annotations
