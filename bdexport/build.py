@@ -5,6 +5,8 @@ name only when everything is built and verified.
 from __future__ import annotations
 
 import platform
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,9 +23,11 @@ from bdexport.architecture import Shortcut
 from bdexport.backends import backend_class, get_builder
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
+from bdexport.calibrate import CalibrationRequest, Scales, scales_for
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
-from bdexport.config import BuildConfig
+from bdexport.config import BuildConfig, VerifyConfig
+from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
@@ -31,12 +35,15 @@ from bdexport.files import default_cache_folder, making_folder, sha256_file, wri
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
+from bdexport.precision import INT8, check_offered, typed_graphs
 from bdexport.verify import require, verify_against_model
+from bdexport.verify_accuracy import accuracy_text, require_accuracy
 from bdexport.zoo import zoo_name
 
 GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
 DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
 STATISTICS = "policy_statistics"  # of a checkpoint's training record; the manifest keeps it apart
+CALIBRATION = "calibration"  # in the manifest's extra: what int8's scales were gathered from
 BUILT, REUSED, REBUILT = "built", "reused", "rebuilt"
 
 
@@ -66,13 +73,17 @@ def build_bundle(
     overwrite: bool = False,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
+    calibration: CalibrationRequest | None = None,
+    judged: Dataset | None = None,
+    verify: VerifyConfig | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
     ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
-    ``cache_dir``: the engine cache, default as :func:`bdexport.files.default_cache_folder`. Raises UsageError,
-    CheckpointError, ExportError, BuildError, VerificationError or OutputError; after them, as after Ctrl-C, nothing is
-    left and an old bundle is as it was.
+    ``cache_dir``: the engine cache, default as :func:`bdexport.files.default_cache_folder`. ``calibration``:
+    where int8 takes its scales from. ``judged``: images on which accuracy is held against torch's. Raises UsageError,
+    CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or OutputError; after
+    them, as after Ctrl-C, nothing is left and an old bundle is as it was.
     """
     config = config or BuildConfig()
     backend = checked_backend(config)
@@ -93,6 +104,9 @@ def build_bundle(
         overwrite=overwrite,
         progress=progress,
         cache=EngineCache(Path(cache_dir) if cache_dir is not None else default_cache_folder()),
+        calibration=calibration,
+        judged=judged,
+        verify=verify,
     )
 
 
@@ -107,20 +121,30 @@ def bundle_from_model(
     overwrite: bool = False,
     progress: Progress | None = None,
     cache: EngineCache | None = None,
+    calibration: CalibrationRequest | None = None,
+    judged: Dataset | None = None,
+    verify: VerifyConfig | None = None,
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
     options = backend.resolved(_build_options(config))
-    with making_folder(out, overwrite) as staging:
+    with making_folder(out, overwrite) as staging, tempfile.TemporaryDirectory() as typed_folder:
         specs = part_specs(model, checkpoint.preprocess)
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
+        scales = _scales(graphs, model, checkpoint, config, calibration, report)
+        typed = typed_graphs(graphs, config.precision, backend.name, Path(typed_folder), scales)
         engines, outcomes, notes = _build_engines(
-            graphs, staging / ENGINES, backend, options, config.jobs, model, cache, report
+            typed, staging / ENGINES, backend, options, config.jobs, model, cache, report
         )
+        notes += [] if scales is None else scales.notes
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
+        if scales is not None:
+            manifest = replace(
+                manifest, extra=manifest.extra | {CALIBRATION: scales.source | {"images_by_part": scales.images}}
+            )
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
-        verification = _verified(Bundle(staging, manifest), model, backend, notes, report)
+        verification = _verified(Bundle(staging, manifest), model, backend, notes, report, judged, verify)
         write_manifest(staging, replace(manifest, verification=verification))
     opened = open_bundle(out)
     return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes))
@@ -128,10 +152,7 @@ def bundle_from_model(
 
 def checked_backend(config: BuildConfig) -> Backend:
     """The configured backend. Raises :class:`UsageError` for a name, precision, batch or job count that cannot be."""
-    offered = backend_class(config.backend).precisions
-    if config.precision not in offered:
-        expected = f"{' or '.join(offered)} (what {config.backend} offers)"
-        raise UsageError("unknown precision", got=repr(config.precision), expected=expected)
+    check_offered(config.backend, config.precision, backend_class(config.backend).precisions)
     for name, value in (("--max-batch", config.max_batch), ("--jobs", config.jobs)):
         if value is not None and value < 1:
             raise UsageError(name, got=value, expected="at least 1")
@@ -153,6 +174,22 @@ def default_bundle_path(checkpoint_path: Path) -> Path:
     if path.name == RUN_FILE:
         path = path.parent
     return DEFAULT_PARENT / (path.name if path.is_dir() else path.stem or path.name)
+
+
+def _scales(
+    graphs: Mapping[str, Path],
+    model: BlockDropNet,
+    checkpoint: Checkpoint,
+    config: BuildConfig,
+    calibration: CalibrationRequest | None,
+    report: Progress,
+) -> Scales | None:
+    """What int8 needs, None for every other precision."""
+    if config.precision != INT8:
+        return None
+    request = calibration or CalibrationRequest()
+    names = checkpoint.class_names
+    return scales_for(model, graphs, checkpoint.preprocess, request, class_names=names, progress=report)[0]
 
 
 # ---- engines ----------------------------------------------------------------------------------------------------
@@ -192,7 +229,6 @@ def _build_engines(
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(engine_of, part): part for part in graphs}
         try:
-            report("engines", 0, len(graphs))
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
                 going.finished(futures[future])
@@ -205,17 +241,20 @@ def _build_engines(
 
 
 class _Going:
-    """How far the engines are, as the bar shows it, and whether to go on with them."""
+    """How far the engines are, as the bar shows it, and whether to go on with them. Told by several threads."""
 
     def __init__(self, report: Progress, parts: int) -> None:
         self._report, self._parts = report, parts
         self._shares: dict[str, float] = {}
+        self._lock = threading.Lock()
         self.on = True
+        report("engines", 0, parts)
 
     def step(self, part: str, share: float) -> bool:
         """See :data:`bdexport.backends.base.PartProgress`."""
-        self._shares[part] = share
-        self._report("engines", sum(list(self._shares.values())), self._parts)
+        with self._lock:
+            self._shares[part] = share
+            self._report("engines", sum(self._shares.values()), self._parts)
         return self.on
 
     def finished(self, part: str) -> None:
@@ -311,7 +350,13 @@ def _manifest(
 
 
 def _verified(
-    bundle: Bundle, model: BlockDropNet, backend: Backend, notes: list[str], report: Progress
+    bundle: Bundle,
+    model: BlockDropNet,
+    backend: Backend,
+    notes: list[str],
+    report: Progress,
+    judged: Dataset | None,
+    config: VerifyConfig | None,
 ) -> dict[str, Any] | None:
     """The report of comparing engines with torch, which holds; None, with a note, where there is nothing to compare."""
     if not backend.computes:
@@ -321,8 +366,11 @@ def _verified(
     if not here.ok:
         notes.append(f"not verified: the engines cannot run here ({here.reason}); run `bdexport verify` where they can")
         return None
-    result = verify_against_model(bundle, model, progress=report)
+    result = verify_against_model(bundle, model, config=config, progress=report, judged=judged)
     require(result)
+    if judged is not None:
+        notes.append(accuracy_text(result["accuracy"]))
+        require_accuracy(result["accuracy"], f"{backend.name} {bundle.manifest.precision}")
     return result
 
 

@@ -312,6 +312,16 @@ class BuildConfig:
 
 
 @dataclass(frozen=True)
+class CalibrationConfig:
+    """Which images INT8's scales are gathered from, and where lists and scales are kept."""
+
+    images: int = 512
+    split: str = "train"
+    batch: int = 64
+    folder: str = "calibration"
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
     """How images are held out where the data have no split of their own (see :mod:`bdexport.dataset.splits`).
 
@@ -352,11 +362,14 @@ class Tolerance:
     """How far a backend's output may be from the reference's.
 
     ``part``: of one part's largest value, that largest value's share. ``logits``: of the logits of a whole path, per
-    :attr:`VerifyConfig.logit_scale` of their largest value, and never less than this.
+    :attr:`VerifyConfig.logit_scale` of their largest value, and never less than this. ``of_mean``: it is the mean
+    difference that is held, as a share of the mean value: int8 cuts off what lies outside its calibrated range, so that
+    the largest difference on other images has no bound.
     """
 
     part: float
     logits: float
+    of_mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -367,12 +380,18 @@ class VerifyConfig:
     random_masks: int = 100
     frequent_masks: int = 20  # of those in the manifest's policy statistics
     seed: int = 0
+    accuracy_images: int = 1000  # of a data set, where one is given
+    accuracy_split: str = "validation"
+    max_accuracy_drop: float = 1.0  # points below the reference, of the dynamic and of the full network
     logit_scale: float = 100.0  # logits beyond it are compared relative to it: float32 has no more digits
     tolerances: dict[str, Tolerance] = field(
         default_factory=lambda: {
             "fp32": Tolerance(part=1e-4, logits=1e-4),
             # BF16 has 8 significant bits: 0.4 % for each rounding, of which a path has one or two per layer.
             "bf16": Tolerance(part=0.02, logits=0.5),
+            # FP16 has 11: 0.05 %.
+            "fp16": Tolerance(part=0.004, logits=0.1),
+            "int8": Tolerance(part=0.1, logits=0.25, of_mean=True),
         }
     )
 

@@ -9,6 +9,7 @@
     |-- TrainingError       training cannot start, resume or go on
     |   `-- DivergedError   .. because the loss is not finite or the policy has collapsed
     |-- ExportError         a part cannot be expressed as ONNX
+    |-- CalibrationError    a calibration list or its scales cannot be read or do not fit
     |-- BuildError          a backend cannot build an engine
     |-- BundleError         a bundle is missing, damaged, tampered with or of another version
     |-- BackendError        a backend is unavailable here or failed while running
@@ -74,6 +75,10 @@ class DivergedError(TrainingError):
 
 class ExportError(BdexportError):
     """A part cannot be expressed as an ONNX graph."""
+
+
+class CalibrationError(BdexportError):
+    """A calibration list or its scales cannot be read, or do not fit the images or the network."""
 
 
 class BuildError(BdexportError):

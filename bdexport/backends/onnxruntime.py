@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
-from bdexport.backends.onnxruntime_common import channel_block
+from bdexport.backends.onnxruntime_common import channel_block, import_onnxruntime
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bdexport.bundle import Bundle
     from bdexport.models.pair import BlockDropNet
 
+INT8 = "int8"  # Q/DQ in the graph; its convolutions of 8-bit integers are ONNX Runtime's own fusion of them
 ENGINE_FORMAT = "3"  # of what is in an engine file; part of every cache key, so raise it when building changes
 
 
@@ -31,7 +32,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
     """Builds and opens engines for ONNX Runtime's CPU execution provider."""
 
     name = "onnxruntime"
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32", INT8)
     engine_suffix = ".onnx"
     computes = True
 
@@ -40,16 +41,14 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
         if importlib.util.find_spec("onnxruntime") is None:
             return Availability(False, "onnxruntime is not installed", 'pip install "bdexport[cpu]"')
         try:
-            import onnxruntime  # noqa: F401
+            import_onnxruntime()
         except ImportError as error:
             return Availability(False, f"onnxruntime cannot be imported: {error}", "reinstall onnxruntime")
         return Availability(True, "onnxruntime is installed")
 
     def versions(self) -> Mapping[str, str]:
         """Optimised graphs belong to one version of ONNX Runtime."""
-        import onnxruntime
-
-        return {"onnxruntime": onnxruntime.__version__, "onnxruntime-engine": ENGINE_FORMAT}
+        return {"onnxruntime": import_onnxruntime().__version__, "onnxruntime-engine": ENGINE_FORMAT}
 
     def fingerprint(self) -> str:
         """The processor family and the channel block of its blocked layout; engines hold nothing else of a machine."""
@@ -65,7 +64,8 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
         if options.precision not in self.precisions:
             expected = ", ".join(self.precisions)
             raise BuildError(f"{part} [onnxruntime]: precision", got=options.precision, expected=expected)
-        build_engine(part, graph, engine, channel_block())
+        # Integer kernels have no blocked layout: between float parts in it, every boundary would be converted twice.
+        build_engine(part, graph, engine, 1 if options.precision == INT8 else channel_block())
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load the engines; on a GPU, the graphs that they were built from.

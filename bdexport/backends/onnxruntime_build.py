@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import NodeProto, helper, numpy_helper
 
@@ -32,6 +31,7 @@ from bdexport.backends.onnxruntime_common import (
     PART_PROPERTY,
     PLAIN,
     failures,
+    import_onnxruntime,
     session_options,
 )
 from bdexport.backends.onnxruntime_link import input_name, output_name
@@ -93,7 +93,7 @@ def _optimised(model: onnx.ModelProto, part: str) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads=1, optimise=True)
         options.optimized_model_filepath = str(Path(folder) / f"{part}.onnx")
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        import_onnxruntime().InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath)
 
 

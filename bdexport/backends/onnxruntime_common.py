@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from bdexport.backends import onnx_wire as wire
 from bdexport.errors import BackendError
 
+NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 NCHWC_DOMAIN = "com.microsoft.nchwc"  # ONNX Runtime's operators on the blocked layout
 PART_PROPERTY, BLOCK_PROPERTY = "bdexport.part", "bdexport.channel_block"
 INPUT_PROPERTY, OUTPUT_PROPERTY = "bdexport.input", "bdexport.output"
@@ -20,10 +22,24 @@ FAILURES = (
 )
 
 
+@lru_cache(maxsize=1)
+def import_onnxruntime() -> Any:
+    """The package ``onnxruntime`` with its telemetry off: its newer releases report to a server, on Linux as well.
+
+    The variable is what they read when they start, where a program has not set it itself; the call is what they offer
+    afterwards.
+    """
+    os.environ.setdefault(NO_TELEMETRY, "1")
+    import onnxruntime
+
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
 def session_options(threads: int, optimise: bool) -> Any:
     """Options of one ONNX Runtime session. Errors come as exceptions, so its own log stays silent."""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
@@ -35,14 +51,14 @@ def session_options(threads: int, optimise: bool) -> Any:
 
 
 def load_model(model: str | bytes, threads: int) -> Any:
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     return ort.InferenceSession(model, session_options(threads, optimise=False), providers=["CPUExecutionProvider"])
 
 
 @lru_cache(maxsize=1)
 def failures() -> tuple[type[Exception], ...]:
     """The exceptions of ONNX Runtime, which have no common base of their own."""
+    import_onnxruntime()
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return tuple(getattr(state, name) for name in FAILURES if hasattr(state, name))

@@ -1,4 +1,4 @@
-"""The OpenVINO backend on the CPU, in FP32 or BF16.
+"""The OpenVINO backend on the CPU, in FP32, BF16 or INT8.
 
 An engine file is a stored (not compressed) zip of OpenVINO's own form of a part: ``model.xml`` and ``model.bin``, and
 ``part.json``. It belongs to no processor: kernels and weights in the engine's precision are made when it is loaded.

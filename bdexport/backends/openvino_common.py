@@ -11,8 +11,10 @@ from bdexport.hardware import machine
 
 SCHEMA = "bdexport-openvino-engine/1"
 XML, WEIGHTS, DESCRIPTION = "model.xml", "model.bin", "part.json"  # inside an engine file
-FP32, BF16 = "fp32", "bf16"
-PRECISIONS = {FP32: "f32", BF16: "bf16"}  # ours -> OpenVINO's
+FP32, BF16, INT8 = "fp32", "bf16", "int8"
+# Ours -> OpenVINO's, for whatever the graph leaves in floating point: int8 is Q/DQ in the graph.
+PRECISIONS = {FP32: "f32", BF16: "bf16", INT8: "f32"}
+KERNELS = {FP32: ("f32",), BF16: ("bf16",), INT8: ("i8", "u8")}  # what a layer of that precision runs in
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # instruction sets that have BF16 products
 TELEMETRY = "openvino_telemetry"
 

@@ -21,6 +21,7 @@ from bdexport.backends.arrays import ArrayRows, closed_error
 from bdexport.backends.openvino_common import (
     BF16,
     DESCRIPTION,
+    KERNELS,
     PRECISIONS,
     SCHEMA,
     WEIGHTS,
@@ -256,6 +257,6 @@ def _check_bf16(part: str, kernels: Counter[tuple[str, str]]) -> None:
 
 def _precision_note(precision: str, parts: Any) -> str:
     kernels: Counter[tuple[str, str]] = sum((part.kernels for part in parts), Counter())
-    wanted = {kernel: count for (found, kernel), count in kernels.items() if found == PRECISIONS[precision]}
+    wanted = {kernel: count for (found, kernel), count in kernels.items() if found in KERNELS[precision]}
     names = ", ".join(sorted(wanted)) or "none"
     return f"precision: {precision}, in {sum(wanted.values())} of {kernels.total()} layers that multiply ({names})"

@@ -38,7 +38,7 @@ class TensorRTBackend:
     """Builds and opens engines for TensorRT."""
 
     name = "tensorrt"
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")  # all of them are in the graph
     engine_suffix = ".engine"
     computes = True
     default_device = "cuda"

@@ -13,6 +13,7 @@ SECONDS_BETWEEN_UPDATES = 0.5
 TITLES = {
     "load": "loading the checkpoint",
     "export": "exporting parts as ONNX",
+    "calibrate": "gathering scales",
     "engines": "building engines",
     "parts": "verifying parts",
     "paths": "verifying paths",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bdexport.bundle import Bundle
+    from bdexport.dataset import Dataset
 
 DEFAULT = VerifyConfig()
 GRAPHS = "graphs"
@@ -33,6 +34,15 @@ def verify(
     tolerance: Annotated[
         float | None, typer.Option(help="Largest difference of a logit. Default: by the bundle's precision.")
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Also compare accuracy with the reference's, on this data set.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    images: Annotated[int, typer.Option(min=1, help="The first N images of it.")] = DEFAULT.accuracy_images,
+    max_drop: Annotated[
+        float, typer.Option(min=0, help="Largest loss of accuracy, in points.")
+    ] = DEFAULT.max_accuracy_drop,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
@@ -40,15 +50,20 @@ def verify(
     """Compare every part and whole paths with the reference; exit code 1 if one differs by more than the tolerance."""
     from bdexport.bundle import open_bundle
     from bdexport.verify import require, verify_against_graphs, with_tolerance
+    from bdexport.verify_accuracy import accuracy_text, require_accuracy
 
     opened = open_bundle(bundle)
-    config = with_tolerance(replace(DEFAULT, random_masks=masks, seed=seed), opened.manifest.precision, tolerance)
+    chosen = replace(DEFAULT, random_masks=masks, seed=seed, max_accuracy_drop=max_drop)
+    config = with_tolerance(chosen, opened.manifest.precision, tolerance)
+    judged = None if dataset is None else _judged(opened, dataset, data, split, images)
     with progress() as bar:
         report = stages_of(bar)
         if reference == GRAPHS:
-            result = verify_against_graphs(opened, config=config, threads=threads, device=device, progress=report)
+            result = verify_against_graphs(
+                opened, config=config, threads=threads, device=device, progress=report, judged=judged
+            )
         else:
-            result = _against_checkpoint(opened, Path(reference), config, threads, device, report)
+            result = _against_checkpoint(opened, Path(reference), config, threads, device, report, judged)
     result = {"schema": result["schema"], "bundle": bundle} | result
     out = table_console(json)
     out.print(_parts_table(result))
@@ -63,9 +78,13 @@ def verify(
         f"{verdict}: largest logit difference {result['max_logit_difference']:.2e} from {result['reference']}; "
         f"worst part {result['worst_part']}, worst paths {result['worst_path']}"
     )
+    if result["accuracy"] is not None:
+        out.print(accuracy_text(result["accuracy"]), soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
     require(result)
+    if result["accuracy"] is not None:
+        require_accuracy(result["accuracy"], f"{result['backend']} {result['precision']}")
 
 
 def _against_checkpoint(
@@ -75,6 +94,7 @@ def _against_checkpoint(
     threads: int | None,
     device: str | None,
     report: Callable[[str, int, int], None],
+    judged: Dataset | None,
 ) -> dict[str, Any]:
     from bdexport.checkpoint import build_model, load_checkpoint
     from bdexport.errors import CheckpointError
@@ -88,7 +108,17 @@ def _against_checkpoint(
         names = ("{}, {} blocks, {} classes".format(*side) for side in (ours, theirs))
         raise CheckpointError(f"{path}: not the network of {bundle.path}", got=next(names), expected=next(names))
     model = build_model(checkpoint)
-    return verify_against_model(bundle, model, config=config, threads=threads, device=device, progress=report)
+    return verify_against_model(
+        bundle, model, config=config, threads=threads, device=device, progress=report, judged=judged
+    )
+
+
+def _judged(bundle: Bundle, dataset: str, data: Path | None, split: str, images: int) -> Dataset:
+    from bdexport.dataset import check_classes, load_dataset
+
+    chosen = load_dataset(dataset, data, split, limit=images)
+    check_classes(chosen, len(bundle.manifest.class_names), bundle.manifest.class_names)
+    return chosen
 
 
 def _parts_table(result: dict[str, Any]) -> Table:

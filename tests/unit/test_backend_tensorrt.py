@@ -43,6 +43,7 @@ from bdexport.config import BuildConfig, TensorRTConfig
 from bdexport.engine_cache import EngineCache
 from bdexport.errors import BackendError, BuildError, UsageError
 from bdexport.parts import FULL, POLICY, part_names
+from bdexport.precision import typed_graphs
 from bdexport.verify import verify_against_graphs
 
 NAME = "tensorrt-rtx"
@@ -204,6 +205,20 @@ def test_layers_compute_in_what_the_graph_says(backend: TensorRTForRTXBackend, t
     assert np.ascontiguousarray(weight.transpose(0, 2, 3, 1)).astype(np.float32).tobytes() not in plan
     layouts = (stored, stored.transpose(0, 2, 3, 1), stored.transpose(0, 2, 3, 1)[:1], stored[:1])
     assert any(np.ascontiguousarray(layout).tobytes() in plan for layout in layouts)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_parts_in_half_precision_become_engines(
+    bundle: BuiltBundle, backend: TensorRTForRTXBackend, tmp_path: Path, precision: str
+) -> None:
+    """Oracle: TensorRT's parser and builder take what the conversion makes of a real block; float32 biases are gone."""
+    part = "block_00"
+    graph = typed_graphs({part: bundle.graph(part)}, precision, NAME, tmp_path)[part]
+    backend.build_part(part, graph, tmp_path / "engine", BuildOptions(precision))
+    _, plan = read_engine(tmp_path / "engine", part, RTX, "rebuild")
+    weights = weights_of(bundle.graph(part))
+    assert precision in backend.precisions
+    assert not any(np.ascontiguousarray(array).tobytes() in plan for array in weights.values() if array.ndim == 1)
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------

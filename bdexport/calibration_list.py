@@ -1,0 +1,171 @@
+"""A calibration list: which images of a data set INT8's scales are gathered from. Small, and made to be committed.
+
+    {"schema": .., "dataset": "cifar10", "split": "train", "shape": [32, 32, 3], "rows": [..],
+     "files": null, "sha256": ..}
+
+``rows`` count within the split as :mod:`bdexport.dataset` draws it; an image folder's images are named instead
+(``files``, relative to the data folder). ``sha256`` covers the pixels, or the files' bytes: a list that meets other
+images is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdexport.config import CalibrationConfig, DatasetConfig
+from bdexport.dataset import Dataset, check_classes, load_dataset
+from bdexport.dataset.samples import NAME as SAMPLES
+from bdexport.dataset.splits import split_rows
+from bdexport.errors import CalibrationError, UsageError
+from bdexport.files import sha256_file, write_text
+from bdexport.preprocess import Preprocess
+
+SCHEMA = "bdexport.calibration-list/1"
+AGAIN = "make it again with `bdexport calibrate CKPT --dataset D --data DIR`"
+
+
+@dataclass(frozen=True)
+class CalibrationList:
+    """``shape`` (h, w, 3) of the data set's images, None for files, whose names are ``files`` then."""
+
+    dataset: str
+    split: str
+    shape: tuple[int, ...] | None
+    rows: tuple[int, ...]
+    files: tuple[str, ...] | None
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def default_split(dataset: str, wanted: str) -> str:
+    """``wanted``, but for the samples, which have test images only."""
+    return "test" if dataset == SAMPLES else wanted
+
+
+def make_list(dataset: str, data: Path | None, config: CalibrationConfig) -> CalibrationList:
+    """A stratified draw of ``config.images`` of a split (all where there are fewer), the same every time."""
+    if config.images < 1:
+        raise UsageError("number of calibration images", got=config.images, expected="at least 1")
+    split = default_split(dataset, config.split)
+    loaded = load_dataset(dataset, data, split)
+    if config.images < len(loaded):
+        rows = split_rows(loaded.labels, (config.images / len(loaded),), DatasetConfig.seed)[0][: config.images]
+    else:
+        rows = np.arange(len(loaded))
+    return _list_of(loaded, rows.tolist(), data)
+
+
+def write_list(path: Path, chosen: CalibrationList) -> None:
+    """Write it, a line per key."""
+    lines = [
+        f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in ({"schema": SCHEMA} | asdict(chosen)).items()
+    ]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_list(path: Path) -> CalibrationList:
+    """Inverse of :func:`write_list`. Raises :class:`CalibrationError` for a file that is unreadable, empty, no list."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror})", remedy=AGAIN) from error
+    except ValueError as error:
+        raise CalibrationError(f"{path}: no calibration list ({error})", remedy=AGAIN) from error
+    try:
+        found = _from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise CalibrationError(
+            f"{path}: no calibration list ({detail})", expected=f"schema {SCHEMA}", remedy=AGAIN
+        ) from error
+    if not found.rows:
+        raise CalibrationError(f"{path}: the calibration list is empty", expected="at least one image", remedy=AGAIN)
+    return found
+
+
+def _from_json(data: Any) -> CalibrationList:
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"schema {data['schema']!r}")
+    shape, files = data["shape"], data["files"]
+    found = CalibrationList(
+        str(data["dataset"]),
+        str(data["split"]),
+        None if shape is None else tuple(int(side) for side in shape),
+        tuple(int(row) for row in data["rows"]),
+        None if files is None else tuple(str(name) for name in files),
+        str(data["sha256"]),
+    )
+    if files is not None and len(files) != len(found.rows):
+        raise ValueError(f"{len(files)} files for {len(found.rows)} rows")
+    return found
+
+
+def list_images(
+    chosen: CalibrationList,
+    data: Path | None,
+    preprocess: Preprocess,
+    class_names: Sequence[str] = (),
+    where: Path | None = None,
+) -> NDArray[np.uint8]:
+    """The images of a list at the network's size: uint8 (N, H, W, 3).
+
+    Raises :class:`CalibrationError` where they are not those that the list was made from.
+    """
+    name = str(where) if where is not None else f"calibration list of {chosen.dataset}"
+    loaded = load_dataset(chosen.dataset, data, chosen.split)
+    if class_names:
+        check_classes(loaded, len(class_names), class_names)
+    rows = _rows(chosen, loaded, data, name)
+    shape = loaded.source.shape[1:] if isinstance(loaded.source, np.ndarray) else None
+    if shape != chosen.shape:
+        raise CalibrationError(f"{name}: images of another shape", got=shape, expected=chosen.shape, remedy=AGAIN)
+    images = loaded.take(np.array(rows, np.intp))
+    digest = _digest(images)
+    if digest != chosen.sha256:
+        got, expected = f"SHA-256 {digest[:12]}..", f"{chosen.sha256[:12]}.."
+        raise CalibrationError(f"{name}: its images have changed", got=got, expected=expected, remedy=AGAIN)
+    return images.arrays(preprocess)
+
+
+def _rows(chosen: CalibrationList, loaded: Dataset, data: Path | None, name: str) -> list[int]:
+    if chosen.files is not None and not isinstance(loaded.source, np.ndarray):
+        known = {_relative(path, data): row for row, path in enumerate(loaded.source)}
+        missing = [file for file in chosen.files if file not in known]
+        if missing:
+            got = f"{len(missing)} files that are not there, {missing[0]} first"
+            raise CalibrationError(f"{name}: its images have changed", got=got, remedy=AGAIN)
+        return [known[file] for file in chosen.files]
+    outside = [row for row in chosen.rows if not 0 <= row < len(loaded)]
+    if outside:
+        got, expected = f"row {outside[0]}", f"0..{len(loaded) - 1} (split {chosen.split})"
+        raise CalibrationError(f"{name}: names an image that is not there", got=got, expected=expected, remedy=AGAIN)
+    return list(chosen.rows)
+
+
+def _list_of(loaded: Dataset, rows: list[int], data: Path | None) -> CalibrationList:
+    images = loaded.take(np.array(rows, np.intp))
+    if isinstance(images.source, np.ndarray):
+        shape, files = images.source.shape[1:], None
+    else:
+        shape, files = None, tuple(_relative(path, data) for path in images.source)
+    return CalibrationList(loaded.name, loaded.split, shape, tuple(rows), files, _digest(images))
+
+
+def _relative(path: Path, data: Path | None) -> str:
+    return path.relative_to(data).as_posix() if data is not None and path.is_relative_to(data) else path.as_posix()
+
+
+def _digest(images: Dataset) -> str:
+    if isinstance(images.source, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(images.source).tobytes()).hexdigest()
+    return hashlib.sha256("\n".join(sha256_file(path) for path in images.source).encode()).hexdigest()

@@ -1,0 +1,117 @@
+"""``bdexport calibrate``: ranges of activations for INT8, along the paths that the policy takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.stages import stages_of
+from bdexport.config import CalibrationConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bdexport.architecture import Shortcut
+    from bdexport.calibrate import Scales
+    from bdexport.calibration_list import CalibrationList
+
+DEFAULTS = CalibrationConfig()
+
+
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples. Not needed with --list.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="Images on the list, drawn evenly over classes.")
+    ] = DEFAULTS.images,
+    split: Annotated[str, typer.Option(help="train, validation or test; the samples have test only.")] = DEFAULTS.split,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="Use the images of this list, e.g. calibration/cifar10.json.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the list is written. Default: calibration/DATASET.json.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where the scales are kept.")] = Path(DEFAULTS.folder),
+    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
+    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+) -> None:
+    """Gather INT8's scales for every part, write the list of images and keep the scales for `build`."""
+    from bdexport.calibrate import CalibrationRequest
+    from bdexport.calibration_list import write_list
+    from bdexport.errors import UsageError
+
+    if dataset is None and list_file is None:
+        raise UsageError("nothing to calibrate on", remedy="pass --dataset D --data DIR, or --list FILE --data DIR")
+    config = CalibrationConfig(images, split, DEFAULTS.batch, str(folder))
+    request = CalibrationRequest(config, dataset, data, list_file)
+    scales, chosen = _gather(checkpoint, request, arch, cast("Shortcut | None", shortcut))
+    assert chosen is not None
+    written = list_file
+    if written is None:
+        written = out or folder / f"{chosen.dataset}.json"
+        write_list(written, chosen)
+    result = _result(checkpoint, scales, chosen, written)
+    for note in scales.notes:
+        err_console.print(note, soft_wrap=True)
+    table_console(json).print(_table(result))
+    if json is not None:
+        write_json_result(json, result)
+
+
+def _gather(
+    path: Path, request: Any, arch: str | None, shortcut: Shortcut | None
+) -> tuple[Scales, CalibrationList | None]:
+    import tempfile
+
+    from bdexport.calibrate import scales_for
+    from bdexport.checkpoint import build_model, load_checkpoint
+    from bdexport.export import export_parts
+
+    checkpoint = load_checkpoint(path, arch=arch, shortcut=shortcut)
+    model = build_model(checkpoint)
+    with progress() as bar, tempfile.TemporaryDirectory() as folder:
+        report = stages_of(bar)
+        graphs = export_parts(model, checkpoint.preprocess, Path(folder), progress=report)
+        names = checkpoint.class_names
+        return scales_for(model, graphs, checkpoint.preprocess, request, class_names=names, progress=report)
+
+
+def _result(checkpoint: Path, scales: Scales, chosen: CalibrationList, written: Path) -> dict[str, Any]:
+    return {
+        "schema": "bdexport.calibrate/1",
+        "checkpoint": checkpoint,
+        "list": written,
+        "dataset": {"name": chosen.dataset, "split": chosen.split},
+        "images": len(chosen),
+        "list_sha256": chosen.sha256,
+        "parts": [
+            {"part": part, "images": count, "layers": len(scales.ranges[part]), "largest": _largest(scales, part)}
+            for part, count in scales.images.items()
+        ],
+        "notes": scales.notes,
+    }
+
+
+def _largest(scales: Scales, part: str) -> float | None:
+    ends = [abs(end) for found in scales.ranges[part].values() for end in found]
+    return max(ends, default=None)
+
+
+def _table(result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    where = f"{result['images']} images of {result['dataset']['name']} {result['dataset']['split']}"
+    table = Table("part", title=f"scales from {where}; list: {result['list']}")
+    for name in ("images that run it", "tensors", "largest value"):
+        table.add_column(name, justify="right")
+    for entry in result["parts"]:
+        largest = "-" if entry["largest"] is None else f"{entry['largest']:.2f}"
+        table.add_row(entry["part"], str(entry["images"]), str(entry["layers"]), largest)
+    return table
