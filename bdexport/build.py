@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +20,7 @@ import torch
 
 from bdexport import __version__
 from bdexport.architecture import Shortcut
-from bdexport.backends import backend_class, get_backend
+from bdexport.backends import backend_class, get_builder
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
 from bdexport.calibrate import CalibrationRequest, Scales, scales_for
@@ -27,10 +28,10 @@ from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
-from bdexport.engine_cache import EngineCache, default_cache_folder, engine_key, engine_recipe
+from bdexport.engine_cache import EngineCache, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
-from bdexport.files import making_folder, sha256_file, write_bytes
+from bdexport.files import default_cache_folder, making_folder, sha256_file, write_bytes
 from bdexport.fusing import Fusing, check_fusing, check_size
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
@@ -83,7 +84,7 @@ def build_bundle(
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
     ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
-    ``cache_dir``: the engine cache, default as :func:`bdexport.engine_cache.default_cache_folder`. ``calibration``:
+    ``cache_dir``: the engine cache, default as :func:`bdexport.files.default_cache_folder`. ``calibration``:
     where int8 takes its scales from. ``counted``: images on which masks are counted and executors measured, best a
     validation split; None: the masks that the checkpoint's policy statistics count, and random images. ``judged``:
     images on which accuracy is held against torch's.
@@ -135,15 +136,18 @@ def bundle_from_model(
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
+    options = backend.resolved(_build_options(config))
     with making_folder(out, overwrite) as staging, tempfile.TemporaryDirectory() as typed_folder:
         specs = part_specs(model, checkpoint.preprocess)
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
         scales = _scales(graphs, model, checkpoint, config, calibration, report)
         typed = typed_graphs(graphs, config.precision, backend.name, Path(typed_folder), scales)
-        engines, outcomes, notes = _build_engines(typed, staging / ENGINES, backend, config, model, cache, report)
+        engines, outcomes, notes = _build_engines(
+            typed, staging / ENGINES, backend, options, config.jobs, model, cache, report
+        )
         notes += [] if scales is None else scales.notes
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
-        manifest = _manifest(out, model, checkpoint, backend, config, parts, checkpoint_sha256)
+        manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
         check_size(manifest, config.fused.max_bundle_mb)
         if scales is not None:
             manifest = replace(
@@ -166,9 +170,14 @@ def checked_backend(config: BuildConfig) -> Backend:
     for name, value in (("--max-batch", config.max_batch), ("--jobs", config.jobs)):
         if value is not None and value < 1:
             raise UsageError(name, got=value, expected="at least 1")
-    backend = get_backend(config.backend)
+    backend = get_builder(config.backend)
+    backend.resolved(_build_options(config))
     check_fusing(config.fused, backend)
     return backend
+
+
+def _build_options(config: BuildConfig) -> BuildOptions:
+    return BuildOptions(config.precision, config.max_batch, config.tensorrt)
 
 
 def default_bundle_path(checkpoint_path: Path) -> Path:
@@ -205,16 +214,18 @@ def _build_engines(
     graphs: Mapping[str, Path],
     folder: Path,
     backend: Backend,
-    config: BuildConfig,
+    options: BuildOptions,
+    jobs: int,
     model: BlockDropNet,
     cache: EngineCache | None,
     report: Progress,
 ) -> tuple[dict[str, Path], dict[str, str], list[str]]:
     """Engine files by part, what became of each (:class:`BuiltBundle`), and notes."""
     folder.mkdir()
-    options = BuildOptions(config.precision, config.max_batch)
     recipe = engine_recipe(backend, options)
     notes: list[str] = []
+    going = _Going(report, len(graphs))
+    options = replace(options, cache_folder=None if cache is None else cache.folder.parent, progress=going.step)
 
     def engine_of(part: str) -> tuple[Path, str]:
         engine = folder / f"{part}{backend.engine_suffix}"
@@ -230,18 +241,40 @@ def _build_engines(
 
     # Threads, not processes: backends build in native code, which leaves the interpreter free.
     done: dict[str, tuple[Path, str]] = {}
-    with ThreadPoolExecutor(config.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(engine_of, part): part for part in graphs}
         try:
-            report("engines", 0, len(graphs))
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
-                report("engines", len(done), len(graphs))
-        except BaseException:  # a part that failed, or Ctrl-C: do not start the others
+                going.finished(futures[future])
+        except BaseException:  # a part that failed, or Ctrl-C: do not start the others, nor go on with those begun
+            going.on = False
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     engines = {part: done[part][0] for part in graphs}
     return engines, {part: done[part][1] for part in graphs}, notes
+
+
+class _Going:
+    """How far the engines are, as the bar shows it, and whether to go on with them. Told by several threads."""
+
+    def __init__(self, report: Progress, parts: int) -> None:
+        self._report, self._parts = report, parts
+        self._shares: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self.on = True
+        report("engines", 0, parts)
+
+    def step(self, part: str, share: float) -> bool:
+        """See :data:`bdexport.backends.base.PartProgress`."""
+        with self._lock:
+            self._shares[part] = share
+            self._report("engines", sum(self._shares.values()), self._parts)
+        return self.on
+
+    def finished(self, part: str) -> None:
+        """The part is there, built or from the cache."""
+        self.step(part, 1.0)
 
 
 def _from_cache(cache: EngineCache, key: str, engine: Path, part: str, notes: list[str]) -> str:
@@ -301,7 +334,7 @@ def _manifest(
     model: BlockDropNet,
     checkpoint: Checkpoint,
     backend: Backend,
-    config: BuildConfig,
+    options: BuildOptions,
     parts: dict[str, PartEntry],
     checkpoint_sha256: str,
 ) -> Manifest:
@@ -318,11 +351,12 @@ def _manifest(
         preprocess=checkpoint.preprocess,
         class_names=checkpoint.class_names,
         backend=backend.name,
-        precision=config.precision,
-        max_batch=config.max_batch,
+        precision=options.precision,
+        max_batch=options.max_batch,
         parts=parts,
         versions=_tool_versions() | dict(backend.versions()),
         fingerprint=backend.fingerprint(),
+        compute_capability=", ".join(options.tensorrt.compute_capabilities) or None,
         training=training,
         policy_statistics=checkpoint.training.get(STATISTICS) or {},
         checkpoint={"sha256": checkpoint_sha256, "form": checkpoint.form},
@@ -341,6 +375,10 @@ def _verified(
     """The report of comparing engines with torch, which holds; None, with a note, where there is nothing to compare."""
     if not backend.computes:
         notes.append(f"not verified: backend {backend.name} computes nothing")
+        return None
+    here = backend.available()
+    if not here.ok:
+        notes.append(f"not verified: the engines cannot run here ({here.reason}); run `bdexport verify` where they can")
         return None
     result = verify_against_model(bundle, model, config=config, progress=report, judged=judged)
     require(result)

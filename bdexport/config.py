@@ -315,6 +315,21 @@ class ChoiceConfig:
 
 
 @dataclass(frozen=True)
+class TensorRTConfig:
+    """What the builders of the backends ``tensorrt`` and ``tensorrt-rtx`` are told; None: TensorRT's own choice."""
+
+    min_batch: int = 1  # smaller batches are refused; masks that differ within a batch need 1
+    opt_batch: int = 1  # what kernels are chosen for
+    max_batch: int = 256  # where BuildConfig.max_batch is None: TensorRT has no engines for any batch
+    workspace_mib: int | None = None  # device memory that kernels may use while one engine runs
+    optimization_level: int | None = None  # 0..5: time to build against time to run
+    tf32: bool = False  # float32 products with 10 bits of mantissa, which TensorRT would do by itself
+    version_compatible: bool = False  # the engine loads in later TensorRT releases of the same major version
+    hardware_compatible: str | None = None  # tensorrt: "ampere+" or "same-compute-capability", not this GPU model alone
+    compute_capabilities: tuple[str, ...] = ()  # tensorrt-rtx: GPUs to build for, e.g. "8.9"; none: 8.0 and newer
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """What engines are built for. ``max_batch`` None: any batch, where the backend can."""
 
@@ -323,6 +338,7 @@ class BuildConfig:
     max_batch: int | None = None
     jobs: int = 1  # engines built at a time; backends that choose kernels by timing them want the machine to themselves
     fused: FusedConfig = field(default_factory=FusedConfig)
+    tensorrt: TensorRTConfig = field(default_factory=TensorRTConfig)
 
 
 @dataclass(frozen=True)

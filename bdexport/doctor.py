@@ -106,9 +106,11 @@ def packages() -> tuple[Probe, ...]:
         _package("build", "tensorboard", "tensorboard", ""),
         _package("report", "matplotlib", "matplotlib", ""),
         _package("gpu", "onnxruntime-gpu", "onnxruntime", _PROVIDERS_GPU, imports=_ONNXRUNTIME_GPU),
-        _package("gpu", "tensorrt", "tensorrt", "detail = 'TensorRT ' + version.split('.')[0]"),
+        _package("tensorrt", "tensorrt", "tensorrt", "detail = 'TensorRT ' + version.split('.')[0]"),
         _package("gpu", "cuda-python", "cuda.bindings", _CUDA, imports=_CUDA_IMPORTS),
-        _package("rtx", "tensorrt-rtx", "tensorrt_rtx", "detail = 'TensorRT for RTX'", package="tensorrt-rtx-cu13"),
+        _package(
+            "tensorrt-rtx", "tensorrt-rtx", "tensorrt_rtx", "detail = 'TensorRT for RTX'", package="tensorrt-rtx-cu13"
+        ),
         _package("pycuda", "pycuda", "pycuda", "import pycuda.driver", imports=_PYCUDA),
     )
 
@@ -209,7 +211,7 @@ backend = backend_class({name!r})()
 found = backend.available()
 if not found.ok:
     state, remedy = "missing", found.remedy
-    raise RuntimeError(found.reason)
+    raise RuntimeError(found.reason + ("; engines can be built here" if backend.can_build().ok else ""))
 version = ", ".join(" ".join(pair) for pair in backend.versions().items())  # imports what it needs
 detail = found.reason
 """

@@ -7,30 +7,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-from dataclasses import asdict
 from pathlib import Path
 
 from bdexport import __version__
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.files import sha256_file, write_bytes
 
-CACHE_VARIABLE = "BDEXPORT_CACHE"
-
-
-def default_cache_folder() -> Path:
-    """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative values ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "bdexport"
-
 
 def engine_recipe(backend: Backend, options: BuildOptions) -> str:
     """Everything but the graph that an engine depends on: options, backend, its versions and code, the machine."""
     recipe = {
-        "options": asdict(options),
+        "options": options.recipe(),
         "backend": backend.name,
         "versions": dict(backend.versions()) | {"bdexport": __version__},
         "fingerprint": backend.fingerprint(),

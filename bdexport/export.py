@@ -35,7 +35,7 @@ OPSET, IR_VERSION = 17, 8  # old enough for every run time named in pyproject.to
 PART_PROPERTY = "bdexport.part"  # metadata of each graph: the part's name
 
 Specs: TypeAlias = Mapping[str, tuple[TensorSpec, TensorSpec]]
-Progress: TypeAlias = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+Progress: TypeAlias = Callable[[str, float, int], None]  # what is being done, steps done, steps in all
 
 
 def export_parts(

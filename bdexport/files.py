@@ -15,6 +15,17 @@ from typing import Any
 
 from bdexport.errors import OutputError
 
+CACHE_VARIABLE = "BDEXPORT_CACHE"
+
+
+def default_cache_folder() -> Path:
+    """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative values ignored.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "bdexport"
+
 
 @contextmanager
 def _reported(path: Path) -> Iterator[None]:

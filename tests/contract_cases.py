@@ -50,7 +50,9 @@ class Case:
         assert_close(got, expected, max(tolerance, share * max(scale, float(np.abs(expected).max()))))
 
 
-OPTIONAL = {"openvino"}  # backends of extras that a checkout may lack; where they are missing, their cases are skipped
+ON_GPU = {"tensorrt", "tensorrt-rtx"}  # their cases are tests for `make test-gpu`
+# Backends of extras that a checkout may lack; where they are missing, their cases are skipped.
+OPTIONAL = {"openvino", *ON_GPU}
 # Several roundings to 8 significant bits in a row, of values that partly cancel: what the tiny networks here need.
 SHARES = {"fp32": 0.0, "bf16": 0.03}
 CASES = [(backend, network, 1, "fp32") for backend in BACKENDS for network in NETWORKS]

@@ -142,7 +142,7 @@ def test_every_extra_is_described(readme: str, repository: Path) -> None:
     import tomllib
 
     extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(re.findall(r"^\| `\[(\w+)\]` ", readme, re.MULTILINE)) == set(extras)
+    assert set(re.findall(r"^\| `\[([\w-]+)\]` ", readme, re.MULTILINE)) == set(extras)
 
 
 def test_exit_codes_are_those_of_the_code(readme: str) -> None:

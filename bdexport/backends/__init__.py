@@ -10,6 +10,8 @@ from bdexport.errors import BackendError, UsageError
 BACKENDS: dict[str, str] = {
     "onnxruntime": "bdexport.backends.onnxruntime:OnnxRuntimeBackend",
     "openvino": "bdexport.backends.openvino:OpenVinoBackend",
+    "tensorrt": "bdexport.backends.tensorrt:TensorRTBackend",
+    "tensorrt-rtx": "bdexport.backends.tensorrt:TensorRTForRTXBackend",
     "torch": "bdexport.backends.torch:TorchBackend",
     "null": "bdexport.backends.null:NullBackend",
 }
@@ -25,6 +27,19 @@ def get_backend(name: str) -> Backend:
     availability = backend.available()
     if not availability.ok:
         raise BackendError(f"backend {name}: not available ({availability.reason})", remedy=availability.remedy)
+    return backend
+
+
+def get_builder(name: str) -> Backend:
+    """The backend of that name, able to build engines in this process, though perhaps not to run them.
+
+    Raises as :func:`get_backend`.
+    """
+    backend = backend_class(name)()
+    availability = backend.can_build()
+    if not availability.ok:
+        what = f"backend {name}: cannot build here ({availability.reason})"
+        raise BackendError(what, remedy=availability.remedy)
     return backend
 
 

@@ -8,13 +8,16 @@ A session's tensors are opaque to the loop (numpy arrays on the CPU, device buff
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bdexport.config import TensorRTConfig
+from bdexport.errors import UsageError
 
 if TYPE_CHECKING:
     from bdexport.bundle import Bundle
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Tensor = Any  # a session's own handle: numpy.ndarray on the CPU
 Rows = NDArray[np.intp]
+PartProgress = Callable[[str, float], bool]  # (part, share done) -> whether to go on
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,21 @@ class Availability:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What an engine is built for. ``max_batch`` None means any batch (backends with dynamic shapes)."""
+    """What an engine is built for. ``max_batch`` None means any batch (backends with dynamic shapes).
+
+    ``cache_folder``, where a builder may keep what makes the next build faster, and ``progress`` do not change an
+    engine.
+    """
 
     precision: str = "fp32"
     max_batch: int | None = None
+    tensorrt: TensorRTConfig = field(default_factory=TensorRTConfig)
+    cache_folder: Path | None = None
+    progress: PartProgress | None = None
+
+    def recipe(self) -> dict[str, Any]:
+        """What an engine depends on, for its cache key."""
+        return {name: value for name, value in asdict(self).items() if name not in ("cache_folder", "progress")}
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,12 @@ class Backend(Protocol):
     def available(self) -> Availability:
         """Can engines of this backend be loaded and run in this process? Never raises."""
 
+    def can_build(self) -> Availability:
+        """Can engines be built in this process, whether or not they run here? Never raises."""
+
+    def resolved(self, options: BuildOptions) -> BuildOptions:
+        """``options`` with what they leave open. Raises UsageError for one that this backend cannot honour."""
+
     def versions(self) -> Mapping[str, str]:
         """Versions that an engine depends on; part of its cache key and of the manifest."""
 
@@ -148,6 +169,21 @@ class Backend(Protocol):
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load every engine of ``bundle``. Raises BackendError naming the part, both sides and the remedy."""
+
+
+class BuildsWhereItRuns:
+    """What backends share whose engines are built on the machine that runs them, with no settings of their own."""
+
+    def can_build(self: Backend) -> Availability:
+        """See :meth:`Backend.can_build`."""
+        return self.available()
+
+    def resolved(self: Backend, options: BuildOptions) -> BuildOptions:
+        """See :meth:`Backend.resolved`."""
+        if options.tensorrt != TensorRTConfig():
+            remedy = "leave them out, or build with --backend tensorrt or tensorrt-rtx"
+            raise UsageError(f"settings of TensorRT have no effect on backend {self.name}", remedy=remedy)
+        return options
 
 
 def default_device(backend: Backend) -> str:

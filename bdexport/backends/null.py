@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bdexport import files
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.errors import BackendError, InputError
 from bdexport.parts import FULL, POLICY, Masks, mask_from_text
 
@@ -34,7 +34,7 @@ KEPT, DROPPED = 0.9, 0.1  # keep-probabilities that the null policy gives
 Array = NDArray[Any]
 
 
-class NullBackend:
+class NullBackend(BuildsWhereItRuns):
     """Builds engines that are declarations. ``latency_ms`` by part name; ``masks`` are what the policy will answer."""
 
     name = "null"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, RunOptions, Session
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
 from bdexport.backends.onnxruntime_common import channel_block, import_onnxruntime
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession
 from bdexport.cuda import cuda_ordinal
@@ -28,7 +28,7 @@ INT8 = "int8"  # Q/DQ in the graph; its convolutions of 8-bit integers are ONNX 
 ENGINE_FORMAT = "3"  # of what is in an engine file; part of every cache key, so raise it when building changes
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(BuildsWhereItRuns):
     """Builds and opens engines for ONNX Runtime's CPU execution provider."""
 
     name = "onnxruntime"

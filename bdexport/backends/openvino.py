@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.backends.openvino_common import (
     BF16,
     DESCRIPTION,
@@ -44,7 +44,7 @@ ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal 
 FP32_REMEDY = "build with --precision fp32"
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(BuildsWhereItRuns):
     """Builds and opens engines for OpenVINO's CPU plugin."""
 
     name = "openvino"

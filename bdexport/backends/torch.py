@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, RunOptions, Session
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
@@ -32,7 +32,7 @@ HEADER = "bdexport"  # the key of the specs in the engine's header
 Array = NDArray[Any]
 
 
-class TorchBackend:
+class TorchBackend(BuildsWhereItRuns):
     """Builds and opens parts as torch modules, in evaluation mode, batch norm as trained (not folded)."""
 
     name = "torch"

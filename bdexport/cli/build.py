@@ -12,7 +12,7 @@ import typer
 from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
 from bdexport.cli.stages import size_text, stages_of
-from bdexport.config import BuildConfig, CalibrationConfig, FusedConfig, VerifyConfig
+from bdexport.config import BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
 from bdexport.errors import UsageError
 from bdexport.fused import MOST_FUSED, shares_text
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from bdexport.dataset import Dataset
 
 DEFAULTS, FUSED, CALIBRATION, VERIFY = BuildConfig(), FusedConfig(), CalibrationConfig(), VerifyConfig()
+TENSORRT = DEFAULTS.tensorrt
 SIZES = {"before": "bytes_before", "after": "bytes_after"}
+PANEL = "TensorRT (backends tensorrt and tensorrt-rtx)"
 
 
 def build(
@@ -35,7 +37,10 @@ def build(
         str, typer.Option(help="fp32, fp16, bf16 or int8, as the backend offers.")
     ] = DEFAULTS.precision,
     max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch that the bundle accepts. Default: any.")
+        int | None,
+        typer.Option(
+            min=1, help=f"Largest batch that the bundle accepts. Default: any; {TENSORRT.max_batch} for TensorRT."
+        ),
     ] = DEFAULTS.max_batch,
     jobs: Annotated[int, typer.Option(min=1, help="Engines built at a time.")] = DEFAULTS.jobs,
     fused: Annotated[
@@ -80,12 +85,48 @@ def build(
         float, typer.Option(min=0, help="Largest loss of accuracy against torch, in points.")
     ] = VERIFY.max_accuracy_drop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    min_batch: Annotated[
+        int, typer.Option(help="Smallest batch; more than 1 for equal masks only.", rich_help_panel=PANEL)
+    ] = TENSORRT.min_batch,
+    opt_batch: Annotated[
+        int, typer.Option(help="Batch that kernels are chosen for.", rich_help_panel=PANEL)
+    ] = TENSORRT.opt_batch,
+    workspace_mib: Annotated[
+        int | None, typer.Option(help="Device memory an engine may use as scratch.", rich_help_panel=PANEL)
+    ] = TENSORRT.workspace_mib,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="0 (builds fast) to 5 (runs fast).", rich_help_panel=PANEL)
+    ] = TENSORRT.optimization_level,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow TF32 for float32 products.", rich_help_panel=PANEL)
+    ] = TENSORRT.tf32,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Load in later releases, too.", rich_help_panel=PANEL)
+    ] = TENSORRT.version_compatible,
+    hardware_compatible: Annotated[
+        str | None,
+        typer.Option(help="ampere+ or same-compute-capability (tensorrt only).", rich_help_panel=PANEL),
+    ] = TENSORRT.hardware_compatible,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU to build for, e.g. 8.9; may be repeated (tensorrt-rtx only).", rich_help_panel=PANEL),
+    ] = None,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Export the parts, build an engine of each, verify them against torch, and write one bundle."""
     from bdexport.build import build_bundle, checked_backend
     from bdexport.calibrate import CalibrationRequest
 
+    tensorrt = TensorRTConfig(
+        min_batch=min_batch,
+        opt_batch=opt_batch,
+        workspace_mib=workspace_mib,
+        optimization_level=optimization_level,
+        tf32=tf32,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capabilities=tuple(compute_capability or ()),
+    )
     if calibration is not None and precision != "int8":
         raise UsageError("--calibration", got=f"precision {precision}", expected="int8, the only one with scales")
     settings = FusedConfig(
@@ -96,7 +137,7 @@ def build(
         quantise=quantise_masks,
         accuracy_budget=accuracy_budget,
     )
-    config = BuildConfig(backend, precision, max_batch, jobs, fused=settings)
+    config = BuildConfig(backend, precision, max_batch, jobs, fused=settings, tensorrt=tensorrt)
     checked_backend(config)  # before a data set is read
     request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
     started = time.perf_counter()

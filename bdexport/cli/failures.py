@@ -27,10 +27,10 @@ EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
     "matplotlib": "report",
     "onnxruntime": "cpu",
     "openvino": "openvino",
-    "tensorrt": "gpu",
+    "tensorrt": "tensorrt",
     "cuda": "gpu",
     "pycuda": "pycuda",
-    "tensorrt_rtx": "rtx",
+    "tensorrt_rtx": "tensorrt-rtx",
 }
 
 

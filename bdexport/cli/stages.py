@@ -24,11 +24,11 @@ TITLES = {
 }
 
 
-def stages_of(bar: StageProgress) -> Callable[[str, int, int], None]:
+def stages_of(bar: StageProgress) -> Callable[[str, float, int], None]:
     """A callback for ``bdexport.build`` and ``bdexport.export`` that moves the bars of ``bar``."""
     tasks: dict[str, TaskID] = {}
 
-    def report(what: str, done: int, total: int) -> None:
+    def report(what: str, done: float, total: int) -> None:
         if what not in tasks:
             tasks[what] = bar.add_task(TITLES.get(what, what), total=total)
         bar.update(tasks[what], completed=done, total=total)

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 from bundles import make_bundle
-from contract_cases import CASES, NETWORKS, OPTIONAL, Case
+from contract_cases import CASES, NETWORKS, ON_GPU, OPTIONAL, Case
 
 import bdexport
 from bdexport.backends import backend_class
 from bdexport.backends.openvino_common import no_bf16_reason
 
+PARAMS = [pytest.param(case, marks=pytest.mark.gpu) if case[0] in ON_GPU else case for case in CASES]
 
-@pytest.fixture(scope="session", params=CASES, ids=lambda case: "-".join(map(str, case)))
+
+@pytest.fixture(scope="session", params=PARAMS, ids=lambda case: "-".join(map(str, case)))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     backend, network, threads, precision = request.param
     available = backend_class(backend)().available()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from bundles import pixels, rows, some_masks, torch_logits
-from contract_cases import Case
+from contract_cases import ON_GPU, Case
 
 import bdexport
 from bdexport.backends import get_backend
-from bdexport.backends.base import RunOptions
+from bdexport.backends.base import RunOptions, default_device
 from bdexport.errors import BackendError, UsageError
 from bdexport.parts import FULL, HEAD, POLICY, STEM, block_part, path_parts
 
@@ -192,7 +192,8 @@ def test_eight_threads_get_what_one_gets(case: Case) -> None:
 
 def test_use_after_close_is_refused(case: Case) -> None:
     """Oracle: the contract: UsageError that says so; closing twice is harmless."""
-    session = get_backend(case.backend).open(case.bundle, RunOptions(threads=case.orchestrator.threads))
+    backend = get_backend(case.backend)
+    session = backend.open(case.bundle, RunOptions(default_device(backend), case.orchestrator.threads))
     x = session.put(POLICY, inputs_of(case))
     session.close()
     session.close()
@@ -202,14 +203,15 @@ def test_use_after_close_is_refused(case: Case) -> None:
 
 def test_a_device_that_is_not_there_is_named(case: Case) -> None:
     """Oracle: the contract: BackendError with the device and what there is."""
-    with pytest.raises(BackendError, match=r"'cuda:7'.*cpu"):
-        bdexport.load(case.bundle, device="cuda:7")
+    device, there = ("tpu:7", "cuda:N") if case.backend in ON_GPU else ("cuda:7", "cpu")
+    with pytest.raises(BackendError, match=f"'{device}'.*{there}"):
+        bdexport.load(case.bundle, device=device)
 
 
 def test_a_session_says_where_it_runs(case: Case) -> None:
     """Oracle: what was asked for."""
     session = case.orchestrator.session
-    assert session.device == "cpu"
+    assert session.device == ("cuda:0" if case.backend in ON_GPU else "cpu")
     assert session.notes
     assert case.orchestrator.manifest.parts[FULL].flops > 0
 

@@ -25,7 +25,13 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize(
     ("module", "backend", "extra"),
-    [("onnxruntime", "onnxruntime", "cpu"), ("openvino", "openvino", "openvino"), ("torch", "torch", "build")],
+    [
+        ("onnxruntime", "onnxruntime", "cpu"),
+        ("openvino", "openvino", "openvino"),
+        ("torch", "torch", "build"),
+        ("tensorrt", "tensorrt", "tensorrt"),
+        ("tensorrt_rtx", "tensorrt-rtx", "tensorrt-rtx"),
+    ],
 )
 def test_a_backend_that_is_not_installed_says_how_to_get_it(module: str, backend: str, extra: str) -> None:
     """Oracle: an interpreter in which the package is missing; the name asked for must not be replaced by another."""

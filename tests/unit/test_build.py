@@ -115,7 +115,7 @@ def test_progress_covers_every_stage(checkpoint: Path, tmp_path: Path) -> None:
         checkpoint,
         tmp_path / "bundle",
         config=BuildConfig(),
-        progress=lambda what, done, total: calls.setdefault(what, []).append((done, total)),
+        progress=lambda what, done, total: calls.setdefault(what, []).append((int(done), total)),
     )
     assert list(calls) == ["load", "export", "engines", "parts", "paths", "executors"]
     for steps in calls.values():

@@ -1,0 +1,130 @@
+"""The backends ``tensorrt`` (TensorRT 10 and 11) and ``tensorrt-rtx`` (TensorRT for RTX): two names, one code.
+
+TensorRT builds on the GPU that its engines are for. TensorRT for RTX builds on any machine, for the GPUs it is told,
+and compiles kernels where the engine runs. How engines are run is in :mod:`bdexport.backends.tensorrt_session`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdexport.backends.base import Availability, BuildOptions, RunOptions
+from bdexport.backends.tensorrt_common import RTX, TENSORRT, Api, Flavour, load_api
+from bdexport.errors import BackendError
+
+if TYPE_CHECKING:
+    from bdexport.bundle import Bundle
+    from bdexport.models.pair import BlockDropNet
+
+ENGINE_FORMAT = "1"  # of what is in an engine file; part of every cache key, so raise it when building changes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that engines are built on and for."""
+
+    name: str
+    compute_capability: str
+
+
+class TensorRTBackend:
+    """Builds and opens engines for TensorRT."""
+
+    name = "tensorrt"
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")  # all of them are in the graph
+    engine_suffix = ".engine"
+    computes = True
+    default_device = "cuda"
+    flavour: Flavour = TENSORRT
+
+    def available(self) -> Availability:
+        """Whether TensorRT can be imported, and a GPU and a driver are there."""
+        installed = self._installed()
+        if not installed.ok:
+            return installed
+        try:
+            gpu = _gpu()
+        except BackendError as error:
+            return Availability(False, error.what, error.remedy)
+        return Availability(True, f"{installed.reason} on {gpu.name}, compute capability {gpu.compute_capability}")
+
+    def can_build(self) -> Availability:
+        """TensorRT times kernels on the GPU that they are for; TensorRT for RTX builds anywhere."""
+        return self._installed() if self.flavour.rtx else self.available()
+
+    def _installed(self) -> Availability:
+        flavour = self.flavour
+        if importlib.util.find_spec(flavour.module) is None:
+            return Availability(False, f"{flavour.module} is not installed", flavour.install)
+        try:
+            api = load_api(flavour)
+        except BackendError as error:
+            return Availability(False, str(error), error.remedy)
+        except Exception as error:  # its libraries are loaded by hand: what is missing comes as one exception or other
+            reason = " ".join(str(error).split())
+            return Availability(False, f"{flavour.module} cannot be imported: {reason}", flavour.install)
+        return Availability(True, f"{flavour.title} {api.version}")
+
+    def versions(self) -> Mapping[str, str]:
+        """The exact version, which engines are bound to, and the format of an engine file."""
+        return {self.name: self._api().version, f"{self.name}-engine": ENGINE_FORMAT}
+
+    def fingerprint(self) -> str:
+        """The GPU model for TensorRT; for TensorRT for RTX the platform alone, since no GPU takes part."""
+        return f"{platform.system()} {platform.machine()}".lower() if self.flavour.rtx else _gpu().name
+
+    def resolved(self, options: BuildOptions) -> BuildOptions:
+        """The largest batch and, for TensorRT, the GPU filled in. Raises UsageError as ``check_settings``."""
+        from bdexport.backends.tensorrt_build import check_settings
+
+        settings = options.tensorrt
+        most = settings.max_batch if options.max_batch is None else options.max_batch
+        if not self.flavour.rtx and settings.compute_capabilities == (_gpu().compute_capability,):
+            settings = replace(settings, compute_capabilities=())  # resolved before
+        check_settings(self._api(), settings, most)
+        if not self.flavour.rtx:
+            settings = replace(settings, compute_capabilities=(_gpu().compute_capability,))
+        return replace(options, max_batch=most, tensorrt=settings)
+
+    def build_part(
+        self, part: str, graph: Path, engine: Path, options: BuildOptions, model: BlockDropNet | None = None
+    ) -> None:
+        """Build the part; what it computes in is what the graph says. Raises BuildError naming the part."""
+        from bdexport.backends.tensorrt_build import build_engine
+
+        here = self.available()
+        gpu = _gpu().name if here.ok else None
+        build_engine(self._api(), part, graph, engine, self.resolved(options), gpu, None if here.ok else here.reason)
+
+    def open(self, bundle: Bundle, options: RunOptions) -> Any:
+        """Load the engines on a GPU. Raises BackendError naming the part, both sides and the rebuild line."""
+        from bdexport.backends.tensorrt_session import open_session
+
+        return open_session(self._api(), bundle, options)
+
+    def _api(self) -> Api:
+        return load_api(self.flavour)
+
+
+class TensorRTForRTXBackend(TensorRTBackend):
+    """Builds and opens engines for TensorRT for RTX."""
+
+    name = "tensorrt-rtx"
+    flavour = RTX
+
+
+@lru_cache(maxsize=1)
+def _gpu() -> Gpu:
+    """The first GPU. Raises BackendError where there is none, or no driver or no binding to reach it."""
+    from bdexport.cuda import open_cuda
+
+    with closing(open_cuda()) as cuda:
+        major, minor = cuda.compute_capability()
+        return Gpu(cuda.device_name(), f"{major}.{minor}")
