@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bdexport.backends.device_session import DeviceSession
-from bdexport.backends.onnxruntime_common import Reported
+from bdexport.backends.onnxruntime_common import Reported, import_onnxruntime
 from bdexport.bundle import INPUT_NAME, OUTPUT_NAME
 from bdexport.cuda import open_cuda
 from bdexport.errors import BackendError
@@ -32,8 +32,10 @@ CACHED_BINDINGS = 64  # per part; one for each pair of addresses and batch
 
 def open_on_cuda(bundle: Bundle, device: str, ordinal: int, stream: Any = None) -> DeviceSession:
     """Load the bundle's graphs on a GPU. Raises BackendError: no provider, no driver, no such device, out of memory."""
-    import onnxruntime as ort
-
+    if bundle.manifest.precision != "fp32":  # scales and types stand in the engines, which are the CPU's
+        what = f"{bundle.path} [onnxruntime]: device {device} runs the graphs, which are float32"
+        raise BackendError(what, got=bundle.manifest.precision, expected="fp32", remedy="build it with --precision fp32")
+    ort = import_onnxruntime()
     if PROVIDER not in ort.get_available_providers():
         what = "backend onnxruntime: no such device"
         expected = f"cpu (this onnxruntime {ort.__version__} has no CUDA provider)"

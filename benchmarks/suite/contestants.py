@@ -63,7 +63,7 @@ def field_of(
     inputs: Inputs,
     config: SuiteConfig,
     work: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, float, int], None] | None = None,
 ) -> Field:
     """Everybody of a cell, ready to be called. Close ``stack`` afterwards."""
     found = Field()
@@ -109,7 +109,7 @@ def _add_bundle(
     levels: list[int | None],
     variant: tuple[str, str],
     work: Path,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Callable[[str, float, int], None] | None,
 ) -> None:
     backend, precision = variant
     engine = f"bdexport {backend} {precision}"

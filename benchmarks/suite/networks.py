@@ -109,7 +109,7 @@ def variants() -> list[tuple[str, str]]:
 
 
 def bundle(
-    chosen: Network, backend: str, precision: str, work: Path, progress: Callable[[str, int, int], None] | None = None
+    chosen: Network, backend: str, precision: str, work: Path, progress: Callable[[str, float, int], None] | None = None
 ) -> Bundle:
     """The bundle of a network, built unless an earlier run left it. Raises what the build raises."""
     config = BuildConfig(backend=backend, precision=precision)

@@ -28,7 +28,7 @@ from benchmarks.suite.tables import markdown
 SCHEMA = "bdexport.suite/1"
 PACKAGES = ("bdexport", "numpy", "onnxruntime", "openvino", "torch", "tensorrt")
 FOOTPRINT_REPEATS = 3
-Building = Callable[[str, int, int], None]
+Building = Callable[[str, float, int], None]
 
 
 def run_suite(config: SuiteConfig, out: Path, work: Path, fresh: bool = False) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _footprint(cell: Cell, chosen: Network, work: Path) -> dict[str, Any]:
 def _building(bar: StageProgress) -> Building:
     task = bar.add_task("building bundles", total=None, visible=False)
 
-    def report(what: str, done: int, total: int) -> None:
+    def report(what: str, done: float, total: int) -> None:
         bar.update(task, description=f"building: {what}", completed=done, total=total, visible=True)
         bar.refresh()
 

@@ -311,3 +311,10 @@ def test_the_reference_holds_every_part(bundle: Bundle) -> None:
         x = np.zeros((2, *manifest.parts[part].input.shape), np.float32)
         manifest.parts[part].output.check(graphs.run(part, graphs.put(part, x)), part)
     get_backend("onnxruntime").open(bundle, RunOptions()).close()
+
+
+def test_graphs_on_a_gpu_do_not_pass_for_engines_of_another_precision(bundle: Bundle) -> None:
+    """Oracle: the GPU would run the float32 graphs; asked of an int8 bundle, that is refused before any provider is."""
+    int8 = replace(bundle, manifest=replace(bundle.manifest, precision="int8"))
+    with pytest.raises(BackendError, match=r"float32.*got int8"):
+        get_backend("onnxruntime").open(int8, RunOptions("cuda"))
