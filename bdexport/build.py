@@ -37,6 +37,7 @@ from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
 from bdexport.precision import INT8, check_offered, typed_graphs
+from bdexport.samples import CALIBRATION
 from bdexport.verify import require, verify_against_model
 from bdexport.verify_accuracy import accuracy_text, require_accuracy
 from bdexport.zoo import zoo_name
@@ -44,7 +45,6 @@ from bdexport.zoo import zoo_name
 GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
 DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
 STATISTICS = "policy_statistics"  # of a checkpoint's training record; the manifest keeps it apart
-CALIBRATION = "calibration"  # in the manifest's extra: what int8's scales were gathered from
 BUILT, REUSED, REBUILT = "built", "reused", "rebuilt"
 
 

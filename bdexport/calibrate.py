@@ -32,8 +32,9 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_module, transitions
 from bdexport.parts import FULL, HEAD, KEEP_THRESHOLD, POLICY, STEM, block_part, shortcut_part
 from bdexport.preprocess import Preprocess
+from bdexport.samples import samples_to_json
 
-SCHEMA = "bdexport.scales/1"
+SCHEMA = "bdexport.scales/2"
 METHOD = "minmax"
 QUANTISED = ("Conv", "Gemm")  # the operators whose inputs, outputs and weights have scales
 QUANTISER_MARK = ("onnx.quant.pre_process", "onnxruntime.quant")
@@ -112,7 +113,10 @@ def scales_for(
     scales = calibrated(model, graphs, preprocess, images, request.config, progress)
     source = {"dataset": chosen.dataset, "split": chosen.split, "images": len(images), "method": METHOD}
     scales = Scales(
-        scales.ranges, scales.images, scales.notes, source | {"list_sha256": chosen.sha256, "network": network}
+        scales.ranges,
+        scales.images,
+        scales.notes,
+        source | {"list_sha256": chosen.sha256, "network": network, "samples": samples_to_json(images)},
     )
     write_text(cache, json.dumps(scales.to_json(key)) + "\n")
     return _with_note(scales, f"calibration: {len(images)} images of {chosen.dataset}; scales kept in {cache}"), chosen

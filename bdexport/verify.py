@@ -36,6 +36,7 @@ from bdexport.parts import (
 )
 from bdexport.runtime.executors import Chain, Executor, Fused
 from bdexport.runtime.grouping import plan_batch
+from bdexport.samples import CALIBRATION, samples_from_json
 from bdexport.verify_accuracy import accuracy_report
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ SCHEMA = "bdexport.verify/1"
 SMALLEST_TOLERANCE = 1e-6  # for outputs that are zero throughout
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+
+OWN = "policy's own"  # kind of mask: what the reference's policy draws for the images
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,14 @@ def with_tolerance(config: VerifyConfig, precision: str, logits: float | None) -
     return replace(config, tolerances=config.tolerances | {precision: changed})
 
 
+def kept_samples(manifest: Manifest) -> NDArray[np.uint8] | None:
+    """Some of the images that a bundle's scales come from, uint8 (N, H, W, 3); None where it keeps none."""
+    found = manifest.extra.get(CALIBRATION)
+    if not isinstance(found, dict) or "samples" not in found:
+        return None
+    return samples_from_json(found["samples"], manifest.preprocess.size)
+
+
 def random_images(count: int, size: tuple[int, int], seed: int) -> NDArray[np.uint8]:
     """uint8 (count, height, width, 3): coarse random patches with noise on them, so that every scale is present."""
     generator = np.random.default_rng(seed)
@@ -214,6 +226,10 @@ class _Comparison:
         self.candidate, self.reference, self.manifest = candidate, reference, manifest
         self.config, self.tolerance = config, tolerance
         self.progress: Progress = progress or (lambda _what, _done, _total: None)
+        # Scales hold for what they were gathered from: other images and other paths are cut off, however good they are.
+        self.calibrated_only = tolerance.of_mean
+        if images is None:
+            images = kept_samples(manifest) if self.calibrated_only else None
         if images is None:
             images = random_images(config.images, manifest.preprocess.size, config.seed)
         self.inputs = manifest.preprocess(images)
@@ -244,17 +260,27 @@ class _Comparison:
             yield part, *self._both(part, self.inputs)
         got, x = self._both(STEM, self.inputs)
         yield STEM, got, x
-        masks = self._random_masks(len(x))
-        masks[0] = True
+        masks = self._own_masks() if self.calibrated_only else self._random_masks(len(x))
+        masks[0] |= not self.calibrated_only
         for index in range(self.manifest.num_blocks):
             got, kept = self._both(block_part(index), x)
-            yield block_part(index), got, kept
+            yield block_part(index), *self._of(masks[:, index], got, kept)
             dropped = x
             if index in self.manifest.transitions:
                 got, dropped = self._both(shortcut_part(index), x)
-                yield shortcut_part(index), got, dropped
+                yield shortcut_part(index), *self._of(~masks[:, index], got, dropped)
             x = np.where(masks[:, index, None, None, None], kept, dropped)
         yield HEAD, *self._both(HEAD, x)
+
+    def _of(self, run: NDArray[np.bool_], got: Array, expected: Array) -> tuple[Array, Array]:
+        """What is compared of a part: all images, or where only calibrated ones count, those that run it, if any do."""
+        some = self.calibrated_only and bool(run.any())
+        return (got[run], expected[run]) if some else (got, expected)
+
+    def _own_masks(self) -> Masks:
+        """The masks that the reference's policy draws, (N, K)."""
+        masks: Masks = self._probabilities(self.reference) >= KEEP_THRESHOLD
+        return masks
 
     def _both(self, part: str, x: Array) -> tuple[Array, Array]:
         return self._outputs(self.candidate, part, x), self._outputs(self.reference, part, x)
@@ -283,10 +309,10 @@ class _Comparison:
             entries.append(
                 {"kind": kind, "count": len(masks)} | self._path_entry(np.concatenate(got), reference, masks)
             )
-            if kind == "random":
+            if kind == (OWN if self.calibrated_only else "random"):
                 grouped = self._grouped(Chain(self.candidate, self.manifest), masks, rows)
                 entries.append(
-                    {"kind": "random, as batches", "count": len(masks)} | self._path_entry(grouped, reference, masks)
+                    {"kind": f"{kind}, as batches", "count": len(masks)} | self._path_entry(grouped, reference, masks)
                 )
         return entries + self._fused_paths()
 
@@ -296,9 +322,15 @@ class _Comparison:
             return []
         executor, own = Fused(self.candidate, self.manifest), self.manifest.fused.masks(self.manifest.num_blocks)
         masks = np.concatenate([own, np.ones((1, self.manifest.num_blocks), bool), own])
+        if self.calibrated_only:  # every block kept runs the full engine, which has scales of its own
+            masks = masks[~masks.all(axis=1)]
+        if len(masks) == 0:
+            return []
         rows = np.arange(len(masks)) % len(self.inputs)
         pairs = list(zip(rows, masks, strict=True))
-        expected = np.concatenate([self._path(self.reference, mask, self.inputs[row : row + 1]) for row, mask in pairs])
+        # Where paths are no other image's, what one engine gives is held to what the parts' engines give.
+        whole = self.candidate if self.calibrated_only else self.reference
+        expected = np.concatenate([self._path(whole, mask, self.inputs[row : row + 1]) for row, mask in pairs])
         singly = [self._grouped(executor, mask[None], np.array([row])) for row, mask in pairs]
         batches = self._grouped(executor, masks, rows)
         kinds = {"fused paths": np.concatenate(singly), "fused paths, as batches": batches}
@@ -307,6 +339,8 @@ class _Comparison:
         ]
 
     def _kinds(self) -> dict[str, Masks]:
+        if self.calibrated_only:
+            return {OWN: self._own_masks()}
         blocks = self.manifest.num_blocks
         texts = [item["mask"] for item in self.manifest.policy_statistics.get("masks", [])]
         frequent = [mask_from_text(text, blocks) for text in texts[: self.config.frequent_masks]]
@@ -315,7 +349,7 @@ class _Comparison:
             "all dropped": np.zeros((1, blocks), bool),
             "most frequent": np.array(frequent, bool).reshape(-1, blocks),
             "random": self._random_masks(self.config.random_masks),
-            "policy's own": self._probabilities(self.reference) >= KEEP_THRESHOLD,
+            OWN: self._own_masks(),
         }
         return {kind: masks for kind, masks in kinds.items() if len(masks)}
 

@@ -34,7 +34,9 @@ def open_on_cuda(bundle: Bundle, device: str, ordinal: int, stream: Any = None) 
     """Load the bundle's graphs on a GPU. Raises BackendError: no provider, no driver, no such device, out of memory."""
     if bundle.manifest.precision != "fp32":  # scales and types stand in the engines, which are the CPU's
         what = f"{bundle.path} [onnxruntime]: device {device} runs the graphs, which are float32"
-        raise BackendError(what, got=bundle.manifest.precision, expected="fp32", remedy="build it with --precision fp32")
+        raise BackendError(
+            what, got=bundle.manifest.precision, expected="fp32", remedy="build it with --precision fp32"
+        )
     ort = import_onnxruntime()
     if PROVIDER not in ort.get_available_providers():
         what = "backend onnxruntime: no such device"

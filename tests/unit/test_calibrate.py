@@ -23,10 +23,11 @@ from bdexport.calibration_list import list_images, make_list, read_list, write_l
 from bdexport.cli.main import main
 from bdexport.config import BuildConfig, CalibrationConfig, VerifyConfig
 from bdexport.dataset import load_dataset
-from bdexport.errors import CalibrationError, UsageError, VerificationError
+from bdexport.errors import BundleError, CalibrationError, UsageError, VerificationError
 from bdexport.export import export_parts
 from bdexport.models.pair import BlockDropNet
 from bdexport.preprocess import Preprocess
+from bdexport.samples import samples_from_json, samples_to_json
 
 PREPROCESS = Preprocess(SIZE)
 CLASSES = ("cat", "dog", "newt")
@@ -254,3 +255,14 @@ def test_onnxruntime_is_told_not_to_report() -> None:
 
     assert import_onnxruntime().__name__ == "onnxruntime"
     assert os.environ[NO_TELEMETRY]
+
+
+def test_samples_survive_json_and_refuse_what_they_are_not() -> None:
+    """Oracle: the pixels themselves; the size that a manifest states."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 6, 3), dtype=np.uint8)
+    kept = json.loads(json.dumps(samples_to_json(images)))
+    assert np.array_equal(samples_from_json(kept, (8, 6)), images[:16])
+    assert len(samples_from_json(samples_to_json(np.zeros((2, 400, 400, 3), np.uint8)), (400, 400))) == 1
+    for broken in ({**kept, "shape": [16, 6, 8, 3]}, {**kept, "base64": "?"}, {"shape": kept["shape"]}, None):
+        with pytest.raises(BundleError, match="samples"):
+            samples_from_json(broken, (8, 6))

@@ -113,9 +113,9 @@ def test_extras(repository: Path) -> None:
     assert extras["cpu"] == {"onnxruntime"}
     assert extras["openvino"] == {"openvino"}
     assert extras["report"] == {"matplotlib"}
-    assert extras["gpu"] == {"onnxruntime-gpu", "cuda-python"}
-    assert extras["tensorrt"] == {"tensorrt", "cuda-python"}
-    assert extras["tensorrt-rtx"] == {"tensorrt-rtx-cu13", "cuda-python"}
+    assert extras["gpu"] == {"onnxruntime-gpu", "cuda-python", "nvidia-cuda-nvrtc"}
+    assert extras["tensorrt"] == {"tensorrt", "cuda-python", "nvidia-cuda-nvrtc"}
+    assert extras["tensorrt-rtx"] == {"tensorrt-rtx-cu13", "cuda-python", "nvidia-cuda-nvrtc"}
     assert [extra for extra, found in extras.items() if "pycuda" in found] == ["pycuda"]
 
 
