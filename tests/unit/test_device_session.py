@@ -102,6 +102,23 @@ def test_a_result_that_waits_is_not_overwritten(case: DeviceCase) -> None:
     session.close()
 
 
+def test_a_path_that_begins_with_a_block_has_an_input_of_its_size(case: DeviceCase) -> None:
+    """Oracle: the same parts one by one. A block's input is larger than the images, whose memory it must not share."""
+    cuda, part = CudaDouble(), "block_00"
+    engines = case.engines()
+    session = case.session(cuda, engines)
+    images = session.capture_path((POLICY,), 2)
+    path = session.capture_path((part,), 2)
+    address = engines[part].addresses[-1][0]
+    values = np.random.default_rng(0).random((2, *case.bundle.manifest.parts[part].input.shape), np.float32)
+    assert cuda.live[address] >= values.nbytes > inputs_of(case, 2).nbytes
+    expected = session.get(part, session.run(part, session.put(part, values)))
+    policy = images.run(session.put(POLICY, inputs_of(case, 2)))
+    assert np.array_equal(session.get(part, path.run(session.put(part, values))), expected)
+    assert np.isfinite(session.get(POLICY, policy)).all()
+    session.close()
+
+
 def test_capturing_leaves_a_waiting_result_alone(case: DeviceCase) -> None:
     """Invariant: the warm-up before a capture writes where another path's result may still lie."""
     session = case.session(CudaDouble())
