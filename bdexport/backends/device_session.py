@@ -435,7 +435,7 @@ def _nobody() -> None:
 
 
 class _StaticBuffers:
-    """What graphs of batches up to ``capacity`` share: an input per shape (the policy's, the stem's and full's are one),
+    """What graphs of batches up to ``capacity`` share: an input per shape (the policy's, stem's and full's are one),
     two sides for activations, an output per last part.
     """
 

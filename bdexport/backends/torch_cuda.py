@@ -97,7 +97,7 @@ class TorchCudaSession:
         return result
 
     def export(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, for torch's current stream in this thread: torch orders what it exchanges behind that one."""
+        """The tensor itself, ready for this thread's current stream in torch; torch's DLPack starts from that one."""
         import torch
 
         caller = torch.cuda.current_stream(self._device)

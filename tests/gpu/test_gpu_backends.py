@@ -207,7 +207,8 @@ def test_failing_200_times_leaks_nothing(bundles: Known, tmp_path: Path, backend
             with pytest.raises((BdexportError, KeyError)):
                 orchestrator.session.run("block_99", orchestrator.session.put(POLICY, inputs))
 
-    for _ in range(5):
+    # torch keeps a workspace of cuBLAS, 32 MiB on Hopper, for each of the 32 streams that it hands out in turn.
+    for _ in range(40):
         fail()
     before = free()
     for _ in range(200):

@@ -78,7 +78,7 @@ class OnTheGpu:
 
 
 def test_images_are_read_after_what_the_caller_has_queued(place: Place) -> None:
-    """Oracle: DLPack of torch's tensors orders them behind torch's current stream only, which is the session's there."""
+    """Oracle: DLPack of torch's tensors orders them behind torch's current stream only: the session's, there."""
     place.session.put(POLICY, OnTheGpu())
     assert place.log == ["session waits for caller", "adopted on session"]
 
