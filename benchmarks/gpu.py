@@ -71,7 +71,6 @@ def main() -> None:
         sys.exit(f"gpu.py: no GPU can be used, nothing was measured: {missing}")
     rounds, warmup = (20, 5) if arguments.quick else (arguments.rounds, 20)
     skipped, results = Skipped(), []
-    surrounding = {"schema": SCHEMA, "rounds": rounds, "warmup": warmup, **surroundings()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for workload in WORKLOADS:
@@ -79,7 +78,8 @@ def main() -> None:
             with skipped.unless_it_fails(workload.name):
                 results += _measure(workload, bundles, rounds, warmup, skipped)
             # After each, so that a run that is cut short leaves what it has.
-            write_json(arguments.json, surrounding | {"results": results, "skipped": skipped.reasons})
+            data = {"schema": SCHEMA, "rounds": rounds, "warmup": warmup, **surroundings()}
+            write_json(arguments.json, data | {"results": results, "skipped": skipped.reasons})
     _print(results, skipped, arguments.json)
     if not results:
         sys.exit("gpu.py: no contestant could be run; the reasons are above")

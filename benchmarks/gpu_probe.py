@@ -81,7 +81,6 @@ def main() -> None:
     if missing is not None:
         sys.exit(f"gpu_probe.py: no GPU can be used, nothing was measured: {missing}")
     skipped, rows = Skipped(), []
-    data = {"schema": SCHEMA, "rounds": arguments.rounds, **surroundings()}
     probes: dict[str, Callable[[int], list[Row]]] = {
         "driver": _driver_probes,
         "conditionals": _conditional_probe,
@@ -95,6 +94,7 @@ def main() -> None:
         with skipped.unless_it_fails(name):
             rows += probe(arguments.rounds)
         # After each, so that a run that is cut short leaves what it has.
+        data = {"schema": SCHEMA, "rounds": arguments.rounds, **surroundings()}
         write_json(arguments.json, data | {"results": rows, "skipped": skipped.reasons})
     _print(rows, skipped, arguments.json)
     if not rows:

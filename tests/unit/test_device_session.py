@@ -12,7 +12,7 @@ from cuda_double import CudaDouble, GraphDouble, read
 from device_cases import SCRATCH, DeviceCase
 
 import bdexport
-from bdexport.cuda.arena import Arena, block_bytes
+from bdexport.cuda.arena import WAITING_BYTES, Arena, block_bytes
 from bdexport.cuda.exchange import DeviceArray, is_device_array
 from bdexport.errors import BackendError, InputError, UsageError
 from bdexport.parts import HEAD, POLICY, STEM, path_parts
@@ -396,6 +396,29 @@ def test_failing_200_times_leaks_nothing(case: DeviceCase) -> None:
     for _ in range(200):
         with pytest.raises(BackendError, match="out of device memory"):
             case.session(CudaDouble(total=SCRATCH - 1))
+
+
+def test_rows_are_copied_without_waiting_for_the_work_before(case: DeviceCase) -> None:
+    """Oracle: the double runs nothing before somebody waits. Pinned memory is bounded, and used again once free."""
+    cuda = CudaDouble()
+    session = case.session(cuda)
+    x = session.put(STEM, inputs_of(case, 7))
+    (stream,) = cuda.streams.values()
+    queued = len(stream.queue)
+    for turn in range(1, 21):
+        taken = session.take(x, rows([1, 3, 6]))
+        assert len(stream.queue) > queued + turn
+    assert np.array_equal(session.get(STEM, taken), inputs_of(case, 7)[[1, 3, 6]])
+    session.get(STEM, session.take(x, rows([1, 3, 6])))
+    pinned = cuda.pinned_live
+    for _ in range(20):
+        session.get(STEM, session.take(x, rows([1, 3, 6])))
+    assert cuda.pinned_live == pinned
+    for _ in range(5000):
+        session.take(x, rows([1, 3, 6]))
+    assert cuda.pinned_live <= pinned + WAITING_BYTES // 256
+    session.close()
+    assert cuda.pinned_live == 0
 
 
 def test_out_of_memory_says_how_much(case: DeviceCase) -> None:
