@@ -153,6 +153,12 @@ class DeviceSession:
             staged.release(stream)
         return result
 
+    def wait(self) -> None:
+        """Wait until everything that is queued is done: for measuring."""
+        with self._lock:
+            stream = self._open_stream()
+        stream.synchronize()
+
     def export(self, tensor: DeviceTensor) -> DeviceArray:
         """A tensor as an array for others on the device (DLPack, ``__cuda_array_interface__``), without a copy.
 

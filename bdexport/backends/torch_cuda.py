@@ -96,6 +96,11 @@ class TorchCudaSession:
             result: Array = tensor.cpu().numpy()  # waits for the stream
         return result
 
+    def wait(self) -> None:
+        """Wait until everything that is queued is done: for measuring."""
+        with self._queued("stream"):
+            self._stream.synchronize()
+
     def export(self, tensor: Tensor) -> Tensor:
         """The tensor itself, ready for this thread's current stream in torch; torch's DLPack starts from that one."""
         import torch

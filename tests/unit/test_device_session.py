@@ -12,6 +12,7 @@ from cuda_double import CudaDouble, GraphDouble, read
 from device_cases import SCRATCH, DeviceCase
 
 import bdexport
+from bdexport.bench.profiling import TimedSession
 from bdexport.cuda.arena import WAITING_BYTES, Arena, block_bytes
 from bdexport.cuda.exchange import DeviceArray, is_device_array
 from bdexport.errors import BackendError, InputError, UsageError
@@ -75,6 +76,20 @@ def test_a_warm_session_allocates_nothing(case: DeviceCase, executor: str) -> No
             orchestrator(pixels(1, seed))
         assert cuda.allocations == before
         assert len(set(engines[POLICY].addresses[first:])) <= 4  # few, and they come again
+
+
+def test_profiled_parts_have_run_when_their_clock_stops(case: DeviceCase) -> None:
+    """Oracle: the double's queue, which only somebody who waits empties."""
+    cuda = CudaDouble()
+    session = case.session(cuda)
+    timed = TimedSession(session)
+    (stream,) = cuda.streams.values()
+    x = timed.put(STEM, inputs_of(case, 7))
+    assert not stream.queue
+    x = timed.take(timed.run(STEM, x), rows([1, 3, 6]))
+    assert not stream.queue
+    assert [event.what for event in timed.taken()] == ["put", STEM, "take"]
+    session.close()
 
 
 def test_engines_share_one_scratch(case: DeviceCase) -> None:
