@@ -75,9 +75,11 @@ def main() -> None:
         folder = Path(name)
         for workload in WORKLOADS:
             bundles = _bundles(workload, folder, arguments.backends, skipped)
-            results += _measure(workload, bundles, rounds, warmup, skipped)
-    data = {"schema": SCHEMA, "rounds": rounds, "warmup": warmup, **surroundings()}
-    write_json(arguments.json, data | {"results": results, "skipped": skipped.reasons})
+            with skipped.unless_it_fails(workload.name):
+                results += _measure(workload, bundles, rounds, warmup, skipped)
+            # After each, so that a run that is cut short leaves what it has.
+            data = {"schema": SCHEMA, "rounds": rounds, "warmup": warmup, **surroundings()}
+            write_json(arguments.json, data | {"results": results, "skipped": skipped.reasons})
     _print(results, skipped, arguments.json)
     if not results:
         sys.exit("gpu.py: no contestant could be run; the reasons are above")

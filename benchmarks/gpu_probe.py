@@ -93,8 +93,9 @@ def main() -> None:
         print(f"gpu_probe.py: {name} ...", file=sys.stderr)
         with skipped.unless_it_fails(name):
             rows += probe(arguments.rounds)
-    data = {"schema": SCHEMA, "rounds": arguments.rounds, **surroundings()}
-    write_json(arguments.json, data | {"results": rows, "skipped": skipped.reasons})
+        # After each, so that a run that is cut short leaves what it has.
+        data = {"schema": SCHEMA, "rounds": arguments.rounds, **surroundings()}
+        write_json(arguments.json, data | {"results": rows, "skipped": skipped.reasons})
     _print(rows, skipped, arguments.json)
     if not rows:
         sys.exit("gpu_probe.py: nothing could be measured; the reasons are above")
@@ -379,6 +380,7 @@ def _torch_probe(rounds: int) -> list[Row]:
     from bdexport.models.pair import BlockDropNet
     from bdexport.partition import part_module
 
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as the backends compute
     model = BlockDropNet(resnet_spec("resnet110")).eval()
     block = part_module(model, "block_01").cuda()
     x = torch.randn(1, 16, 32, 32, device="cuda")

@@ -102,15 +102,19 @@ class CudaDouble:
         capture.graph = GraphDouble(self, recorded)
 
     def gather_rows(self, target: int, source: int, rows: Any, row_bytes: int, count: int, stream: Stream) -> None:
+        numbers = rows.pointer  # the queue keeps no memory alive
+
         def work() -> None:
-            for index, row in enumerate(read(rows.pointer, (count,), np.int32)):
+            for index, row in enumerate(read(numbers, (count,), np.int32)):
                 move(target + index * row_bytes, source + int(row) * row_bytes, row_bytes)
 
         of(stream).submit(work)
 
     def scatter_rows(self, target: int, source: int, rows: Any, row_bytes: int, count: int, stream: Stream) -> None:
+        numbers = rows.pointer  # the queue keeps no memory alive
+
         def work() -> None:
-            for index, row in enumerate(read(rows.pointer, (count,), np.int32)):
+            for index, row in enumerate(read(numbers, (count,), np.int32)):
                 move(target + int(row) * row_bytes, source + index * row_bytes, row_bytes)
 
         of(stream).submit(work)
@@ -193,6 +197,9 @@ class EventDouble:
         with self._cuda.device_lock:
             while not self._reached and self._stream is not None and self._stream.queue:
                 self._stream.queue.pop(0)()
+
+    def reached(self) -> bool:
+        return self._reached
 
     def elapsed_ms(self, later: Event) -> float:
         return 0.0

@@ -153,6 +153,12 @@ class DeviceSession:
             staged.release(stream)
         return result
 
+    def wait(self) -> None:
+        """Wait until everything that is queued is done: for measuring."""
+        with self._lock:
+            stream = self._open_stream()
+        stream.synchronize()
+
     def export(self, tensor: DeviceTensor) -> DeviceArray:
         """A tensor as an array for others on the device (DLPack, ``__cuda_array_interface__``), without a copy.
 
@@ -251,6 +257,7 @@ class DeviceSession:
                 self._capture_stream = self._cuda.stream()
             stream = self._capture_stream
             buffers = self._static_buffers(batch)
+            buffers.input(parts[0])  # made now: nothing may be allocated in a capture
             self._move_out(buffers.output(parts[-1]), main)
             main.synchronize()  # the warm-up uses scratch and static buffers on another stream
             # Once outside of a capture: engines load kernels and allocate on their first run, which no capture allows.
@@ -264,7 +271,7 @@ class DeviceSession:
             return path
 
     def _enqueue_static(self, parts: Sequence[str], buffers: _StaticBuffers, batch: int, stream: Stream) -> None:
-        source = buffers.input.block.pointer
+        source = buffers.input(parts[0]).block.pointer
         for step, part in enumerate(parts):
             last = step == len(parts) - 1
             target = buffers.output(part).block.pointer if last else buffers.sides[step % 2].pointer
@@ -277,10 +284,11 @@ class DeviceSession:
             stream, buffers = self._open_stream(), path.buffers
             if buffers is None:
                 raise closed_error(self._backend)
-            source = buffers.input.block.pointer
+            into = buffers.input(path.parts[0])
+            source = into.block.pointer
             if x.pointer != source:
                 # Another thread's images may lie there, waiting for their turn.
-                self._move_out(buffers.input, stream)
+                self._move_out(into, stream)
                 self._cuda.copy_on_device(source, x.pointer, x.nbytes, stream)
             output = buffers.output(path.parts[-1])
             self._move_out(output, stream)
@@ -306,10 +314,9 @@ class DeviceSession:
 
     def _input(self, shape: tuple[int, ...]) -> DeviceTensor:
         """Memory for images: where graphs of that batch read them, if nobody's images are there; else anywhere."""
-        found = self._static.get(self._capacity(shape[0]))
-        if found is not None and shape[1:] == found.image and found.input.unused:
-            return found.input.hold(shape)
-        return self._new(shape)
+        buffers = self._static.get(self._capacity(shape[0]))
+        block = None if buffers is None else buffers.inputs.get(shape[1:])
+        return block.hold(shape) if block is not None and block.unused else self._new(shape)
 
     def _move_out(self, static: _StaticBlock, stream: Stream) -> None:
         """Whoever still uses what lies in a static block gets a copy of it: the block is about to be overwritten."""
@@ -434,15 +441,23 @@ def _nobody() -> None:
 
 
 class _StaticBuffers:
-    """What graphs of batches up to ``capacity`` share: images, two sides for activations, an output per last part."""
+    """What graphs of batches up to ``capacity`` share: an input per shape (the policy's, stem's and full's are one),
+    two sides for activations, an output per last part.
+    """
 
     def __init__(self, arena: Arena, manifest: Manifest, capacity: int) -> None:
         self._arena, self._manifest, self.capacity = arena, manifest, capacity
-        self.image = next(iter(manifest.parts.values())).input.shape  # the policy's, the stem's and full's alike
         largest = max(math.prod(entry.output.shape) for entry in manifest.parts.values())
-        self.input = _StaticBlock(arena.take(self._bytes(math.prod(self.image))))
+        self.inputs: dict[tuple[int, ...], _StaticBlock] = {}
         self.sides = (arena.take(self._bytes(largest)), arena.take(self._bytes(largest)))
         self._outputs: dict[str, _StaticBlock] = {}
+
+    def input(self, part: str) -> _StaticBlock:
+        """Where a path that begins with ``part`` reads."""
+        shape = self._manifest.parts[part].input.shape
+        if shape not in self.inputs:
+            self.inputs[shape] = _StaticBlock(self._arena.take(self._bytes(math.prod(shape))))
+        return self.inputs[shape]
 
     def output(self, part: str) -> _StaticBlock:
         """Where a path that ends with ``part`` leaves its result."""

@@ -50,7 +50,10 @@ def build_engine(
 
 def _plan(api: Api, part: str, graph: Path, options: BuildOptions, gpu: str | None) -> bytes:
     with api.log.book.capture() as said:
-        builder = api.module.Builder(api.log)
+        try:
+            builder = api.module.Builder(api.log)
+        except TypeError as error:  # "factory function returned nullptr"
+            raise _error(api, part, "nothing can be built on this machine", said) from error
         # The parser owns the weights that the network points to: it must live until the engine is built.
         network, _parser = _network(api, builder, part, graph, said)
         config = builder.create_builder_config()
@@ -305,7 +308,10 @@ def _keep_timings(config: Any, path: Path) -> None:
 
 def _layers(api: Api, plan: bytes) -> tuple[str | None, str | None]:
     """The inspector's JSON, or why there is none."""
-    engine = api.module.Runtime(api.log).deserialize_cuda_engine(plan)
+    try:
+        engine = api.module.Runtime(api.log).deserialize_cuda_engine(plan)
+    except TypeError:  # "factory function returned nullptr"
+        engine = None
     if engine is None:
         return None, "the engine does not load on the machine that built it"
     inspector = engine.create_engine_inspector()

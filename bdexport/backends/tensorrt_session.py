@@ -68,6 +68,8 @@ class TensorRTSession(DeviceSession):
             if not self._closed:
                 self._compiled.keep()
             super().close()
+            # After the contexts, which use both.
+            self._compiled = CompiledKernels(None)
             self._runtime = None
 
 
@@ -193,7 +195,7 @@ class _Loader:
 
     def engines(self) -> dict[str, DeviceEngine]:
         """Every part's engine. Raises BackendError; what was loaded before is freed."""
-        self.runtime = self.api.module.Runtime(self.api.log)
+        self.runtime = self._new_runtime()
         if self._host_code:
             # The plan brings a runtime of its own version along, which is code.
             self.runtime.engine_host_code_allowed = True
@@ -210,6 +212,14 @@ class _Loader:
             self.runtime = None
             raise
         return loaded
+
+    def _new_runtime(self) -> Any:
+        with self.api.log.book.capture() as said:
+            try:
+                return self.api.module.Runtime(self.api.log)
+            except TypeError as error:  # "factory function returned nullptr"
+                what = f"backend {self._name}: {self.api.flavour.title} {self.api.version} cannot run on this machine"
+                raise BackendError(f"{what}; it said: {said.quote()}", remedy="see `bdexport doctor`") from error
 
     def _read(self, part: str) -> tuple[EngineDescription, bytes]:
         return read_engine(self._bundle.engine(part), part, self.api.flavour, self._remedy)
@@ -355,4 +365,3 @@ class CompiledKernels:
         if data != self._read:
             with suppress(OutputError):
                 write_bytes(self.path, data)
-        self._cache = None

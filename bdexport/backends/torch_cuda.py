@@ -81,10 +81,14 @@ class TorchCudaSession:
     def put(self, part: str, array: Any) -> Tensor:
         import torch
 
+        caller = torch.cuda.current_stream(self._device)
         with self._queued(part):
             if is_device_array(array):
+                # DLPack of torch's tensors orders them behind torch's current stream, which is the session's by now.
+                self._stream.wait_stream(caller)
                 return _checked(_adopted(array), self._manifest.parts[part].input.shape, self._device)
-            pinned = torch.from_numpy(np.ascontiguousarray(array, np.float32)).pin_memory()
+            values = np.ascontiguousarray(array, np.float32)
+            pinned = torch.from_numpy(values if values.flags.writeable else values.copy()).pin_memory()
             return pinned.to(self._device, non_blocking=True)
 
     def get(self, part: str, tensor: Tensor) -> Array:
@@ -92,8 +96,19 @@ class TorchCudaSession:
             result: Array = tensor.cpu().numpy()  # waits for the stream
         return result
 
+    def wait(self) -> None:
+        """Wait until everything that is queued is done: for measuring."""
+        with self._queued("stream"):
+            self._stream.synchronize()
+
     def export(self, tensor: Tensor) -> Tensor:
-        """The tensor itself: torch's exchanges memory and orders streams by its own rules."""
+        """The tensor itself, ready for this thread's current stream in torch; torch's DLPack starts from that one."""
+        import torch
+
+        caller = torch.cuda.current_stream(self._device)
+        with self._queued("logits"):
+            caller.wait_stream(self._stream)
+            tensor.record_stream(caller)  # the memory is not used again before that stream is done with it
         return tensor
 
     def run(self, part: str, x: Tensor) -> Tensor:

@@ -114,30 +114,47 @@ class PartByPart:
         """Nothing: whoever opened the session closes it."""
 
 
+def _end_clock(session: Session) -> Callable[[], int]:
+    """The host's clock once the session's work is done: on a GPU a verb returns when it has queued its work."""
+    wait: Callable[[], None] | None = getattr(session, "wait", None)
+    if wait is None:
+        return perf_counter_ns
+
+    def ended_ns() -> int:
+        wait()
+        return perf_counter_ns()
+
+    return ended_ns
+
+
 class TimedSession:
-    """:class:`PartByPart` that notes every verb in :attr:`events`; for one thread."""
+    """:class:`PartByPart` that notes every verb in :attr:`events`; for one thread.
+
+    On a GPU it waits for each verb's work: an event holds the launch and the wait as well, and nothing overlaps.
+    """
 
     def __init__(self, session: Session) -> None:
         self.device, self.threads, self.notes = session.device, session.threads, session.notes
         self._session = session
+        self._ended_ns = _end_clock(session)
         self.events: list[tuple[str, str, int, int, int]] = []
 
     def put(self, part: str, array: NDArray[Any]) -> Tensor:
         begin = perf_counter_ns()
         result = self._session.put(part, array)
-        self.events.append((COPY, "put", begin, perf_counter_ns(), len(array)))
+        self.events.append((COPY, "put", begin, self._ended_ns(), len(array)))
         return result
 
     def get(self, part: str, tensor: Tensor) -> NDArray[Any]:
         begin = perf_counter_ns()
         result = self._session.get(part, tensor)
-        self.events.append((COPY, "get", begin, perf_counter_ns(), len(result)))
+        self.events.append((COPY, "get", begin, self._ended_ns(), len(result)))
         return result
 
     def run(self, part: str, x: Tensor) -> Tensor:
         begin = perf_counter_ns()
         result = self._session.run(part, x)
-        self.events.append((PART, part, begin, perf_counter_ns(), len(x)))
+        self.events.append((PART, part, begin, self._ended_ns(), len(x)))
         return result
 
     def run_path(self, parts: Sequence[str], x: Tensor) -> Tensor:
@@ -148,19 +165,19 @@ class TimedSession:
     def take(self, x: Tensor, rows: Rows) -> Tensor:
         begin = perf_counter_ns()
         result = self._session.take(x, rows)
-        self.events.append((REGROUP, "take", begin, perf_counter_ns(), len(rows)))
+        self.events.append((REGROUP, "take", begin, self._ended_ns(), len(rows)))
         return result
 
     def replace(self, x: Tensor, rows: Rows, y: Tensor) -> Tensor:
         begin = perf_counter_ns()
         result = self._session.replace(x, rows, y)
-        self.events.append((REGROUP, "replace", begin, perf_counter_ns(), len(rows)))
+        self.events.append((REGROUP, "replace", begin, self._ended_ns(), len(rows)))
         return result
 
     def merge(self, pieces: Sequence[tuple[Rows, Tensor]], batch: int) -> Tensor:
         begin = perf_counter_ns()
         result = self._session.merge(pieces, batch)
-        self.events.append((REGROUP, "merge", begin, perf_counter_ns(), batch))
+        self.events.append((REGROUP, "merge", begin, self._ended_ns(), batch))
         return result
 
     def close(self) -> None:
@@ -306,14 +323,16 @@ class _Empty:
 def _alone(orchestrator: Orchestrator, calls: Sequence[Call], runs: int) -> dict[str, Alone]:
     """Parts take turns, so that each finds the caches as the others left them, which is how it runs in a path."""
     session, entries = orchestrator.session, orchestrator.manifest.parts
+    ended_ns = _end_clock(session)
     rows = _mean_rows(calls)
     inputs = {part: session.put(part, np.zeros((1, *entry.input.shape), np.float32)) for part, entry in entries.items()}
     times: dict[str, list[float]] = {part: [] for part in inputs}
+    ended_ns()  # the inputs are there
     for _ in range(runs):
         for part, x in inputs.items():
             begin = perf_counter_ns()
             session.run(part, x)
-            times[part].append((perf_counter_ns() - begin) / 1e6)
+            times[part].append((ended_ns() - begin) / 1e6)
     if session.device != "cpu":
         return {part: Alone(median(own), None, None) for part, own in times.items()}
     moved = {part: (bytes_moved(entries[part], rows.get(part, 1.0)), bytes_moved(entries[part], 1.0)) for part in times}

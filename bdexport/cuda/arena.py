@@ -7,7 +7,7 @@ back is the first handed out, so a call that repeats gets the same addresses.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bdexport.cuda.base import Cuda, DeviceBuffer, Event, PinnedBuffer, Stream
 from bdexport.errors import BackendError
 
+WAITING_BYTES = 1 << 20  # pinned memory of one size that may wait for its copies before the host waits for the oldest
 ALIGNMENT = 256  # bytes; what allocations have and TensorRT asks of addresses
 
 
@@ -94,22 +95,26 @@ class Arena:
 
 
 class Staging:
-    """Pinned host memory in blocks, each with the event behind the last copy that uses it."""
+    """Pinned host memory in blocks, each with the event behind the last copy that uses it, the oldest first."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._free: defaultdict[int, list[tuple[PinnedBuffer, Event]]] = defaultdict(list)
+        self._free: defaultdict[int, deque[tuple[PinnedBuffer, Event]]] = defaultdict(deque)
         self._closed = False
 
     def take(self, nbytes: int) -> StagingBlock:
-        """Memory of at least ``nbytes`` that no queued copy uses any more."""
+        """Memory of at least ``nbytes`` that no queued copy uses any more.
+
+        A copy is queued behind all work before it, so small blocks are rather added than waited for: the rows of a
+        batch of several masks are copied for every residual block.
+        """
         size = block_bytes(nbytes)
-        try:
-            buffer, event = self._free[size].pop()
-        except IndexError:
-            buffer, event = self._cuda.pinned(size), self._cuda.event()
-        else:
+        free = self._free[size]
+        if free and ((len(free) + 1) * size > WAITING_BYTES or free[0][1].reached()):
+            buffer, event = free.popleft()
             event.synchronize()
+        else:
+            buffer, event = self._cuda.pinned(size), self._cuda.event()
         return StagingBlock(self, buffer, event, nbytes)
 
     def give_back(self, buffer: PinnedBuffer, event: Event) -> None:

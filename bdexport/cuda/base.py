@@ -81,6 +81,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Wait until the event is reached."""
 
+    def reached(self) -> bool:
+        """Whether it is reached, or was never recorded; without waiting."""
+
     def elapsed_ms(self, later: Event) -> float:
         """Milliseconds on the device from this event to ``later``; both must be reached."""
 

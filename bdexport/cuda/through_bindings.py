@@ -250,6 +250,15 @@ class _Event:
         self._cuda.current()
         checked(self._cuda.api, self._cuda.api.cuEventSynchronize(self.event), "event")
 
+    def reached(self) -> bool:
+        self._cuda.current()
+        api = self._cuda.api
+        (code,) = api.cuEventQuery(self.event)
+        if code == api.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        checked(api, (code,), "event")
+        return True
+
     def elapsed_ms(self, later: Event) -> float:
         assert isinstance(later, _Event)
         self._cuda.current()

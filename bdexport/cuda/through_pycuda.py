@@ -253,6 +253,10 @@ class _Event:
         with self._cuda.active("event"):
             self.event.synchronize()
 
+    def reached(self) -> bool:
+        with self._cuda.active("event"):
+            return bool(self.event.query())
+
     def elapsed_ms(self, later: Event) -> float:
         assert isinstance(later, _Event)
         with self._cuda.active("event"):

@@ -119,6 +119,8 @@ def test_events_measure_and_order(cuda: Cuda) -> None:
     cuda.copy_to_host(got, memory.pointer, second)
     second.synchronize()
     assert (got == 9).all()
+    assert end.reached()
+    assert cuda.event().reached()  # never recorded
     assert 0 < begin.elapsed_ms(end) < 10_000
     memory.free()
 

@@ -115,6 +115,7 @@ class FakeTensorRT:
         self.strategies: dict[str, list[tuple[str, int]]] = {}  # part -> (strategy, batch) of every run
         self.compiled = b"kernels"
         self.host_code = False
+        self.alive_when_the_cache_went: int | None = None
 
     def Runtime(self, log: Any) -> FakeRuntime:  # noqa: N802 - TensorRT's name
         return FakeRuntime(self, log)
@@ -208,6 +209,9 @@ class FakeRuntimeConfig:
 class FakeCache:
     def __init__(self, trt: FakeTensorRT) -> None:
         self._trt = trt
+
+    def __del__(self) -> None:
+        self._trt.alive_when_the_cache_went = self._trt.alive
 
     def deserialize(self, blob: bytes) -> bool:
         return blob == b"kernels"

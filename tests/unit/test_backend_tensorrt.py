@@ -326,6 +326,21 @@ def test_a_graph_that_cannot_be_read_is_named(backend: TensorRTForRTXBackend, tm
         backend.build_part("head", graph, tmp_path / "engine", BuildOptions())
 
 
+def test_a_machine_that_tensorrt_does_not_build_on(
+    backend: TensorRTForRTXBackend, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: what TensorRT's Python package raises for an object that its library did not make, as a BuildError."""
+
+    def made_by_no_library(log: Any) -> Any:
+        log.log(log.ERROR, "CUDA initialization failure with error: 209")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    graph = graph_file(tmp_path / "graph.onnx", [helper.make_node("Relu", ["x"], ["y"])], {})
+    monkeypatch.setattr(api.module, "Builder", made_by_no_library)
+    with pytest.raises(BuildError, match=r"stem \[tensorrt-rtx\]: nothing can be built.*said: CUDA initialization"):
+        backend.build_part("stem", graph, tmp_path / "engine", BuildOptions())
+
+
 def test_tensorrts_log_is_quoted(backend: TensorRTForRTXBackend, tmp_path: Path) -> None:
     """Oracle: the library that version compatibility needs and this package does not bring, in TensorRT's own words."""
     graph = graph_file(tmp_path / "graph.onnx", [helper.make_node("Relu", ["x"], ["y"])], {})

@@ -266,6 +266,20 @@ def test_a_load_that_fails_leaves_nothing_on_the_device(
 
 
 @FLAVOURS
+def test_a_machine_that_tensorrt_does_not_run_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what TensorRT's Python package raises for an object that its library did not make, as a BackendError."""
+    monkeypatch.setattr(place.trt, "Runtime", made_by_no_library, raising=False)
+    with pytest.raises(BackendError, match=r"cannot run on this machine; it said: CUDA initialization failure"):
+        place.open()
+    assert place.is_empty()
+
+
+def made_by_no_library(log: Any) -> Any:
+    log.log(log.ERROR, "CUDA initialization failure with error: 209")
+    raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+@FLAVOURS
 def test_a_run_that_fails_quotes_tensorrt_and_leaves_nothing(faulty: Faulty, flavour: Flavour) -> None:
     """Invariant: 200 failed calls leave the device's memory as one did; the error names part and reason."""
     place = faulty(flavour, {"block_01": "run"})
@@ -327,6 +341,15 @@ def test_compiled_kernels_outlive_the_session(place: Place, own_cache: Path) -> 
     assert any("TensorRT refuses" in note for note in third.notes)
     third.close()
     assert kept.read_bytes() == b"kernels"
+
+
+@pytest.mark.parametrize("flavour", [RTX])
+def test_compiled_kernels_stay_until_no_context_uses_them(place: Place) -> None:
+    """Oracle: the fake's count of engines and contexts at the moment that the cache was freed."""
+    session = place.open()
+    session.close()
+    gc.collect()
+    assert place.trt.alive_when_the_cache_went == 0
 
 
 @pytest.mark.parametrize("flavour", [RTX])

@@ -20,7 +20,7 @@ CALLS = {
     "cuDeviceGetAttribute": 2, "cuDevicePrimaryCtxRetain": 1, "cuCtxSetCurrent": 1, "cuMemGetInfo": 0, "cuMemAlloc": 1,
     "cuMemFree": 1, "cuMemHostAlloc": 2, "cuMemFreeHost": 1, "cuStreamCreate": 1, "cuStreamDestroy": 1,
     "cuStreamSynchronize": 1, "cuStreamWaitEvent": 3, "cuEventCreate": 1, "cuEventRecord": 2, "cuEventSynchronize": 1,
-    "cuEventElapsedTime": 2, "cuEventDestroy": 1, "cuMemcpyHtoDAsync": 4,
+    "cuEventQuery": 1, "cuEventElapsedTime": 2, "cuEventDestroy": 1, "cuMemcpyHtoDAsync": 4,
     "cuMemcpyDtoHAsync": 4, "cuMemcpyDtoDAsync": 4,
     "cuStreamBeginCapture": 2, "cuStreamEndCapture": 1, "cuGraphInstantiate": 2, "cuGraphUpload": 2, "cuGraphLaunch": 2,
     "cuGraphExecDestroy": 1, "cuGraphDestroy": 1, "cuModuleLoadData": 1, "cuModuleUnload": 1, "cuModuleGetFunction": 2,
@@ -130,6 +130,7 @@ def test_driver_calls_are_what_the_bindings_have() -> None:
         assert len([part for part in arguments.split(",") if part.strip()]) == count, first
     for path in (
         *("CUresult.CUDA_SUCCESS", "CUresult.CUDA_ERROR_OUT_OF_MEMORY", "CUresult.CUDA_ERROR_NO_DEVICE"),
+        "CUresult.CUDA_ERROR_NOT_READY",
         *("CUstream_flags.CU_STREAM_NON_BLOCKING", "CUevent_flags.CU_EVENT_DISABLE_TIMING"),
         "CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL",
         "CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",

@@ -12,7 +12,8 @@ from cuda_double import CudaDouble, GraphDouble, read
 from device_cases import SCRATCH, DeviceCase
 
 import bdexport
-from bdexport.cuda.arena import Arena, block_bytes
+from bdexport.bench.profiling import TimedSession
+from bdexport.cuda.arena import WAITING_BYTES, Arena, block_bytes
 from bdexport.cuda.exchange import DeviceArray, is_device_array
 from bdexport.errors import BackendError, InputError, UsageError
 from bdexport.parts import HEAD, POLICY, STEM, path_parts
@@ -77,6 +78,20 @@ def test_a_warm_session_allocates_nothing(case: DeviceCase, executor: str) -> No
         assert len(set(engines[POLICY].addresses[first:])) <= 4  # few, and they come again
 
 
+def test_profiled_parts_have_run_when_their_clock_stops(case: DeviceCase) -> None:
+    """Oracle: the double's queue, which only somebody who waits empties."""
+    cuda = CudaDouble()
+    session = case.session(cuda)
+    timed = TimedSession(session)
+    (stream,) = cuda.streams.values()
+    x = timed.put(STEM, inputs_of(case, 7))
+    assert not stream.queue
+    x = timed.take(timed.run(STEM, x), rows([1, 3, 6]))
+    assert not stream.queue
+    assert [event.what for event in timed.taken()] == ["put", STEM, "take"]
+    session.close()
+
+
 def test_engines_share_one_scratch(case: DeviceCase) -> None:
     """Oracle: every engine was given the same address, of as many bytes as the largest asks for."""
     cuda, engines = CudaDouble(), case.engines()
@@ -99,6 +114,23 @@ def test_a_result_that_waits_is_not_overwritten(case: DeviceCase) -> None:
     outputs = [path.run(x) for x in put]
     for array, output in zip(inputs, outputs, strict=True):
         assert_close(session.get(HEAD, output), expected_logits(case, array, masks))
+    session.close()
+
+
+def test_a_path_that_begins_with_a_block_has_an_input_of_its_size(case: DeviceCase) -> None:
+    """Oracle: the same parts one by one. A block's input is larger than the images, whose memory it must not share."""
+    cuda, part = CudaDouble(), "block_00"
+    engines = case.engines()
+    session = case.session(cuda, engines)
+    images = session.capture_path((POLICY,), 2)
+    path = session.capture_path((part,), 2)
+    address = engines[part].addresses[-1][0]
+    values = np.random.default_rng(0).random((2, *case.bundle.manifest.parts[part].input.shape), np.float32)
+    assert cuda.live[address] >= values.nbytes > inputs_of(case, 2).nbytes
+    expected = session.get(part, session.run(part, session.put(part, values)))
+    policy = images.run(session.put(POLICY, inputs_of(case, 2)))
+    assert np.array_equal(session.get(part, path.run(session.put(part, values))), expected)
+    assert np.isfinite(session.get(POLICY, policy)).all()
     session.close()
 
 
@@ -379,6 +411,29 @@ def test_failing_200_times_leaks_nothing(case: DeviceCase) -> None:
     for _ in range(200):
         with pytest.raises(BackendError, match="out of device memory"):
             case.session(CudaDouble(total=SCRATCH - 1))
+
+
+def test_rows_are_copied_without_waiting_for_the_work_before(case: DeviceCase) -> None:
+    """Oracle: the double runs nothing before somebody waits. Pinned memory is bounded, and used again once free."""
+    cuda = CudaDouble()
+    session = case.session(cuda)
+    x = session.put(STEM, inputs_of(case, 7))
+    (stream,) = cuda.streams.values()
+    queued = len(stream.queue)
+    for turn in range(1, 21):
+        taken = session.take(x, rows([1, 3, 6]))
+        assert len(stream.queue) > queued + turn
+    assert np.array_equal(session.get(STEM, taken), inputs_of(case, 7)[[1, 3, 6]])
+    session.get(STEM, session.take(x, rows([1, 3, 6])))
+    pinned = cuda.pinned_live
+    for _ in range(20):
+        session.get(STEM, session.take(x, rows([1, 3, 6])))
+    assert cuda.pinned_live == pinned
+    for _ in range(5000):
+        session.take(x, rows([1, 3, 6]))
+    assert cuda.pinned_live <= pinned + WAITING_BYTES // 256
+    session.close()
+    assert cuda.pinned_live == 0
 
 
 def test_out_of_memory_says_how_much(case: DeviceCase) -> None:
