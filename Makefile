@@ -40,9 +40,11 @@ test: lint
 
 # With GPU_PYTHON=python3 the tests run in that Python as it is: where torch for CUDA is installed already. Its packages
 # are of whatever versions, so their warnings are no failures, and only the folders with GPU tests are imported.
-test-gpu: $(if $(GPU_PYTHON),,$(STAMP))
+# The GPU is looked for before anything is installed.
+test-gpu:
 	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || \
 	  { echo "test-gpu: no NVIDIA GPU found (nvidia-smi lists none); nothing was tested" >&2; exit 1; }
+	@$(if $(GPU_PYTHON),,$(MAKE) --no-print-directory install)
 	@$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q -m gpu -W default tests/gpu tests/contract
 
 clean:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def network_digest(graphs: Mapping[str, Path]) -> str:
 
 def scales_key(network: str, chosen: CalibrationList) -> str:
     """What a cache is called: the network, then everything else that its ranges depend on."""
-    rest = json.dumps([SCHEMA, METHOD, list(QUANTISED), chosen.sha256, import_onnxruntime().__version__])
+    rest = json.dumps([SCHEMA, METHOD, list(QUANTISED), asdict(chosen), import_onnxruntime().__version__])
     return f"{network[:24]}-{hashlib.sha256(rest.encode()).hexdigest()[:24]}"
 
 

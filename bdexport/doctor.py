@@ -138,9 +138,11 @@ def run_probe(probe: Probe) -> Finding:
     answer = json.loads(said[-1])
     if answer["state"] == "missing":
         detail = answer["detail"] if probe.group == "backend" else ""
-        return Finding(probe.name, probe.group, "missing", None, detail, answer.get("remedy") or probe.install)
+        return Finding(
+            probe.name, probe.group, "missing", None, detail, _beyond_doctor(answer.get("remedy")) or probe.install
+        )
     if answer["state"] == "broken":
-        return _broken(probe, answer["detail"], answer.get("remedy"))
+        return _broken(probe, answer["detail"], _beyond_doctor(answer.get("remedy")))
     return Finding(probe.name, probe.group, "ok", answer["version"], answer["detail"])
 
 
@@ -238,6 +240,11 @@ def _backend_probes() -> Iterator[Probe]:
 
 
 # ---- findings ------------------------------------------------------------------------------------------------------
+
+
+def _beyond_doctor(remedy: str | None) -> str | None:
+    """The remedy without the advice to run this command."""
+    return remedy.removesuffix("; run `bdexport doctor`") if remedy is not None else None
 
 
 def _broken(probe: Probe, detail: str, remedy: str | None = None) -> Finding:

@@ -50,6 +50,9 @@ def check_fusing(config: FusedConfig, backend: Backend) -> None:
         raise UsageError(f"--quantise-masks: backend {backend.name} runs no fused paths")
     if not 0 <= config.accuracy_budget <= 100:
         raise UsageError("--accuracy-budget", got=config.accuracy_budget, expected="points of accuracy, 0..100")
+    if config.accuracy_budget != FusedConfig.accuracy_budget and config.quantise != "budget":
+        remedy = "pass --quantise-masks budget, or leave it out"
+        raise UsageError("--accuracy-budget has no effect without masks that lose accuracy", remedy=remedy)
     if config.mask_images < 1:
         raise UsageError("--mask-images", got=config.mask_images, expected="at least 1")
 

@@ -230,6 +230,12 @@ class _Comparison:
         self.calibrated_only = tolerance.of_mean
         if images is None:
             images = kept_samples(manifest) if self.calibrated_only else None
+            if images is None and self.calibrated_only:
+                raise VerificationError(
+                    f"{manifest.name}: scales hold for images like those that they come from; the bundle keeps none",
+                    expected="extra.calibration.samples in its manifest",
+                    remedy="rebuild it with this version of bdexport",
+                )
         if images is None:
             images = random_images(config.images, manifest.preprocess.size, config.seed)
         self.inputs = manifest.preprocess(images)

@@ -208,7 +208,7 @@ def _quantisation(bundle: BuiltBundle) -> Table:
     facts = {} if mapping is None else mapping.facts
     title = f"masks, {facts.get('images')} {facts.get('split')} images; latency: batch 1, policy included"
     table = Table("fused paths", "masks run", title=title)
-    for name in ("accuracy", "coverage", "blocks", "FLOPs", "latency"):
+    for name in ("accuracy", "drawn masks fused", "blocks", "FLOPs", "latency"):
         table.add_column(name, justify="right")
     for row in bundle.quantisation:
         numbers = f"{row['accuracy']:.2f} %", f"{100 * row['coverage']:.1f} %", f"{row['blocks']:.2f}"

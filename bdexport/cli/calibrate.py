@@ -49,6 +49,10 @@ def calibrate(
 
     if dataset is None and list_file is None:
         raise UsageError("nothing to calibrate on", remedy="pass --dataset D --data DIR, or --list FILE --data DIR")
+    if list_file is not None and (dataset is not None or out is not None):
+        option = "--dataset" if dataset is not None else "--out"
+        remedy = f"leave {option} out, or leave --list out to draw new images"
+        raise UsageError(f"{option} has no effect with --list, which names its data set and images", remedy=remedy)
     config = CalibrationConfig(images, split, DEFAULTS.batch, str(folder))
     request = CalibrationRequest(config, dataset, data, list_file)
     scales, chosen = _gather(checkpoint, request, arch, cast("Shortcut | None", shortcut))

@@ -61,5 +61,7 @@ def remedies(report: Report) -> dict[str, list[str]]:
     lines: dict[str, list[str]] = {}
     for found in report.findings:
         if found.remedy is not None:
-            lines.setdefault(found.remedy, []).append(f"{found.name} {found.state}")
+            names = lines.setdefault(found.remedy, [])
+            if f"{found.name} {found.state}" not in names:  # a package and the backend named after it
+                names.append(f"{found.name} {found.state}")
     return lines

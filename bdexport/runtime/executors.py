@@ -16,7 +16,7 @@ import numpy as np
 
 from bdexport.backends.base import FusedSession, Session, Tensor
 from bdexport.bundle import Manifest
-from bdexport.errors import UsageError
+from bdexport.errors import BundleError, UsageError
 from bdexport.parts import FULL, HEAD, STEM, Masks, block_part, path_parts, shortcut_part
 from bdexport.runtime.grouping import BlockStep, Plan
 
@@ -163,15 +163,20 @@ EXECUTORS: dict[str, str] = {
 def executor_name(name: str, manifest: Manifest) -> tuple[str, str]:
     """The executor that ``name`` means for this bundle and the reason; ``auto``: as measured when it was built.
 
-    Raises :class:`UsageError` for a name that is not in the table.
+    Raises :class:`UsageError` for a name that is not in the table, :class:`BundleError` where the manifest names such.
     """
     reason = "asked for by name"
     if name == "auto":
         measured = manifest.executor or {}
         name = str(measured.get("choice", "chain"))
         reason = str(measured.get("reason", "the only executor of this bundle"))
+        if name not in EXECUTORS:
+            remedy = "pass --executor chain, or rebuild the bundle with `bdexport build`"
+            choices = ", ".join(EXECUTORS)
+            raise BundleError("manifest.json: executor: choice", got=repr(name), expected=choices, remedy=remedy)
     if name not in EXECUTORS:
-        raise UsageError("unknown executor", got=repr(name), expected="auto or one of " + ", ".join(EXECUTORS))
+        expected = "auto or one of " + ", ".join(EXECUTORS) + " (all: `bdexport bench` only)"
+        raise UsageError("unknown executor", got=repr(name), expected=expected, remedy="leave it out for auto")
     return name, reason
 
 
@@ -184,7 +189,9 @@ def choose_executor(name: str, session: Session, manifest: Manifest) -> tuple[Ex
     chosen = _executor_class(name)
     missing = chosen.unavailable(session, manifest)
     if missing is not None:
-        raise UsageError(f"executor {name!r}: {missing}", expected=" or ".join(usable_executors(session, manifest)))
+        usable = usable_executors(session, manifest)
+        remedy = f"pass --executor {usable[0]}"
+        raise UsageError(f"executor {name!r}: {missing}", expected=" or ".join(usable), remedy=remedy)
     executor = chosen(session, manifest)
     if executor.fallback is not None:
         reason += f"; runs as chain: {executor.fallback}"

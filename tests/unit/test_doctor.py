@@ -159,3 +159,13 @@ def test_command_with_broken_numpy(tmp_path: Path, repository: Path) -> None:
     assert result.returncode == 1
     assert "numpy is broken: ImportError: made for the test; pip install --force-reinstall numpy" in result.stderr
     assert "│ numpy" in result.stdout
+
+
+def test_a_line_names_nothing_twice_and_does_not_send_back_here() -> None:
+    """Oracle: the contract: package and backend of one name are one entry; doctor does not say to run doctor."""
+    from bdexport.cli.doctor import remedies
+
+    missing = tuple(Finding("tensorrt", group, "missing", remedy="pip install x") for group in ("tensorrt", "backend"))
+    assert remedies(Report(missing, NO_GPU)) == {"pip install x": ["tensorrt missing"]}
+    code = "state, remedy = 'missing', 'install the NVIDIA driver; run `bdexport doctor`'; raise RuntimeError"
+    assert run_probe(Probe("x", "backend", "sys", code, "", "")).remedy == "install the NVIDIA driver"

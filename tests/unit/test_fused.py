@@ -228,6 +228,7 @@ def test_auto_is_what_was_measured(tmp_path: Path) -> None:
         ("onnxruntime", {"max_bundle_mb": 0.0}, "--max-bundle-mb"),
         ("onnxruntime", {"quantise": "nearest"}, "cover or budget"),
         ("onnxruntime", {"quantise": "budget", "accuracy_budget": -1.0}, "--accuracy-budget"),
+        ("onnxruntime", {"accuracy_budget": 3.0}, "--accuracy-budget has no effect"),
         ("onnxruntime", {"mask_images": 0}, "--mask-images"),
     ],
 )
@@ -288,3 +289,14 @@ def test_a_closed_session_refuses_fused_paths(tmp_path: Path) -> None:
     loaded.close()
     with pytest.raises((UsageError, BackendError), match="after close"):
         session.run_fused((), np.zeros((1, 3, *SIZE), np.float32))  # type: ignore[attr-defined]
+
+
+def test_a_choice_that_no_executor_has_is_the_manifests_fault(tmp_path: Path) -> None:
+    """Oracle: the contract: a damaged choice names the manifest; an executor asked for by name still runs."""
+    from bdexport.errors import BundleError
+    from bdexport.runtime.executors import executor_name
+
+    manifest = replace(build(tmp_path).manifest, executor={"choice": "nonsense", "reason": ""})
+    with pytest.raises(BundleError, match=r"manifest.json: executor: choice: got 'nonsense'"):
+        executor_name("auto", manifest)
+    assert executor_name("chain", manifest)[0] == "chain"
