@@ -73,6 +73,9 @@ def run_suite(config: SuiteConfig, out: Path, work: Path, fresh: bool = False) -
     write_json(out / "suite.json", to_plain(data))
     write_text(out / "suite.md", markdown(to_plain(data)))
     _plot(to_plain(data), out)
+    for name, why in not_measured.items():
+        err_console.print(f"not measured: {name}: {why}", soft_wrap=True)
+    err_console.print(f"{len(found)} of {len(plan)} cells, with tables and plots: {out / 'suite.md'}", soft_wrap=True)
     return data
 
 
