@@ -32,7 +32,7 @@ def samples_from_json(data: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
         return pixels.reshape(shape)
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         what = "extra.calibration.samples: not the images that they say they are"
-        remedy = "rebuild the bundle, or verify it with --dataset and --reference"
+        remedy = "copy the bundle again, or rebuild it with `bdexport build`"
         raise BundleError(
             what, got=str(error), expected=f"uint8 [N, {size[0]}, {size[1]}, 3] in base64", remedy=remedy
         ) from error

@@ -233,7 +233,8 @@ class _Comparison:
             if images is None and self.calibrated_only:
                 raise VerificationError(
                     f"{manifest.name}: scales hold for images like those that they come from; the bundle keeps none",
-                    expected="extra.calibration.samples in its manifest",
+                    got="no extra.calibration.samples in its manifest",
+                    expected="up to 16 calibration images",
                     remedy="rebuild it with this version of bdexport",
                 )
         if images is None:
