@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from bdexport.backends.onnxruntime_common import import_onnxruntime
 from bdexport.calibration_list import CalibrationList, list_images, make_list, read_list
 from bdexport.config import CalibrationConfig
+from bdexport.dataset import needs_folder
 from bdexport.errors import CalibrationError, UsageError
 from bdexport.files import sha256_file, write_text
 from bdexport.models.pair import BlockDropNet
@@ -109,7 +110,10 @@ def scales_for(
     if cache.is_file() and not refresh:
         kept = _read_cache(cache, key)
         return _with_note(kept, f"calibration: scales from {cache}"), chosen
-    images = list_images(chosen, request.data, preprocess, class_names, where=request.list_file)
+    # A build's --data may be the folder of its --dataset alone.
+    other = request.dataset not in (None, chosen.dataset) and not needs_folder(chosen.dataset)
+    data = None if other else request.data
+    images = list_images(chosen, data, preprocess, class_names, where=request.list_file)
     scales = calibrated(model, graphs, preprocess, images, request.config, progress)
     source = {"dataset": chosen.dataset, "split": chosen.split, "images": len(images), "method": METHOD}
     scales = Scales(

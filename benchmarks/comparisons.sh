@@ -15,11 +15,12 @@ data=(--dataset cifar10 --data "$cifar")
 mkdir -p "$runs/results"
 compare() { # NAME [ARGUMENT ...]
   bdexport train "${data[@]}" --preset marginal --seed 0 --adapt-epochs 0 --finetune-epochs "$epochs" --distillation 0 \
-    --target-blocks 6.8 --out "$runs/$1" --base "$base" "${@:2}"
+    --out "$runs/$1" --base "$base" "${@:2}"
   bdexport evaluate "$runs/$1" "${data[@]}" --json "$runs/results/$1.json"
 }
-all=(--set policy.learns=all)
-compare marginal --estimator marginal
+budget=(--target-blocks 6.8)
+all=("${budget[@]}" --set policy.learns=all)
+compare marginal --estimator marginal "${budget[@]}"
 compare self-critical --estimator self_critical "${all[@]}"
 compare distribute-7 --method fixed --mask distribute-k --kept 7
 compare searched-7 --method fixed --mask search --kept 7
@@ -36,4 +37,4 @@ compare sact --method sact --set halting.ponder_weight=0.05
 compare pfec --base "$runs/pfec-base.safetensors" --method fixed --mask 111111111111111
 [ -e "$runs/pfec-policy.safetensors" ] ||
   bdexport prune "$runs/marginal" --ratio 0.25 --out "$runs/pfec-policy.safetensors"
-compare pfec-on-policy --base "$runs/pfec-policy.safetensors" --estimator marginal
+compare pfec-on-policy --base "$runs/pfec-policy.safetensors" --estimator marginal "${budget[@]}"

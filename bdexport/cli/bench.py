@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.options import refuse_threads
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import BenchConfig
 
@@ -19,6 +20,7 @@ ALL = "all"  # for --executor
 
 
 def bench(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples.")] = DEFAULT.dataset,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
@@ -40,13 +42,15 @@ def bench(
 ) -> None:
     """Latency, throughput, accuracy and block usage of dynamic inference against the full network, in turn."""
     from bdexport.bench import executors_result, measure_all
-    from bdexport.dataset import check_classes, load_dataset
+    from bdexport.dataset import check_classes, check_folder, load_dataset
     from bdexport.runtime import load
     from bdexport.runtime.orchestrator import executors_of
 
+    check_folder(dataset, data)  # before a bundle is loaded
     every = executor == ALL
     opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
     with opened as orchestrator, quiet_progress() as bar:
+        refuse_threads(context, orchestrator.device)
         chosen = load_dataset(dataset, data, split, limit=images)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
         sides = executors_of(orchestrator) if every else {orchestrator.executor: orchestrator}

@@ -11,9 +11,9 @@ import typer
 
 from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.options import refuse
 from bdexport.cli.stages import size_text, stages_of
 from bdexport.config import BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
-from bdexport.errors import UsageError
 from bdexport.fused import MOST_FUSED, shares_text
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ PANEL = "TensorRT (backends tensorrt and tensorrt-rtx)"
 
 
 def build(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
     out: Annotated[Path | None, typer.Option(help="BUNDLE folder. Default: engines/NAME of the checkpoint.")] = None,
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = DEFAULTS.backend,
@@ -114,6 +115,7 @@ def build(
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Export the parts, build an engine of each, verify them against torch, and write one bundle."""
+    from bdexport.backends.base import fuses_paths
     from bdexport.build import build_bundle, checked_backend
     from bdexport.calibrate import CalibrationRequest
 
@@ -127,8 +129,6 @@ def build(
         hardware_compatible=hardware_compatible,
         compute_capabilities=tuple(compute_capability or ()),
     )
-    if calibration is not None and precision != "int8":
-        raise UsageError("--calibration", got=f"precision {precision}", expected="int8, the only one with scales")
     settings = FusedConfig(
         paths=fused,
         max_bundle_mb=max_bundle_mb,
@@ -138,7 +138,8 @@ def build(
         accuracy_budget=accuracy_budget,
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings, tensorrt=tensorrt)
-    checked_backend(config)  # before a data set is read
+    fuses = fuses_paths(checked_backend(config))  # before a data set is read
+    _refuse_without_effect(context, dataset, calibration, scaled=precision == "int8", fuses=fuses)
     request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
     started = time.perf_counter()
     with progress() as bar:
@@ -151,7 +152,7 @@ def build(
             overwrite=overwrite,
             progress=stages_of(bar),
             calibration=request,
-            counted=_split(dataset, data, "validation", mask_images),
+            counted=_split(dataset, data, "validation", mask_images) if fuses else None,
             judged=_split(dataset, data, VERIFY.accuracy_split, images),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
         )
@@ -166,11 +167,28 @@ def build(
         write_json_result(json, result)
 
 
+def _refuse_without_effect(
+    context: typer.Context, dataset: str | None, calibration: Path | None, *, scaled: bool, fuses: bool
+) -> None:
+    """``scaled``: the precision has scales; ``fuses``: the backend runs fused paths. Raises UsageError."""
+    if not scaled:
+        refuse(
+            context, ("calibration", "calibration_images"), "without scales", "pass --precision int8, or leave it out"
+        )
+    if calibration is not None:
+        refuse(context, ("calibration_images",), "with --calibration, which names its images")
+    if dataset is None:
+        if calibration is None:
+            refuse(context, ("data",), "without the name of what is in the folder", "pass --dataset too")
+        needing = ("mask_images", "images", "max_drop", "calibration_images", "quantise_masks")
+        refuse(context, needing, "without images", "pass --dataset D and --data DIR, or leave it out")
+    if not fuses:
+        refuse(context, ("mask_images",), "on a backend that runs no fused paths")
+
+
 def _split(dataset: str | None, data: Path | None, split: str, images: int) -> Dataset | None:
     """Images of a split, or of the only one that the data set has; None where no data set is named."""
     if dataset is None:
-        if data is not None:
-            raise UsageError("--data: a folder of what?", remedy="pass --dataset too")
         return None
     from bdexport.calibration_list import default_split
     from bdexport.dataset import load_dataset

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.options import refuse
 from bdexport.cli.stages import stages_of
 from bdexport.config import CalibrationConfig
 
@@ -22,6 +23,7 @@ DEFAULTS = CalibrationConfig()
 
 
 def calibrate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
     dataset: Annotated[
         str | None, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples. Not needed with --list.")
@@ -44,15 +46,17 @@ def calibrate(
 ) -> None:
     """Gather INT8's scales for every part, write the list of images and keep the scales for `build`."""
     from bdexport.calibrate import CalibrationRequest
-    from bdexport.calibration_list import write_list
+    from bdexport.calibration_list import read_list, write_list
+    from bdexport.dataset import check_folder
     from bdexport.errors import UsageError
 
     if dataset is None and list_file is None:
         raise UsageError("nothing to calibrate on", remedy="pass --dataset D --data DIR, or --list FILE --data DIR")
-    if list_file is not None and (dataset is not None or out is not None):
-        option = "--dataset" if dataset is not None else "--out"
-        remedy = f"leave {option} out, or leave --list out to draw new images"
-        raise UsageError(f"{option} has no effect with --list, which names its data set and images", remedy=remedy)
+    if list_file is not None:
+        why, remedy = "with --list, which names its data set and images", "leave it out, or --list to draw new images"
+        refuse(context, ("dataset", "out", "images", "split"), why, remedy)
+    # Before the parts are exported.
+    check_folder(read_list(list_file).dataset if list_file is not None else str(dataset), data)
     config = CalibrationConfig(images, split, DEFAULTS.batch, str(folder))
     request = CalibrationRequest(config, dataset, data, list_file)
     scales, chosen = _gather(checkpoint, request, arch, cast("Shortcut | None", shortcut))

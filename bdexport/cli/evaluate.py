@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.options import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
@@ -59,14 +61,21 @@ def evaluate(
         arch=arch,
         shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
     )
+    # Of a run with --method fixed: the mask that it was finetuned under, unless another is asked for.
+    trained_for = found.training.get("fixed_mask")
+    masks = fixed or ([] if trained_for is None else [trained_for["mask"]])
+    if all(set(name) <= {"0", "1"} for name in masks):
+        refuse(
+            context, ("kept",), "on masks that say themselves what they keep", "pass --fixed first-k, or leave it out"
+        )
+    if "random-k" not in masks:
+        refuse(context, ("seed",), "on masks that are not random", "pass --fixed random-k, or leave it out")
     chosen = load_dataset(dataset, data, split, limit=images)
     # Only our own form knows its classes; the names of a foreign checkpoint are a guess, and no reason to refuse data.
     check_classes(chosen, found.network.num_classes, found.class_names if found.form == "bdexport" else ())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(found, with_policy=False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, device)
-    # Of a run with --method fixed: the mask that it was finetuned under, unless another is asked for.
-    trained_for = found.training.get("fixed_mask")
     with progress() as bar:
 
         def batches(title: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -77,7 +86,7 @@ def evaluate(
             batches,
             found.preprocess.size,
             has_policy=found.policy is not None,
-            fixed=fixed or ([] if trained_for is None else [trained_for["mask"]]),
+            fixed=masks,
             kept=kept if kept is not None or trained_for is None else trained_for["kept"],
             seed=seed,
         )

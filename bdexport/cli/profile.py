@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.options import refuse, refuse_threads
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import ProfileConfig
 
@@ -24,6 +25,7 @@ MAX_SYNTHETIC_BYTES = 1_000_000_000
 
 
 def profile(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
     dataset: Annotated[
         str, typer.Option(help="synthetic (random images); or cifar10, cifar100, folder, digits, cifar10-samples.")
@@ -52,10 +54,13 @@ def profile(
     from bdexport.files import check_writable
     from bdexport.runtime import load
 
+    if dataset == SYNTHETIC:
+        refuse(context, ("data", "split"), "with synthetic images", "name the data set with --dataset, or leave it out")
     for target in (trace, None if json in (None, "-") else Path(str(json))):
         if target is not None:  # before minutes of measuring, not after
             check_writable(target)
     with load(bundle, threads=threads, device=device, executor=executor) as orchestrator, quiet_progress() as bar:
+        refuse_threads(context, orchestrator.device)
         chosen, about = _images(orchestrator, dataset, data, split, images)
         measured = profile_calls(
             orchestrator,
@@ -90,8 +95,6 @@ def _images(
         chosen = load_dataset(dataset, data, split, limit=count)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
         return chosen.arrays(preprocess), {"name": chosen.name, "split": chosen.split}
-    if data is not None:
-        raise UsageError("--data: synthetic images need none", remedy="name the data set with --dataset too")
     height, width = preprocess.size
     if count * height * width * 3 > MAX_SYNTHETIC_BYTES:
         most = MAX_SYNTHETIC_BYTES // (height * width * 3)

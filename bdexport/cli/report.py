@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, to_plain, write_json_result
+from bdexport.cli.options import refuse
 from bdexport.cli.stages import stages_of
 from bdexport.config import ReportConfig
 
@@ -22,6 +23,7 @@ DEFAULT = ReportConfig()
 
 
 def report(
+    context: typer.Context,
     sources: Annotated[
         list[Path],
         typer.Argument(help="RUN folders, checkpoints (or zoo:NAME), JSON of 'evaluate' or 'bench', files of points."),
@@ -40,14 +42,15 @@ def report(
     """Training curves, accuracy against FLOPs beside the paper's, block usage, contact sheets: HTML, PNG and SVG."""
     from dataclasses import replace
 
-    from bdexport.errors import OutputError, UsageError
+    from bdexport.errors import OutputError
     from bdexport.report.collect import collect
     from bdexport.report.sources import read_sources
     from bdexport.report.write import write_report
 
     _need_matplotlib()
-    if dataset is None and (data is not None or images is not None):
-        raise UsageError("--data and --images", expected="--dataset with them")
+    if dataset is None:
+        needing = ("data", "split", "images", "batch")
+        refuse(context, needing, "without a data set to measure on", "pass --dataset too, or leave it out")
     if out.is_dir() and any(out.iterdir()) and not overwrite:  # before minutes of measuring, not after
         raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
     config = replace(DEFAULT, split=split, batch=batch)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, table_console, write_json_result
+from bdexport.cli.options import refuse_threads
 from bdexport.config import RunConfig
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ STYLES = {"kept": "green", "dropped": "dim", "kept transition": "bold green", "d
 
 
 def run(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
     image: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
@@ -46,6 +48,7 @@ def run(
     entries: list[dict[str, Any]] = []
     problems: list[ImageError] = []
     with load(bundle, threads=threads, device=device, executor=executor) as orchestrator:
+        refuse_threads(context, orchestrator.device)
         orchestrator.warm_up()
         files = _image_files(image)
         for path in files:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.options import LEAVE_OUT, refuse
 from bdexport.config import PRESETS
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ PRESET_HELP = "Settings to start from: " + "; ".join(f"{name}: {text}" for name,
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="RUN folder; an unfinished run there is resumed.")],
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
@@ -100,10 +102,11 @@ def train(
         "policy.reward": reward,
         "distillation_weight": distillation,
     }
-    _check_options(method, mask, kept, fresh_policy, base, estimator)
+    _check_options(method, mask, kept, fresh_policy, base)
     with joined(device) as world:
         found, num_blocks = _base(base, arch)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
+        _refuse_without_effect(context, config, found, base_only=base_only, fresh_policy=fresh_policy)
         request = replace(
             _request(dataset, data, config.validation_share, arch, found, out),
             base=None if base is None else base.name,
@@ -121,7 +124,6 @@ def _check_options(
     kept: int | None,
     fresh_policy: bool,
     base: Path | None,
-    estimator: str | None,
 ) -> None:
     """Refuse options that would have no effect: whoever gives them expects one."""
     from bdexport.errors import UsageError
@@ -130,10 +132,43 @@ def _check_options(
         raise UsageError("--mask and --kept", got=f"method {method or 'blockdrop'}", remedy="add --method fixed")
     if kept is not None and mask is not None and not set(mask) - {"0", "1"}:
         raise UsageError("--kept", got=f"the mask {mask}, which says itself what it keeps", remedy="leave --kept out")
-    if estimator is not None and method in ("fixed", "act", "sact"):
-        raise UsageError("--estimator", got=f"method {method}, which has no policy to learn", remedy="leave it out")
     if fresh_policy and base is None:
         raise UsageError("--fresh-policy", got="no --base, and so a fresh policy anyway", remedy="leave it out")
+
+
+POLICY_OPTIONS = ("gamma", "target_blocks", "alpha", "estimator", "samples", "reward")
+IGNORED_BY_ESTIMATOR = {"marginal": ("gamma", "alpha", "samples", "reward"), "nested": ("alpha", "samples")}
+
+
+def _refuse_without_effect(
+    context: typer.Context, config: TrainConfig, base: Checkpoint | None, *, base_only: bool, fresh_policy: bool
+) -> None:
+    """Refuse options that this run would not use. Raises UsageError."""
+    from bdexport.train.methods import phases_of
+
+    def epochs_of(*phases: str) -> list[str]:  # none at all is what such a run gives
+        return [name for phase in phases if context.params[name := f"{phase}_epochs"]]
+
+    if base_only:
+        later = epochs_of("prime", "adapt", "curriculum", "finetune")
+        ignored = ("method", "mask", "kept", "teacher", "distillation", *later, *POLICY_OPTIONS)
+        refuse(context, ignored, "with --base-only, which trains the base network and nothing else")
+        return
+    phases = phases_of(config)
+    missing = {"prime", "adapt", "curriculum"} - {phase.name for phase in phases}
+    refuse(context, epochs_of(*sorted(missing)), f"with method {config.method}, which has no such phase")
+    if not any(phase.uses_policy for phase in phases):
+        refuse(context, POLICY_OPTIONS, f"with method {config.method}, which has no policy to learn")
+    estimator = config.policy.estimator
+    if config.method == "blockdrop":
+        ignored = IGNORED_BY_ESTIMATOR.get(estimator, ())
+        refuse(context, ignored, f"with estimator {estimator}", f"choose another --estimator, or {LEAVE_OUT}")
+    if base is not None:
+        refuse(context, epochs_of("pretrain"), "with --base, which is trained already")
+    if base is not None and base.policy is not None and not fresh_policy:
+        refuse(context, epochs_of("prime"), "on the base's own policy", f"pass --fresh-policy, or {LEAVE_OUT}")
+    if config.distillation_weight == 0:
+        refuse(context, ("teacher",), "without distillation", f"pass --distillation 1, or {LEAVE_OUT}")
 
 
 def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | None) -> None:

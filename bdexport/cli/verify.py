@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.options import refuse, refuse_threads
 from bdexport.cli.stages import stages_of
 from bdexport.config import VerifyConfig
 
@@ -25,6 +26,7 @@ GRAPHS = "graphs"
 
 
 def verify(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
     reference: Annotated[
         str, typer.Option(help="'graphs': the bundle's own ONNX, not optimised; or a checkpoint, run by torch.")
@@ -48,11 +50,18 @@ def verify(
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
     """Compare every part and whole paths with the reference; exit code 1 if one differs by more than the tolerance."""
+    from bdexport.backends import get_backend
+    from bdexport.backends.base import default_device
     from bdexport.bundle import open_bundle
     from bdexport.verify import require, verify_against_graphs, with_tolerance
     from bdexport.verify_accuracy import accuracy_text, require_accuracy
 
+    if dataset is None:
+        needing = ("data", "split", "images", "max_drop")
+        refuse(context, needing, "without a data set to compare accuracy on", "pass --dataset too, or leave it out")
     opened = open_bundle(bundle)
+    if threads is not None:
+        refuse_threads(context, device or default_device(get_backend(opened.manifest.backend)))
     chosen = replace(DEFAULT, random_masks=masks, seed=seed, max_accuracy_drop=max_drop)
     config = with_tolerance(chosen, opened.manifest.precision, tolerance)
     judged = None if dataset is None else _judged(opened, dataset, data, split, images)

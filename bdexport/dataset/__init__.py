@@ -31,14 +31,18 @@ DATASETS = {
     CIFAR10_SAMPLES: "200 of CIFAR-10's test images, for a first look; needs no --data, has the split test only",
 }
 
+INSTALLED = ("digits", CIFAR10_SAMPLES)
+
 __all__ = [
     "DATASETS",
     "SPLITS",
     "Dataset",
     "check_classes",
+    "check_folder",
     "image_files",
     "load_dataset",
     "load_images",
+    "needs_folder",
     "unnamed_classes",
 ]
 
@@ -54,10 +58,9 @@ def load_dataset(
 ) -> Dataset:
     """One split of a data set: ``train``, ``validation`` (never part of ``train``) or ``test``.
 
-    ``limit`` keeps the first images (all of them when there are fewer). ``data_dir`` is not used by ``digits`` and
-    ``cifar10-samples``.
-    Raises :class:`UsageError` for an unknown name or split or a missing ``data_dir``, and :class:`DatasetError`
-    naming the file for everything that is wrong with the data.
+    ``limit`` keeps the first images (all of them when there are fewer).
+    Raises :class:`UsageError` for an unknown name or split, a missing ``data_dir`` and one that the data set has no use
+    for (:func:`needs_folder`), and :class:`DatasetError` naming the file for everything that is wrong with the data.
     """
     if name not in DATASETS:
         raise UsageError("unknown data set", got=repr(name), expected=f"one of {', '.join(DATASETS)}")
@@ -69,7 +72,20 @@ def load_dataset(
     return dataset if limit is None else dataset.first(limit)
 
 
+def needs_folder(name: str) -> bool:
+    """Whether the images come from a folder; those of ``digits`` and ``cifar10-samples`` are installed."""
+    return name not in INSTALLED
+
+
+def check_folder(name: str, data_dir: Path | None) -> None:
+    """Raise :class:`UsageError` for a folder that the data set has no use for; :func:`load_dataset` does so, too."""
+    if data_dir is not None and not needs_folder(name):
+        remedy = "leave --data out, or name the data set that is in that folder"
+        raise UsageError(f"--data has no effect with data set {name}, which is installed", got=data_dir, remedy=remedy)
+
+
 def _load(name: str, data_dir: Path | None, split: str, settings: SplitSettings) -> Dataset:
+    check_folder(name, data_dir)
     if name == "digits":
         return load_digits(split, settings)
     if name == CIFAR10_SAMPLES:

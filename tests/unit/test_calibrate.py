@@ -243,6 +243,7 @@ def test_calibrate_then_build(
     assert main(build) == 0
     assert main([*build[:-1], "fp32", "--precision", "fp32", "--calibration", "calibration/folder.json"]) == 2
     assert main(["calibrate", checkpoint]) == 2
+    assert main([*build, "--overwrite", "--calibration", "calibration/folder.json", "--data", str(data)]) == 0
     capsys.readouterr()
     verify = ["verify", "bundle", "--masks", "3", "--dataset", "folder", "--data", str(data), "--split", "train"]
     assert main([*verify, "--max-drop", "100", "--json", "verify.json"]) == 0

@@ -1,0 +1,35 @@
+"""Options without effect: whoever gives one expects one, so that a command refuses what it would not use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import typer
+
+from bdexport.errors import UsageError
+
+LEAVE_OUT = "leave it out"
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the option of this parameter was on the command line, even with its default as the value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def refuse(context: typer.Context, names: Iterable[str], why: str, remedy: str = LEAVE_OUT) -> None:
+    """Raise UsageError for the first of the options that was given: it has no effect ``why``."""
+    for name in names:
+        if given(context, name):
+            raise UsageError(f"{_flag(context, name)} has no effect {why}", remedy=remedy)
+
+
+def refuse_threads(context: typer.Context, device: str) -> None:
+    """Raise UsageError for --threads where a GPU computes."""
+    if device.startswith("cuda"):
+        refuse(context, ("threads",), f"on device {device}")
+
+
+def _flag(context: typer.Context, name: str) -> str:
+    option = next(parameter for parameter in context.command.params if parameter.name == name)
+    return str(option.opts[0])
