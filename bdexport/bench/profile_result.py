@@ -10,12 +10,12 @@ import numpy as np
 
 from bdexport.backends import backend_class
 from bdexport.bench.measure import INPUT, Times
-from bdexport.bench.profiling import COPY, PART, REGROUP, Alone, Call, Event, Profile, bytes_moved
+from bdexport.bench.profiling import COPY, FUSED, PART, REGROUP, Alone, Call, Event, Profile, bytes_moved
 from bdexport.bench.results import latency_summary, versions
-from bdexport.bundle import PartEntry
+from bdexport.bundle import Manifest, PartEntry
 from bdexport.config import ProfileConfig
 from bdexport.hardware import machine
-from bdexport.parts import FULL, POLICY
+from bdexport.parts import FULL, POLICY, mask_from_text, path_parts
 from bdexport.runtime import Orchestrator
 
 SCHEMA = "bdexport.profile/1"
@@ -38,13 +38,13 @@ def profile_result(
     ``share``: how often times p50, of the sum of that over parts and stages: medians, since one interruption by
     another process may outweigh a hundred calls. ``gap_ms``: from the end of the part before to this part's beginning,
     copies and regrouping taken off, p50. ``gflops_per_s``: FLOPs (2 x multiply-accumulates) of a run's images over
-    its time, p50.
+    its time, p50. ``fused``: see :func:`_fused`; None where there are no fused paths to run.
     """
     config = config or ProfileConfig()
     manifest, calls = orchestrator.manifest, measured.calls
     computes = backend_class(manifest.backend).computes
     launch_ms = launch_cost_ms(measured.alone) if computes else None
-    series = _part_series(calls)
+    series = _series(calls, PART)
     parts = [
         _part_entry(entry, series.get(part, _Series()), measured.alone[part], launch_ms, config)
         for part, entry in manifest.parts.items()
@@ -52,6 +52,7 @@ def profile_result(
     ]
     stages = _stages(calls)
     _add_shares(parts, stages, len(calls))
+    fused = _fused(manifest, measured.fused_calls) if measured.fused_calls else None
     images = sum(len(call.masks) for call in calls)
     used = np.concatenate([call.masks for call in calls]).sum(axis=1)
     return {
@@ -73,6 +74,7 @@ def profile_result(
         "stages": stages,
         "parts": parts,
         "verbs": _verbs(calls),
+        "fused": fused,
         "full": _full_entry(manifest.parts[FULL], measured),
         "criterion": _criterion(launch_ms, orchestrator.device, computes, config),
         "instrumentation": _instrumentation(measured),
@@ -94,20 +96,21 @@ def profile_result(
 
 @dataclass
 class _Series:
-    """All runs of one part."""
+    """All runs of one part or fused path."""
 
     ms: list[float] = field(default_factory=list)
     gap_ms: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
 
-def _part_series(calls: Sequence[Call]) -> dict[str, _Series]:
+def _series(calls: Sequence[Call], kind: str) -> dict[str, _Series]:
+    """By name. A gap is the time between two events of the kind that nothing else takes."""
     series: dict[str, _Series] = {}
     for call in calls:
         part_ended: int | None = None
         others_ns = 0
         for event in call.events:
-            if event.kind != PART:
+            if event.kind != kind:
                 others_ns += event.end_ns - event.begin_ns
                 continue
             own = series.setdefault(event.what, _Series())
@@ -123,39 +126,83 @@ def _part_entry(
     entry: PartEntry, series: _Series, alone: Alone, launch_ms: float | None, config: ProfileConfig
 ) -> dict[str, Any]:
     """One part; the times are None where no image ran it."""
-    ran = len(series.ms) > 0
-    times, rows = np.array(series.ms), np.array(series.rows)
-    per_run = float(rows.mean()) if ran else 1.0
-    p50, p90 = np.percentile(times, (50, 90)).tolist() if ran else (None, None)
+    times = _times_of(series, entry.flops)
+    per_run = times["images_per_run"] or 1.0
     moved = bytes_moved(entry, per_run)
     return {
         "part": entry.name,
-        "runs": len(times),
-        "images": int(rows.sum()),
-        "images_per_run": per_run if ran else None,
-        "p50_ms": p50,
-        "p90_ms": p90,
-        "mean_ms": float(times.mean()) if ran else None,
+        **times,
         "gap_ms": float(np.median(series.gap_ms)) if series.gap_ms else None,
-        "flops": entry.flops,
-        "gflops_per_s": float(np.median(entry.flops * rows / times)) / 1e6 if ran else None,
         "bytes_moved": moved,
         "flops_per_byte": entry.flops * per_run / moved,
         "alone_ms": alone.ms,
         "copy_ms": alone.copy_ms,
-        "bound": bound_of(p50, launch_ms, alone.copy_ms, config.bound_share),
+        "bound": bound_of(times["p50_ms"], launch_ms, alone.copy_ms, config.bound_share),
     }
 
 
-def _add_shares(parts: list[dict[str, Any]], stages: list[dict[str, Any]], calls: int) -> None:
-    """``share`` of parts and stages; those of the policy and of the network are the sums of their parts'."""
-    weights = {entry["part"]: entry["runs"] * (entry["p50_ms"] or 0.0) for entry in parts}
+def _times_of(series: _Series, flops: int) -> dict[str, Any]:
+    """How often, how long and at what rate; ``flops`` of one image."""
+    ran = len(series.ms) > 0
+    times, rows = np.array(series.ms), np.array(series.rows)
+    p50, p90 = np.percentile(times, (50, 90)).tolist() if ran else (None, None)
+    return {
+        "runs": len(times),
+        "images": int(rows.sum()),
+        "images_per_run": float(rows.mean()) if ran else None,
+        "p50_ms": p50,
+        "p90_ms": p90,
+        "mean_ms": float(times.mean()) if ran else None,
+        "flops": flops,
+        "gflops_per_s": float(np.median(flops * rows / times)) / 1e6 if ran else None,
+    }
+
+
+def _fused(manifest: Manifest, calls: Sequence[Call]) -> dict[str, Any]:
+    """The same images through the fused paths, a side of its own: its calls, stages, paths and hits.
+
+    ``paths``: each path's mask and its runs, as those of a part; the mask that keeps every block runs the engine of
+    ``full``. ``share``: as that of parts, of this side. ``missed``: images of every other mask, which run ``chain``.
+    """
+    assert manifest.fused is not None
+    series, parts = _series(calls, FUSED), _series(calls, PART)
+    whole = "1" * manifest.num_blocks
+    if FULL in parts:
+        series[whole] = parts.pop(FULL)
+    entries = []
+    for mask in [path.mask for path in manifest.fused.paths] + [whole] * (whole in series):
+        run = path_parts(mask_from_text(mask, manifest.num_blocks).tolist(), manifest.transitions)
+        flops = manifest.parts[FULL].flops if mask == whole else sum(manifest.parts[part].flops for part in run)
+        entries.append({"mask": mask, "blocks": mask.count("1"), **_times_of(series.get(mask, _Series()), flops)})
+    chain = [{"part": part, **_times_of(found, manifest.parts[part].flops)} for part, found in parts.items()]
+    stages = _stages(calls)
+    _add_shares([*chain, *entries], stages, len(calls))
+    entries.sort(key=lambda entry: -entry["images"])
+    images = sum(len(call.masks) for call in calls)
+    hits = sum(entry["images"] for entry in entries)
+    return {
+        "images": images,
+        "hits": hits,
+        "hit_rate": hits / images,
+        "call_ms": latency_summary(_call_times(calls)),
+        "stages": stages,
+        "paths": entries,
+        "missed": {
+            "images": images - hits,
+            "share": sum(entry["share"] for entry in chain if entry["part"] != POLICY),
+        },
+    }
+
+
+def _add_shares(engines: list[dict[str, Any]], stages: list[dict[str, Any]], calls: int) -> None:
+    """``share`` of engines and stages; those of the policy and of the network are the sums of their engines'."""
+    weights = [entry["runs"] * (entry["p50_ms"] or 0.0) for entry in engines]
+    policy = sum(weight for entry, weight in zip(engines, weights, strict=True) if entry.get("part") == POLICY)
     weight_of_stage = {entry["stage"]: calls * entry["p50_ms"] for entry in stages}
-    weight_of_stage["policy"] = weights[POLICY]
-    weight_of_stage["network"] = sum(weights.values()) - weights[POLICY]
+    weight_of_stage["policy"], weight_of_stage["network"] = policy, sum(weights) - policy
     total = sum(weight_of_stage.values())
-    for entry in parts:
-        entry["share"] = weights[entry["part"]] / total
+    for entry, weight in zip(engines, weights, strict=True):
+        entry["share"] = weight / total
     for entry in stages:
         entry["share"] = weight_of_stage[entry["stage"]] / total
 
@@ -226,7 +273,7 @@ def _stage_times(call: Call) -> list[float]:
 
 
 def _stage_of(event: Event) -> str:
-    if event.kind == PART:
+    if event.kind in (PART, FUSED):
         return "policy" if event.what == POLICY else "network"
     return {COPY: "copies", REGROUP: "regrouping"}[event.kind]
 
@@ -236,7 +283,7 @@ def _verbs(calls: Sequence[Call]) -> list[dict[str, Any]]:
     found: dict[str, list[tuple[int, float]]] = {}
     for call in calls:
         for event in call.events:
-            if event.kind != PART:
+            if event.kind not in (PART, FUSED):
                 found.setdefault(event.what, []).append((event.rows, event.ms))
     return [
         {

@@ -5,7 +5,8 @@ notes what passes. It runs whole paths part by part, which the backend itself ma
 turns on the same images, batch by batch: as the executor runs them (*as run*), part by part without clocks, part by
 part with clocks (*profiled*), and the full network's own engine. The second and third tell what the clocks cost, the
 first and second what running part by part does. Inside a fused path there are no parts to time: whatever the executor
-is, the second and third side run ``chain``.
+is, the second and third side run ``chain``. Where the session holds fused paths, a fifth side runs ``fused`` with
+clocks around each of them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bdexport.backends.base import Rows, Session, Tensor
+from bdexport.backends.base import FusedSession, Rows, Session, Tensor
 from bdexport.bench.measure import Progress, Times, without_garbage_collection
-from bdexport.bundle import Manifest, PartEntry
+from bdexport.bundle import Bundle, Manifest, PartEntry
 from bdexport.config import ProfileConfig
 from bdexport.errors import UsageError
 from bdexport.parts import Masks
 from bdexport.runtime import Orchestrator, Result
-from bdexport.runtime.executors import Chain
+from bdexport.runtime.executors import Chain, Fused
 
-PART, COPY, REGROUP = "part", "copy", "regroup"  # kinds of events
+PART, FUSED, COPY, REGROUP = "part", "fused", "copy", "regroup"  # kinds of events
 CLOCK_RUNS, CLOCK_ROUNDS = 200, 25  # calls of an empty session, and how often: the clocks' own cost is the median
 FLOAT_BYTES = 4
 Image = NDArray[np.uint8]
@@ -36,7 +37,10 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One verb of a session: ``what`` is a part's name or the verb; ``rows``: images it worked on. Clock: host, ns."""
+    """One verb of a session: ``what`` is a part's name, a fused path's mask or the verb; ``rows``: images it worked on.
+
+    Clock: host, ns.
+    """
 
     kind: str
     what: str
@@ -81,7 +85,10 @@ class Alone:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What was measured. Times in ms, one per timed call; ``clock_us`` is what noting one event costs."""
+    """What was measured. Times in ms, one per timed call; ``clock_us`` is what noting one event costs.
+
+    ``calls``: part by part; ``fused_calls``: the same images through the fused paths, none where the session has none.
+    """
 
     calls: tuple[Call, ...]
     as_run_ms: Times
@@ -93,6 +100,7 @@ class Profile:
     rounds: int
     warmup_calls: int
     images_not_timed: int
+    fused_calls: tuple[Call, ...] = ()
 
 
 class PartByPart:
@@ -189,6 +197,24 @@ class TimedSession:
         return tuple(Event(*event) for event in events)
 
 
+class TimedFusedSession(TimedSession):
+    """:class:`TimedSession` of a session with fused paths, which are noted by their masks."""
+
+    def __init__(self, session: FusedSession, manifest: Manifest) -> None:
+        super().__init__(cast(Session, session))
+        self.fused, self.fused_seconds, self._run_fused = session.fused, session.fused_seconds, session.run_fused
+        assert manifest.fused is not None  # or the session would have no fused paths
+        paths = manifest.fused.part_paths(manifest.transitions)
+        self._masks = {path: fused.mask for path, fused in zip(paths, manifest.fused.paths, strict=True)}
+
+    def run_fused(self, path: tuple[str, ...], x: Tensor) -> Tensor:
+        """See :meth:`bdexport.backends.base.FusedSession.run_fused`."""
+        begin = perf_counter_ns()
+        result = self._run_fused(path, x)
+        self.events.append((FUSED, self._masks[path], begin, self._ended_ns(), len(x)))
+        return result
+
+
 def profile(
     orchestrator: Orchestrator,
     images: Image,
@@ -204,7 +230,7 @@ def profile(
     events than ``config.max_events``, and whatever the orchestrator raises.
     """
     config = config or ProfileConfig()
-    _check(orchestrator.manifest, batch, rounds, len(images), config)
+    _check(orchestrator, batch, rounds, len(images), config)
     starts = range(0, len(images) - batch + 1, batch)
     sides = _Sides(orchestrator)
     with without_garbage_collection():
@@ -216,9 +242,9 @@ def profile(
             start = starts[number % len(starts)]
             sides.measure(images[start : start + batch], first=number)
         clock_us = clock_cost_us()
-        alone = _alone(orchestrator, sides.calls, config.alone_runs)
+        alone = _alone(orchestrator, sides.chain.calls, config.alone_runs)
     return Profile(
-        calls=tuple(sides.calls),
+        calls=tuple(sides.chain.calls),
         as_run_ms=np.array(sides.as_run_ms),
         part_by_part_ms=np.array(sides.part_by_part_ms),
         full_ms=np.array(sides.full_ms),
@@ -228,50 +254,86 @@ def profile(
         rounds=rounds,
         warmup_calls=config.warmup_batches,
         images_not_timed=len(images) - len(starts) * batch,
+        fused_calls=() if sides.fused is None else tuple(sides.fused.calls),
     )
 
 
+class _Profiled:
+    """An executor on a session with clocks, and the calls that were made of it."""
+
+    def __init__(self, bundle: Bundle, session: TimedSession, executor: str) -> None:
+        self._session = session
+        self.run = Orchestrator(bundle, session, executor)
+        self.calls: list[Call] = []
+
+    def measure(self, images: Image) -> None:
+        """One call that is kept."""
+        begin = perf_counter_ns()
+        result = self.run(images)
+        end = perf_counter_ns()
+        preprocess_ns = round(result.timings["preprocess"] * 1e6)
+        self.calls.append(Call(begin, end, preprocess_ns, result.masks, self._session.taken()))
+
+    def forget(self) -> None:
+        """The events of calls that were made by the way."""
+        self._session.taken()
+
+
+def _fused_session(orchestrator: Orchestrator) -> FusedSession | None:
+    """The orchestrator's session, where it holds fused paths."""
+    session = orchestrator.session
+    return session if Fused.unavailable(session, orchestrator.manifest) is None else None  # type: ignore[return-value]
+
+
 class _Sides:
-    """The four ways to run the same images, and what was measured of each."""
+    """The ways to run the same images, and what was measured of each."""
 
     def __init__(self, orchestrator: Orchestrator) -> None:
         bundle, session = orchestrator.bundle, orchestrator.session
-        self._timed = TimedSession(session)
         self._as_run = orchestrator
         self._part_by_part = Orchestrator(bundle, PartByPart(session), Chain.name)
-        self._profiled = Orchestrator(bundle, self._timed, Chain.name)
-        self.calls: list[Call] = []
+        self.chain = _Profiled(bundle, TimedSession(session), Chain.name)
+        paths = _fused_session(orchestrator)
+        timed = None if paths is None else TimedFusedSession(paths, bundle.manifest)
+        self.fused = None if timed is None else _Profiled(bundle, timed, Fused.name)
         self.as_run_ms: list[float] = []
         self.part_by_part_ms: list[float] = []
         self.full_ms: list[float] = []
 
     def warm_up(self, images: Image, starts: range, batch: int, count: int) -> None:
         """Every part once at this batch, then ``count`` batches on every side, none of it kept."""
-        for side in (self._as_run, self._profiled):
+        for side in (self._as_run, self.chain.run):
             side.warm_up(batch)
+        self._warm_up_paths(images[:batch])
+        runs: list[Callable[[Image], object]]
+        runs = [self._as_run, self._part_by_part, self._as_run.full, *(side.run for side in self._profiled())]
         for number in range(count):
             start = starts[number % len(starts)]
-            for run in (self._as_run, self._part_by_part, self._profiled, self._as_run.full):
+            for run in runs:
                 run(images[start : start + batch])
-        self._timed.taken()
+        for profiled in self._profiled():
+            profiled.forget()
+
+    def _warm_up_paths(self, images: Image) -> None:
+        """Every fused path once, also those that the warm-up's images do not take."""
+        manifest = self._as_run.manifest
+        if self.fused is not None and manifest.fused is not None:
+            for mask in manifest.fused.masks(manifest.num_blocks):
+                self.fused.run(images, masks=np.tile(mask, (len(images), 1)))
+
+    def _profiled(self) -> list[_Profiled]:
+        return [self.chain] if self.fused is None else [self.chain, self.fused]
 
     def measure(self, images: Image, first: int) -> None:
         """One call of every side; ``first`` turns their order."""
         turns: list[Callable[[Image], None]] = [
             lambda batch: self.as_run_ms.append(_timed_ms(self._as_run, batch)),
             lambda batch: self.part_by_part_ms.append(_timed_ms(self._part_by_part, batch)),
-            self._profile,
             lambda batch: self.full_ms.append(_timed_ms(self._as_run.full, batch)),
+            *(profiled.measure for profiled in self._profiled()),
         ]
         for turn in range(len(turns)):
             turns[(first + turn) % len(turns)](images)
-
-    def _profile(self, images: Image) -> None:
-        begin = perf_counter_ns()
-        result = self._profiled(images)
-        end = perf_counter_ns()
-        preprocess_ns = round(result.timings["preprocess"] * 1e6)
-        self.calls.append(Call(begin, end, preprocess_ns, result.masks, self._timed.taken()))
 
 
 def _timed_ms(run: Callable[[Image], Result], images: Image) -> float:
@@ -372,13 +434,16 @@ def _half(moved: float) -> int:
     return max(1, int(moved) // 2)
 
 
-def _check(manifest: Manifest, batch: int, rounds: int, images: int, config: ProfileConfig) -> None:
+def _check(orchestrator: Orchestrator, batch: int, rounds: int, images: int, config: ProfileConfig) -> None:
     if rounds < 1:
         raise UsageError("rounds", got=rounds, expected="at least 1")
     if not 1 <= batch <= images:
         raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)")
     # A block is at most run, gathered and written back, a transition's shortcut beside it; and a few around them.
-    most = rounds * (images // batch) * (5 * manifest.num_blocks + 10)
+    per_call = 5 * orchestrator.manifest.num_blocks + 10
+    if (paths := _fused_session(orchestrator)) is not None:  # the fifth side: a group for each path, and the rest
+        per_call = 2 * per_call + 2 * min(batch, len(paths.fused))
+    most = rounds * (images // batch) * per_call
     if most > config.max_events:
         what = f"{images} images in batches of {batch}, {rounds} rounds: too many events to keep"
         expected = f"at most {config.max_events}"

@@ -1,6 +1,7 @@
 """A profile in the Trace Event Format that Chrome (chrome://tracing) and Perfetto open: one slice per event.
 
-Slices are complete events ("ph": "X") on one track, nested by time: call > preprocess, parts, copies, regrouping.
+Slices are complete events ("ph": "X"), nested by time: call > preprocess, parts, copies, regrouping. Calls part by part
+are on one track, those through the fused paths on another.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from bdexport.bench.profiling import Call, Profile
 from bdexport.files import write_text
 from bdexport.parts import mask_to_text
 
-PROCESS, TRACK = 1, 1
+PROCESS, TRACK, FUSED_TRACK = 1, 1, 2
 
 
 def trace_events(measured: Profile) -> list[dict[str, Any]]:
     """Every profiled call as slices; ``ts`` and ``dur`` in microseconds from the beginning of the first call."""
-    origin = measured.calls[0].begin_ns
-    events = [_named("process_name", "bdexport profile"), _named("thread_name", "calls")]
-    for number, call in enumerate(measured.calls):
-        events += _call_events(call, number, origin)
+    tracks = {TRACK: ("calls", measured.calls), FUSED_TRACK: ("calls, fused", measured.fused_calls)}
+    origin = min(calls[0].begin_ns for _, calls in tracks.values() if calls)
+    events = [_named("process_name", "bdexport profile", TRACK)]
+    for track, (name, calls) in tracks.items():
+        if calls:
+            events.append(_named("thread_name", name, track))
+        for number, call in enumerate(calls):
+            events += [event | {"tid": track} for event in _call_events(call, number, origin)]
     return events
 
 
@@ -55,10 +60,9 @@ def _slice(
         "ts": (begin_ns - origin) / 1e3,
         "dur": (end_ns - begin_ns) / 1e3,
         "pid": PROCESS,
-        "tid": TRACK,
         "args": arguments,
     }
 
 
-def _named(what: str, name: str) -> dict[str, Any]:
-    return {"name": what, "ph": "M", "pid": PROCESS, "tid": TRACK, "args": {"name": name}}
+def _named(what: str, name: str, track: int) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": PROCESS, "tid": track, "args": {"name": name}}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT = ProfileConfig()
 SYNTHETIC = "synthetic"
+SHOWN_PATHS = 12
 MAX_SYNTHETIC_BYTES = 1_000_000_000
 
 
@@ -59,7 +60,9 @@ def profile(
     for target in (trace, None if json in (None, "-") else Path(str(json))):
         if target is not None:  # before minutes of measuring, not after
             check_writable(target)
-    with load(bundle, threads=threads, device=device, executor=executor) as orchestrator, quiet_progress() as bar:
+    # The fused paths are timed whatever the executor is.
+    opened = load(bundle, threads=threads, device=device, executor=executor, fused=True)
+    with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
         chosen, about = _images(orchestrator, dataset, data, split, images)
         measured = profile_calls(
@@ -67,7 +70,7 @@ def profile(
             chosen,
             batch=min(batch, len(chosen)),
             rounds=rounds,
-            progress=updates(bar, "profiling, four ways in turn"),
+            progress=updates(bar, "profiling, several ways in turn"),
         )
         result = profile_result(orchestrator, measured, about)
     if trace is not None:
@@ -76,6 +79,8 @@ def profile(
     out = table_console(json)
     out.print(_parts_table(result))
     out.print(_stages_table(result))
+    if result["fused"] is not None:
+        out.print(_fused_table(result))
     for line in _remarks(result, batch, trace):
         out.print(line, soft_wrap=True)
     if json is not None:
@@ -146,6 +151,41 @@ def _stages_table(result: dict[str, Any]) -> Table:
     call = result["call_ms"]
     table.add_section()
     table.add_row("all", _ms(call["mean"]), _ms(call["p50"]), _ms(call["p90"]), "100.0%", "")
+    return table
+
+
+def _fused_table(result: dict[str, Any]) -> Table:
+    """The paths that ran, most images first."""
+    from rich.table import Table
+
+    fused = result["fused"]
+    call = fused["call_ms"]
+    title = f"the same images through the fused paths: {fused['hit_rate']:.1%} are hits; a call: p50 {_ms(call['p50'])}"
+    table = Table("mask (block 0 first)", title=title)
+    for name in ("blocks", "images", "p50", "p90", "share", "MFLOPs", "GFLOP/s"):
+        table.add_column(name, justify="right")
+    ran = [entry for entry in fused["paths"] if entry["runs"]]
+    for entry in ran[:SHOWN_PATHS]:
+        table.add_row(
+            entry["mask"],
+            str(entry["blocks"]),
+            f"{entry['images'] / fused['images']:.1%}",
+            _ms(entry["p50_ms"]),
+            _ms(entry["p90_ms"]),
+            f"{entry['share']:.1%}",
+            f"{entry['flops'] / 1e6:.2f}",
+            f"{entry['gflops_per_s']:.1f}",
+        )
+    table.add_section()
+    rest = ran[SHOWN_PATHS:]
+    if rest:
+        images, share = (sum(entry[name] for entry in rest) for name in ("images", "share"))
+        table.add_row(f"{len(rest)} more paths", "", f"{images / fused['images']:.1%}", "", "", f"{share:.1%}", "", "")
+    missed, unused = fused["missed"], len(fused["paths"]) - len(ran)
+    share = f"{missed['share']:.1%}"
+    table.add_row("other masks, part by part", "", f"{missed['images'] / fused['images']:.1%}", "", "", share, "", "")
+    if unused:
+        table.add_row(f"{unused} path{'s' * (unused != 1)} that no image took", "", "0.0%", "", "", "", "", "")
     return table
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_bundle, pixels
+from test_fused import build, calibration
 from tiny import tiny_model
 
 import bdexport
 from bdexport.backends.null import NullBackend
 from bdexport.bench import Profile, profile, profile_result
 from bdexport.bench.profile_result import bound_of, launch_cost_ms
-from bdexport.bench.profiling import COPY, PART, REGROUP, Alone, Call, Event, bytes_moved, clock_cost_us
+from bdexport.bench.profiling import COPY, FUSED, PART, REGROUP, Alone, Call, Event, bytes_moved, clock_cost_us
 from bdexport.bench.trace import trace_events
 from bdexport.bundle import Bundle
 from bdexport.cli.console import to_plain
@@ -215,6 +216,88 @@ def test_null_is_not_judged(declared: tuple[Profile, dict[str, Any]]) -> None:
     _, result = declared
     assert {entry["bound"] for entry in result["parts"]} == {None}
     assert "computes nothing" in result["criterion"]["text"]
+
+
+# ---- fused paths -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The most frequent masks of some images as fused paths, and not all of them."""
+    return build(tmp_path_factory.mktemp("linked"), calibration=calibration(), paths=2)
+
+
+def profiled_paths(bundle: Bundle, batch: int, executor: str = "fused") -> tuple[Profile, dict[str, Any]]:
+    """On the images that the masks were counted on."""
+    images = np.asarray(calibration().source)
+    with bdexport.load(bundle, executor=executor, fused=True) as orchestrator:
+        measured = profile(orchestrator, images, batch=batch, config=FEW)
+        return measured, profile_result(orchestrator, measured, {"name": "synthetic", "split": "none"}, FEW)
+
+
+@pytest.mark.parametrize(("batch", "executor"), [(1, "fused"), (8, "fused"), (1, "chain")])
+def test_fused_paths_are_timed_over_their_hits(linked: Bundle, batch: int, executor: str) -> None:
+    """Oracle: the masks of the calls, the manifest's paths and FLOPs; shares are of everything on that side."""
+    measured, result = profiled_paths(linked, batch, executor)
+    masks = ["".join("01"[int(kept)] for kept in row) for call in measured.fused_calls for row in call.masks]
+    fused, manifest = result["fused"], linked.manifest
+    assert manifest.fused is not None
+    known = {path.mask for path in manifest.fused.paths} | {"111"}
+    assert {entry["mask"]: entry["images"] for entry in fused["paths"] if entry["runs"]} == {
+        mask: masks.count(mask) for mask in set(masks) & known
+    }
+    assert fused["hits"] == sum(mask in known for mask in masks) > 0
+    assert fused["missed"]["images"] == len(masks) - fused["hits"]
+    assert fused["images"] == result["images"] == len(masks)
+    for entry in fused["paths"]:
+        kept = [
+            part for part, keep in zip(("block_00", "block_01", "block_02"), entry["mask"], strict=True) if keep == "1"
+        ]
+        flops = sum(manifest.parts[part].flops for part in ("stem", "head", *kept))
+        flops += 0 if entry["mask"][1] == "1" else manifest.parts["shortcut_01"].flops
+        assert entry["flops"] == (manifest.parts["full"].flops if entry["mask"] == "111" else flops)
+        assert entry["blocks"] == len(kept)
+        if entry["runs"]:
+            assert 0 < entry["p50_ms"] <= entry["p90_ms"]
+            times = [event.ms for call in measured.fused_calls for event in call.events if event.what == entry["mask"]]
+            if entry["mask"] != "111":
+                assert entry["p50_ms"] == pytest.approx(float(np.median(times)))
+    stages = {entry["stage"]: entry["share"] for entry in fused["stages"]}
+    assert sum(stages.values()) == pytest.approx(1)
+    assert stages["network"] == pytest.approx(
+        fused["missed"]["share"] + sum(entry["share"] for entry in fused["paths"])
+    )
+
+
+def test_fused_calls_have_a_track_of_their_own(linked: Bundle) -> None:
+    """Oracle: as many calls there as part by part; every slice of a path is on it and named by its mask."""
+    measured, result = profiled_paths(linked, batch=8)
+    events = trace_events(measured)
+    calls = [event["tid"] for event in events if event.get("cat") == "call"]
+    assert calls.count(1) == calls.count(2) == len(measured.calls)
+    paths = [event for event in events if event.get("cat") == FUSED]
+    assert {event["tid"] for event in paths} == {2}
+    assert {event["name"] for event in paths} <= {entry["mask"] for entry in result["fused"]["paths"]}
+    assert min(event["ts"] for event in events if event["ph"] == "X") == 0
+
+
+def test_command_shows_the_paths(linked: Bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Oracle: every path of the manifest that ran is a row, whatever the executor; the JSON has them all."""
+    line = ["profile", str(linked.path), "--images", "6", "--executor", "chain", "--json", str(tmp_path / "p.json")]
+    assert main(line) == 0
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert "through the fused paths" in printed
+    assert result["executor"] == "chain"
+    assert linked.manifest.fused is not None
+    assert {path.mask for path in linked.manifest.fused.paths} <= {entry["mask"] for entry in result["fused"]["paths"]}
+    assert all(entry["mask"] in printed for entry in result["fused"]["paths"] if entry["runs"])
+
+
+def test_without_fused_paths_there_is_nothing_of_them(declared: tuple[Profile, dict[str, Any]]) -> None:
+    """Oracle: the contract: null runs none."""
+    measured, result = declared
+    assert result["fused"] is None
+    assert measured.fused_calls == ()
 
 
 # ---- trace -------------------------------------------------------------------------------------------------------
