@@ -47,26 +47,24 @@ def inspect(
 
 
 def runs_here(bundle: Bundle, intact: bool) -> dict[str, Any]:
-    """Whether the bundle's engines load on this machine, found by loading them: ``{"ok", "reason"}``.
+    """Whether ``bdexport run BUNDLE`` would on this machine, found by loading it: ``{"ok", "reason", "executor"}``.
 
     A damaged bundle (not ``intact``) is not loaded.
     """
-    from bdexport.backends import get_backend
-    from bdexport.backends.base import RunOptions, default_device
-    from bdexport.errors import BackendError, UsageError
+    from bdexport.errors import BackendError, BundleError, UsageError
+    from bdexport.runtime import load
 
     if not intact:
-        return {"ok": False, "reason": "damaged"}
+        return {"ok": False, "reason": "damaged", "executor": None}
     try:
-        backend = get_backend(bundle.manifest.backend)
-        session = backend.open(bundle, RunOptions(default_device(backend)))
-    except (BackendError, UsageError) as error:  # UsageError: a backend that this bdexport does not have
-        return {"ok": False, "reason": str(error)}
-    try:
-        threads = "" if session.threads is None else f", {session.threads} thread{'s' * (session.threads != 1)}"
-        return {"ok": True, "reason": f"{bundle.manifest.backend} on {session.device}{threads}; all engines load"}
-    finally:
-        session.close()
+        loaded = load(bundle)
+    except (BackendError, BundleError, UsageError) as error:  # of the backend, or of the executor that is recorded
+        return {"ok": False, "reason": str(error), "executor": None}
+    with loaded:
+        threads = "" if loaded.threads is None else f", {loaded.threads} thread{'s' * (loaded.threads != 1)}"
+        where = f"{bundle.manifest.backend} on {loaded.device}{threads}"
+        reason = f"{where}; all engines load; executor {loaded.executor}"
+        return {"ok": True, "reason": reason, "executor": loaded.executor}
 
 
 def _overview(manifest: Manifest) -> Table:

@@ -17,6 +17,7 @@ import numpy as np
 from bdexport.backends.base import FusedSession, Session, Tensor
 from bdexport.bundle import Manifest
 from bdexport.errors import BundleError, UsageError
+from bdexport.json_text import shown
 from bdexport.parts import FULL, HEAD, STEM, Masks, block_part, path_parts, shortcut_part
 from bdexport.runtime.grouping import BlockStep, Plan
 
@@ -168,12 +169,13 @@ def executor_name(name: str, manifest: Manifest) -> tuple[str, str]:
     reason = "asked for by name"
     if name == "auto":
         measured = manifest.executor or {}
-        name = str(measured.get("choice", "chain"))
+        chosen = measured.get("choice", "chain")
+        name = str(chosen)
         reason = str(measured.get("reason", "the only executor of this bundle"))
         if name not in EXECUTORS:
             remedy = "pass --executor chain, or rebuild the bundle with `bdexport build`"
             choices = ", ".join(EXECUTORS)
-            raise BundleError("manifest.json: executor: choice", got=repr(name), expected=choices, remedy=remedy)
+            raise BundleError("manifest.json: executor: choice", got=shown(chosen), expected=choices, remedy=remedy)
     if name not in EXECUTORS:
         expected = "auto or one of " + ", ".join(EXECUTORS) + " (all: `bdexport bench` only)"
         raise UsageError("unknown executor", got=repr(name), expected=expected, remedy="leave it out for auto")

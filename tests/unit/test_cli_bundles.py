@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from tiny import SIZE, tiny_checkpoint_file, tiny_model
 
+import bdexport
 from bdexport.cli.main import main
+from bdexport.errors import BdexportError
 from bdexport.models.flops import count_flops
 from bdexport.partition import model_parts
 
@@ -145,6 +148,44 @@ def test_inspect_without_its_backend(bundle: Path, capsys: pytest.CaptureFixture
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     assert main(["inspect", str(bundle)]) == 0
     assert "abacus" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("executor", "keep_fused", "said"),
+    [
+        ({"choice": "fused", "reason": "faster"}, False, ("no fused paths", "pass --executor chain")),
+        ({"choice": "graph", "reason": "faster"}, True, ("executor 'graph'", "pass --executor chain")),
+        ({"choice": "magic", "reason": "faster"}, True, ('"magic"', "pass --executor chain")),
+        ({"choice": None}, True, ("got null", "pass --executor chain")),
+        ({"choice": "fused", "reason": "faster"}, True, None),
+        (None, False, None),
+    ],
+)
+def test_inspect_says_whether_the_recorded_executor_runs(
+    executor: dict[str, Any] | None,
+    keep_fused: bool,
+    said: tuple[str, ...] | None,
+    bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Oracle: ``bdexport.load``, which is what ``run`` does; the refusal comes with what to do."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["executor"] = executor
+    if not keep_fused:
+        del manifest["fused"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["inspect", str(bundle), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    here = json.loads(out)["here"]
+    if said is None:
+        with bdexport.load(bundle) as loaded:
+            assert (here["ok"], here["executor"]) == (True, loaded.executor)
+        return
+    with pytest.raises(BdexportError) as caught:
+        bdexport.load(bundle)
+    assert here == {"ok": False, "reason": str(caught.value), "executor": None}
+    assert "here: does not run" in err
+    assert all(part in here["reason"] for part in said)
 
 
 def test_inspect_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,6 +297,6 @@ def test_a_choice_that_no_executor_has_is_the_manifests_fault(tmp_path: Path) ->
     from bdexport.runtime.executors import executor_name
 
     manifest = replace(build(tmp_path).manifest, executor={"choice": "nonsense", "reason": ""})
-    with pytest.raises(BundleError, match=r"manifest.json: executor: choice: got 'nonsense'"):
+    with pytest.raises(BundleError, match=r'manifest.json: executor: choice: got "nonsense"'):
         executor_name("auto", manifest)
     assert executor_name("chain", manifest)[0] == "chain"
