@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bdexport.bundle_checks import (
+    REBUILD,
     Reader,
     check_chain,
     check_path,
     check_sha256,
     check_statistics,
     parse_document,
-    reason,
     rule_error,
 )
 from bdexport.errors import BundleError, InputError
@@ -39,7 +39,6 @@ INPUT_NAME, OUTPUT_NAME, DTYPE = "x", "y", "float32"  # of every part's graph
 RUN_CHECKPOINT = "model.safetensors"  # ``checkpoint.reading.RUN_FILE``, which this half cannot import (torch)
 CHECKPOINT_SUFFIXES = (".safetensors", ".th", ".pt", ".pth", ".t7", ".pth.tar")
 MAX_BLOCKS = 10_000  # far above any network; keeps a damaged number from filling the memory
-REBUILD = "copy the bundle again, or rebuild it with `bdexport build`"
 
 
 @dataclass(frozen=True)
@@ -257,10 +256,11 @@ def _read_preprocess(reader: Reader) -> Preprocess:
     data = reader.mapping("preprocess", "R6")
     try:
         preprocess = preprocess_from_json(data)
-    except (KeyError, TypeError, ValueError, OverflowError, InputError) as error:
-        raise rule_error(
-            "R6", f"{reader.where}: preprocess ({type(error).__name__}: {reason(error)})", got=data
-        ) from error
+    except InputError as error:
+        raise rule_error("R6", f"{reader.where}: preprocess: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        expected = "size of two integers, mean and std of three numbers, resampling, resize_short (an integer or null)"
+        raise rule_error("R6", f"{reader.where}: preprocess", got=data, expected=expected) from error
     if preprocess.to_json() != data:
         raise rule_error("R6", f"{reader.where}: preprocess", got=data, expected=preprocess.to_json())
     return preprocess
@@ -316,12 +316,13 @@ def _read_file(reader: Reader, key: str) -> FileEntry | None:
 
 def _read_tensor(reader: Reader, key: str, name: str) -> TensorSpec:
     data = reader.mapping(key, "R11")
+    expected = f"name {name!r}, dtype {DTYPE!r}, shape ['N', sizes..]"
     try:
         spec = tensor_spec_from_json(data)
     except (KeyError, TypeError, ValueError) as error:
-        raise rule_error("R11", f"{reader.where}: {key} ({reason(error)})", got=data) from error
+        raise rule_error("R11", f"{reader.where}: {key}", got=data, expected=expected) from error
     if spec.name != name or spec.dtype != DTYPE or spec.to_json() != data:
-        raise rule_error("R11", f"{reader.where}: {key}", got=data, expected=f"name {name!r}, dtype {DTYPE!r}, a shape")
+        raise rule_error("R11", f"{reader.where}: {key}", got=data, expected=expected)
     return spec
 
 

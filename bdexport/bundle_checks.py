@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections import Counter
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from bdexport.errors import BundleError, InputError
+from bdexport.json_text import MalformedError, json_kind, parse_json, shown
 from bdexport.parts import FULL, HEAD, POLICY, STEM, block_part, mask_from_text, shortcut_part
 from bdexport.tensors import TensorSpec
 
@@ -18,23 +16,18 @@ if TYPE_CHECKING:
     from bdexport.bundle import Manifest
 
 MAX_MANIFEST_BYTES = 64 << 20
-MAX_DEPTH = 64  # of objects and lists in each other; far from where Python's recursion ends
 MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly (RFC 8259, section 6), and a float holds
 SHOWN_CHARACTERS = 200
+REBUILD = "copy the bundle again, or rebuild it with `bdexport build`"
 _MISSING = object()
 _RESERVED = re.compile(r'[\\:*?"<>|\x00-\x1f]')  # not allowed in file names on one system or another
 
 
 def rule_error(
-    rule: str, what: str, *, got: object = None, expected: object = None, remedy: str | None = None
+    rule: str, what: str, *, got: object = None, expected: object = None, remedy: str = REBUILD
 ) -> BundleError:
     """A :class:`BundleError` that names the rule of ``docs/bundle-format.md`` that is broken."""
     return BundleError(f"{what} [{rule}]", got=_clipped(got), expected=_clipped(expected), remedy=remedy)
-
-
-def reason(error: Exception) -> str:
-    """What an error says, of a length that fits into a line."""
-    return str(_clipped(" ".join(str(error).split())))
 
 
 def _clipped(value: object) -> object:
@@ -48,50 +41,12 @@ def parse_document(path: Path) -> Any:
     """Parse a manifest: UTF-8 JSON without NaN and without repeated keys. Raises :class:`BundleError` (R1)."""
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
-        text = path.read_bytes().decode("utf-8")
-        data = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_number
-        )
-        _check_depth(data)
-        json.dumps(data, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair, which nothing can print
-        return data
-    except (ValueError, RecursionError) as error:
-        remedy = "copy the bundle again, or rebuild it with `bdexport build`"
-        raise rule_error("R1", f"{path}: not a manifest ({error})", remedy=remedy) from error
+            raise MalformedError(f"larger than {MAX_MANIFEST_BYTES} bytes")
+        return parse_json(path.read_bytes())
+    except MalformedError as error:
+        raise rule_error("R1", f"{path}: not a manifest ({error})") from error
     except OSError as error:
         raise rule_error("R1", f"{path}: cannot be read ({error.strerror})", remedy="check its permissions") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"key {repeated[0]!r} occurs twice")
-    return dict(pairs)
-
-
-def _finite_number(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"a number beyond the range of a double: {text[:20]}")
-    return number
-
-
-def _check_depth(data: Any) -> None:
-    level = [data]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for value in level
-            if isinstance(value, dict | list)
-            for child in (value.values() if isinstance(value, dict) else value)
-        ]
-    if any(isinstance(value, dict | list) for value in level):
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 class Reader:
@@ -99,7 +54,7 @@ class Reader:
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):
-            raise rule_error("R3", where, got=type(data).__name__, expected="a JSON object")
+            raise rule_error("R3", where, got=json_kind(data), expected="an object")
         self.where, self._data, self._taken = where, data, set[str]()
 
     def _take(self, key: str, rule: str, kinds: tuple[type, ...], expected: str) -> Any:
@@ -109,14 +64,14 @@ class Reader:
             raise rule_error("R3", f"{self.where}: {key} is missing", expected=expected)
         # bool is an int in Python, not in the format.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise rule_error(rule, f"{self.where}: {key}", got=repr(value), expected=expected)
+            raise rule_error(rule, f"{self.where}: {key}", got=shown(value), expected=expected)
         return value
 
     def text(self, key: str, rule: str = "R4") -> str:
         """A string that is not empty."""
         value: str = self._take(key, rule, (str,), "a string")
         if not value.strip():
-            raise rule_error(rule, f"{self.where}: {key}", got=repr(value), expected="a string that is not empty")
+            raise rule_error(rule, f"{self.where}: {key}", got=shown(value), expected="a string that is not empty")
         return value
 
     def optional_text(self, key: str, rule: str = "R4") -> str | None:
@@ -127,7 +82,7 @@ class Reader:
         """One of the given strings."""
         value = self.text(key, rule)
         if value not in allowed:
-            raise rule_error(rule, f"{self.where}: {key}", got=repr(value), expected=" or ".join(allowed))
+            raise rule_error(rule, f"{self.where}: {key}", got=shown(value), expected=" or ".join(allowed))
         return value
 
     def time(self, key: str) -> str:
@@ -138,7 +93,9 @@ class Reader:
         except ValueError:
             aware = False
         if not aware:
-            raise rule_error("R4", f"{self.where}: {key}", got=repr(value), expected="ISO 8601 with an offset from UTC")
+            raise rule_error(
+                "R4", f"{self.where}: {key}", got=shown(value), expected="ISO 8601 with an offset from UTC"
+            )
         return value
 
     def integer(self, key: str, rule: str, minimum: int, maximum: int = MAX_INTEGER) -> int:

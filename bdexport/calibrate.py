@@ -29,6 +29,7 @@ from bdexport.config import CalibrationConfig
 from bdexport.dataset import needs_folder
 from bdexport.errors import CalibrationError, UsageError
 from bdexport.files import sha256_file, write_text
+from bdexport.json_text import MalformedError, parse_json, why
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_module, transitions
 from bdexport.parts import FULL, HEAD, KEEP_THRESHOLD, POLICY, STEM, block_part, shortcut_part
@@ -254,18 +255,20 @@ def write_ranges(path: Path, ranges: Mapping[str, tuple[float, float]]) -> None:
 def _read_cache(path: Path, key: str) -> Scales:
     """Raises :class:`CalibrationError` for a file that is not the cache of ``key``."""
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_bytes())
         if data["schema"] != SCHEMA or data["key"] != key:
-            raise ValueError("another schema or key")
+            raise MalformedError("another schema or key")
         ranges = {
             part: {name: (float(low), float(high)) for name, (low, high) in found.items()}
             for part, found in data["ranges"].items()
         }
         images = {part: int(count) for part, count in data["images"].items()}
+        if any(low > high for found in ranges.values() for low, high in found.values()):
+            raise MalformedError("a range that ends before it begins")
         return Scales(ranges, images, tuple(map(str, data["notes"])), dict(data["source"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CalibrationError(
-            f"{path}: no scales that can be read ({error})", remedy="delete it and calibrate again"
+            f"{path}: no scales that can be read ({why(error)})", remedy="delete it and calibrate again"
         ) from error
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from bdexport.dataset.samples import NAME as SAMPLES
 from bdexport.dataset.splits import split_rows
 from bdexport.errors import CalibrationError, UsageError
 from bdexport.files import sha256_file, write_text
+from bdexport.json_text import MalformedError, json_kind, parse_json, shown
 from bdexport.preprocess import Preprocess
 
 SCHEMA = "bdexport.calibration-list/1"
@@ -76,38 +77,59 @@ def write_list(path: Path, chosen: CalibrationList) -> None:
 def read_list(path: Path) -> CalibrationList:
     """Inverse of :func:`write_list`. Raises :class:`CalibrationError` for a file that is unreadable, empty, no list."""
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_bytes())
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror})", remedy=AGAIN) from error
-    except ValueError as error:
+    except MalformedError as error:
         raise CalibrationError(f"{path}: no calibration list ({error})", remedy=AGAIN) from error
-    try:
-        found = _from_json(data)
-    except (KeyError, TypeError, ValueError) as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise CalibrationError(
-            f"{path}: no calibration list ({detail})", expected=f"schema {SCHEMA}", remedy=AGAIN
-        ) from error
+    found = _from_json(data, path)
     if not found.rows:
         raise CalibrationError(f"{path}: the calibration list is empty", expected="at least one image", remedy=AGAIN)
     return found
 
 
-def _from_json(data: Any) -> CalibrationList:
-    if data["schema"] != SCHEMA:
-        raise ValueError(f"schema {data['schema']!r}")
-    shape, files = data["shape"], data["files"]
-    found = CalibrationList(
-        str(data["dataset"]),
-        str(data["split"]),
-        None if shape is None else tuple(int(side) for side in shape),
-        tuple(int(row) for row in data["rows"]),
-        None if files is None else tuple(str(name) for name in files),
-        str(data["sha256"]),
+def _from_json(data: Any, path: Path) -> CalibrationList:
+    """Raises :class:`CalibrationError` naming the first key that is missing or holds what it cannot."""
+
+    def wrong(key: str, got: str, expected: str) -> CalibrationError:
+        return CalibrationError(f"{path}: no calibration list: {key}", got=got, expected=expected, remedy=AGAIN)
+
+    def checked(key: str, fits: Callable[[Any], bool], expected: str) -> Any:
+        if key not in data:
+            raise wrong(key, "nothing", expected)
+        if not fits(data[key]):
+            raise wrong(key, shown(data[key]), expected)
+        return data[key]
+
+    if not isinstance(data, dict):
+        raise wrong("the document", json_kind(data), "an object")
+    checked("schema", lambda value: value == SCHEMA, SCHEMA)
+    rows = checked(
+        "rows", lambda value: _is_list_of(int, value) and min(value, default=0) >= 0, "a list of row numbers"
     )
-    if files is not None and len(files) != len(found.rows):
-        raise ValueError(f"{len(files)} files for {len(found.rows)} rows")
-    return found
+    files = checked("files", lambda value: value is None or _is_list_of(str, value), "a list of file names, or null")
+    shape = checked(
+        "shape", lambda value: value is None or (_is_list_of(int, value) and len(value) == 3), "[h, w, 3], or null"
+    )
+    if files is not None and len(files) != len(rows):
+        raise wrong("files", f"{len(files)} names", f"{len(rows)}, one for each row")
+    return CalibrationList(
+        checked("dataset", _is_text, "the name of a data set"),
+        checked("split", _is_text, "the name of a split"),
+        None if shape is None else tuple(shape),
+        tuple(rows),
+        None if files is None else tuple(files),
+        checked("sha256", _is_text, "a SHA-256"),
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_list_of(wanted: type, value: Any) -> bool:
+    # True is an int in Python, not in JSON.
+    return isinstance(value, list) and all(type(item) is wanted for item in value)
 
 
 def list_images(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bdexport.bundle_checks import REBUILD
 from bdexport.errors import BundleError
+from bdexport.json_text import json_kind, shown
 
 CALIBRATION = "calibration"  # in a manifest's extra: what int8's scales were gathered from
 MOST_IMAGES, MOST_BYTES = 16, 200_000  # one image of 224x224 has 150,528 bytes
@@ -24,15 +25,22 @@ def samples_to_json(images: NDArray[np.uint8]) -> dict[str, Any]:
 
 def samples_from_json(data: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Inverse of :func:`samples_to_json`, for images of ``size`` (height, width). Raises BundleError for others."""
+    where = f"manifest.json: extra.{CALIBRATION}.samples"
+    if not isinstance(data, dict):
+        raise BundleError(where, got=json_kind(data), expected="an object with shape and base64", remedy=REBUILD)
+    shape, text = data.get("shape"), data.get("base64")
+    counts = [[count, *size, 3] for count in range(1, MOST_IMAGES + 1)]
+    if shape not in counts or not all(type(number) is int for number in shape):
+        got, expected = shown(shape), f"[N, {size[0]}, {size[1]}, 3] with N in 1..{MOST_IMAGES}"
+        raise BundleError(f"{where}: shape", got=got, expected=expected, remedy=REBUILD)
     try:
-        shape = tuple(int(number) for number in data["shape"])
-        pixels = np.frombuffer(base64.b64decode(data["base64"], validate=True), np.uint8)
-        if len(shape) != 4 or shape[1:] != (*size, 3) or not 1 <= shape[0] <= MOST_IMAGES:
-            raise ValueError(f"shape {list(shape)}")
-        return pixels.reshape(shape)
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        what = "extra.calibration.samples: not the images that they say they are"
-        remedy = "copy the bundle again, or rebuild it with `bdexport build`"
-        raise BundleError(
-            what, got=str(error), expected=f"uint8 [N, {size[0]}, {size[1]}, 3] in base64", remedy=remedy
-        ) from error
+        pixels = np.frombuffer(base64.b64decode(text, validate=True), np.uint8) if isinstance(text, str) else None
+    except ValueError:  # other characters, or their number is none that base64 gives
+        pixels = None
+    wanted = int(np.prod(shape))
+    if pixels is None or len(pixels) != wanted:
+        got = "a text that is not base64" if isinstance(text, str) else json_kind(text)
+        got = got if pixels is None else f"{len(pixels)} bytes"
+        expected = f"{wanted} bytes in base64, one for each channel of each pixel"
+        raise BundleError(f"{where}: base64", got=got, expected=expected, remedy=REBUILD)
+    return pixels.reshape(shape)

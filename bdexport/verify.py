@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from bdexport.backends import get_backend
 from bdexport.backends.base import RunOptions, Session, default_device
 from bdexport.bundle import Bundle, Manifest
+from bdexport.bundle_checks import REBUILD
 from bdexport.config import Tolerance, VerifyConfig
 from bdexport.dataset import Dataset
-from bdexport.errors import UsageError, VerificationError
+from bdexport.errors import BundleError, UsageError, VerificationError
+from bdexport.json_text import json_kind
 from bdexport.parts import (
     FULL,
     HEAD,
@@ -195,8 +197,11 @@ def with_tolerance(config: VerifyConfig, precision: str, logits: float | None) -
 
 def kept_samples(manifest: Manifest) -> NDArray[np.uint8] | None:
     """Some of the images that a bundle's scales come from, uint8 (N, H, W, 3); None where it keeps none."""
-    found = manifest.extra.get(CALIBRATION)
-    if not isinstance(found, dict) or "samples" not in found:
+    found = manifest.extra.get(CALIBRATION, {})
+    if not isinstance(found, dict):
+        where = f"manifest.json: extra.{CALIBRATION}"
+        raise BundleError(where, got=json_kind(found), expected="an object", remedy=REBUILD)
+    if "samples" not in found:
         return None
     return samples_from_json(found["samples"], manifest.preprocess.size)
 

@@ -23,6 +23,7 @@ from bdexport import files
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.errors import BackendError, InputError
+from bdexport.json_text import MalformedError, why
 from bdexport.parts import FULL, POLICY, Masks, mask_from_text
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ def _read_engine(path: Path, part: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
         if data["schema"] != SCHEMA or data["part"] != part or not data["latency_ms"] >= 0:
-            raise ValueError("not this part's declaration")
+            raise MalformedError("not this part's declaration")
         if data["masks"] is not None and not (data["masks"] and all(isinstance(mask, str) for mask in data["masks"])):
-            raise ValueError("masks must be a list of texts")
+            raise MalformedError("masks must be a list of texts")
     except (OSError, ValueError, KeyError, TypeError, InputError) as error:
-        raise BackendError(f"{part} [null]: {path} is no engine ({error})", remedy="rebuild the bundle") from error
+        raise BackendError(f"{part} [null]: {path} is no engine ({why(error)})", remedy="rebuild the bundle") from error
     return dict(data)

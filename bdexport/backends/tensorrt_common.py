@@ -20,6 +20,7 @@ from typing import Any
 
 from bdexport.errors import BackendError
 from bdexport.files import writing
+from bdexport.json_text import MalformedError, why
 
 SCHEMA = "bdexport-tensorrt-engine/1"
 PLAN, DESCRIPTION, LAYERS = "plan", "part.json", "layers.json"  # inside an engine file
@@ -201,13 +202,13 @@ def read_engine(path: Path, part: str, flavour: Flavour, remedy: str) -> tuple[E
             data = json.loads(packed.read(DESCRIPTION))
             plan = packed.read(PLAN)
         if data.pop("schema") != SCHEMA:
-            raise ValueError("another schema")
+            raise MalformedError("another schema")
         for name in ("compute_capabilities", "batches"):
             data[name] = tuple(data[name])
         description = EngineDescription(**data)
         _smallest, _chosen, _largest = map(int, description.batches)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise BackendError(f"{where} is no engine ({error})", remedy=remedy) from error
+        raise BackendError(f"{where} is no engine ({why(error)})", remedy=remedy) from error
     if (description.part, description.flavour) != (part, flavour.name):
         got = f"{description.part} [{description.flavour}]"
         raise BackendError(f"{where} is another engine", got=got, expected=f"{part} [{flavour.name}]", remedy=remedy)

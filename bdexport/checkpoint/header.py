@@ -24,6 +24,7 @@ from bdexport.architecture import (
 from bdexport.checkpoint.fitting import shown
 from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_STAGES, MAX_WIDTH
 from bdexport.errors import BdexportError, CheckpointError
+from bdexport.json_text import MalformedError, why
 from bdexport.preprocess import Preprocess, Resampling
 
 FORMAT_VERSION = 1
@@ -65,7 +66,7 @@ def header_from_text(text: str, source: str) -> Header:
     try:
         data = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: the header is not JSON ({error})") from error
+        raise CheckpointError(f"{source}: the header is not JSON ({why(error)})") from error
     top = _Field(f"{source}: header", data)
     _check_version(top)
     names = ("format_version", "network", "policy", "preprocess", "class_names", "training")
@@ -133,7 +134,7 @@ class _Field:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise MalformedError(f"{name} is not JSON")
 
 
 def _check_version(top: _Field) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bdexport.errors import ReportError
+from bdexport.json_text import MalformedError, why
 
 Series = tuple[float | None, ...]
 
@@ -63,15 +64,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ReportError(f"{path}: not text ({error.reason})", remedy="name another run") from error
+        raise ReportError(f"{path}: not text ({why(error)})", remedy="name another run") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("phase"), str):
-                raise ValueError("no object with a phase")
-        except ValueError as error:
+                raise MalformedError("no object with a phase")
+        except (ValueError, RecursionError) as error:
             raise ReportError(
-                f"{path}: line {number} is damaged ({error})", remedy="resume or repeat the run"
+                f"{path}: line {number} is damaged ({why(error)})", remedy="resume or repeat the run"
             ) from error
         rows.append(row)
     return rows

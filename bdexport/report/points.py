@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from bdexport.errors import ReportError
+from bdexport.json_text import MalformedError, json_kind, why
 
 Source = Literal["measured", "paper"]
 POINTS_SCHEMA = "bdexport.report.points/1"
@@ -105,7 +106,7 @@ def points_from_file(data: dict[str, Any], where: str) -> list[Point]:
     """
     entries = data.get("points")
     if not isinstance(entries, list):
-        raise ReportError(f"{where}: points", got=type(entries).__name__, expected="a list")
+        raise ReportError(f"{where}: points", got=json_kind(entries), expected="a list")
     shared = {key: value for key, value in data.items() if key in _FIELDS}
     return [
         _point({**shared, **_object(entry, f"{where}: point {index}")}, f"{where}: point {index}", where)
@@ -118,11 +119,11 @@ def points_from_evaluation(data: dict[str, Any], where: str) -> list[Point]:
     try:
         found = _evaluated(data, where)
         if not all(math.isfinite(point.accuracy) for point in found):
-            raise ValueError("an accuracy is not a number")
+            raise MalformedError("an accuracy is not a number")
         return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(
-            f"{where}: not a complete result of 'bdexport evaluate --json' ({type(error).__name__}: {error})",
+            f"{where}: not a complete result of 'bdexport evaluate --json' ({why(error)})",
             remedy="write it again",
         ) from error
 
@@ -273,7 +274,7 @@ _FIELDS = tuple(Point.__dataclass_fields__)
 
 def _object(entry: Any, what: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise ReportError(what, got=type(entry).__name__, expected="an object")
+        raise ReportError(what, got=json_kind(entry), expected="an object")
     return entry
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from bdexport.bundle import MANIFEST
 from bdexport.errors import ReportError, UsageError
+from bdexport.json_text import MalformedError, json_kind, parse_json, shown, why
 from bdexport.report.curves import read_metrics
 from bdexport.report.points import (
     BLOCKDROP,
@@ -146,11 +146,11 @@ def _read_run(path: Path) -> RunFolder | None:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = parse_json(path.read_bytes())
+    except MalformedError as error:
         raise ReportError(f"{path}: not JSON ({error})", remedy="write it again") from error
     if not isinstance(data, dict):
-        raise ReportError(f"{path}", got=type(data).__name__, expected="a JSON object")
+        raise ReportError(f"{path}", got=json_kind(data), expected="an object", remedy="write it again")
     return data
 
 
@@ -169,7 +169,10 @@ def _read_result(path: Path, found: Sources) -> None:
         found.skipped.append(f"{where}: {schema} holds nothing for a report on runs")
     else:
         raise ReportError(
-            f"{where}: schema", got=repr(schema), expected=f"{EVALUATE_SCHEMA}, {POINTS_SCHEMA} or {BENCH_SCHEMA}"
+            f"{where}: schema",
+            got=shown(schema),
+            expected=f"{EVALUATE_SCHEMA}, {POINTS_SCHEMA} or {BENCH_SCHEMA}",
+            remedy="name a file that 'bdexport evaluate --json' or 'bdexport bench --json' wrote",
         )
 
 
@@ -192,6 +195,6 @@ def _read_bench(data: dict[str, Any], where: str, found: Sources) -> None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(
-            f"{where}: not a complete result of 'bdexport bench --json' ({type(error).__name__}: {error})",
+            f"{where}: not a complete result of 'bdexport bench --json' ({why(error)})",
             remedy="write it again",
         ) from error

@@ -26,6 +26,7 @@ import torch
 from bdexport.config import TrainConfig
 from bdexport.errors import TrainingError
 from bdexport.files import write_bytes, write_json, write_text
+from bdexport.json_text import MalformedError, why
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
 LAST_GOOD_FILE = "last_good.safetensors"
@@ -110,11 +111,11 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(before, dict):
-            raise ValueError("not a JSON object")
+            raise MalformedError("not an object")
         if isinstance(before.get("settings"), dict):  # a group that its version did not have: as if at its defaults
             before["settings"] = TrainConfig().to_json() | before["settings"]
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{path}: unreadable ({error})", remedy="choose another --out") from error
+        raise TrainingError(f"{path}: unreadable ({why(error)})", remedy="choose another --out") from error
     changed = differences(before, json.loads(json.dumps(description)))
     if changed and not any((run / name).exists() for name in (STATE_FILE, MODEL_FILE)):
         write_json(path, description)

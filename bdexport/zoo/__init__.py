@@ -9,7 +9,6 @@ Reading the list or a card needs neither torch nor numpy.
 
 from __future__ import annotations
 
-import json
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from bdexport.errors import CheckpointError, UsageError
 from bdexport.files import sha256_file
+from bdexport.json_text import MalformedError, parse_json, why
 
 PREFIX = "zoo:"
 CARD_SCHEMA = "bdexport.card/1"
@@ -59,11 +59,13 @@ def zoo_card(name: str) -> dict[str, Any]:
     """The card, as ``docs/zoo.md`` specifies it. Raises UsageError for a name that is not there, CheckpointError."""
     path = zoo_folder() / f"{checked_name(name)}.json"
     try:
-        card = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})", remedy="install bdexport again") from error
+        card = parse_json(path.read_bytes())
+    except (OSError, MalformedError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({why(error)})", remedy="install bdexport again") from error
     if not isinstance(card, dict) or card.get("schema") != CARD_SCHEMA:
-        raise CheckpointError(f"{path}: not a model card", expected=f"schema {CARD_SCHEMA}")
+        raise CheckpointError(
+            f"{path}: not a model card", expected=f"schema {CARD_SCHEMA}", remedy="install bdexport again"
+        )
     return card
 
 

@@ -349,12 +349,12 @@ def test_names_are_as_short_as_they_can_be_told_apart() -> None:
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "a JSON object"),
+        ("[]", "an object"),
         ("{}", "schema"),
         ('{"schema": "somebody.else/1"}', "schema"),
         ('{"schema": "bdexport.evaluate/1"}', "not a complete result of 'bdexport evaluate"),
         ('{"schema": "bdexport.bench/1", "batch": 1}', "not a complete result of 'bdexport bench"),
-        ('{"schema": "bdexport.report.points/1", "points": {}}', "points: got dict, expected a list"),
+        ('{"schema": "bdexport.report.points/1", "points": {}}', "points: got an object, expected a list"),
     ],
 )
 def test_a_damaged_result_is_named(content: str, message: str, tmp_path: Path) -> None:

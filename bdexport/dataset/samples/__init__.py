@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bdexport.dataset.base import Dataset
 from bdexport.errors import DatasetError, UsageError
+from bdexport.json_text import why
 
 NAME = "cifar10-samples"
 SHEET, RECORD = "cifar10.png", "cifar10.json"
@@ -43,7 +44,7 @@ def load_samples(split: str) -> Dataset:
         record = json.loads((folder / RECORD).read_text())
         images = _images(folder / SHEET)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{folder}: sample images missing or damaged ({error})", remedy=REMEDY) from error
+        raise DatasetError(f"{folder}: sample images missing or damaged ({why(error)})", remedy=REMEDY) from error
     if pixels_digest(images) != record["sha256"]:
         raise DatasetError(f"{folder / SHEET}: damaged", remedy=REMEDY)
     return Dataset(NAME, split, tuple(record["class_names"]), np.array(record["labels"], dtype=np.int64), images)
