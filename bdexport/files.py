@@ -1,4 +1,8 @@
-"""Files that are either whole or not there: atomic writes, folders that appear at once, hashes."""
+"""Files that are either whole or not there: atomic writes, folders that appear at once, hashes.
+
+What is being written has a hidden sibling's name, ``.NAME.HOST-PID.XXXX.partial``, which says whose it is: a process
+that was killed leaves it, and the next one that writes into that folder removes it (:func:`remove_stale`).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,22 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bdexport.errors import OutputError
 
 CACHE_VARIABLE = "BDEXPORT_CACHE"
+PARTIAL, OLD = ".partial", ".old"  # being written; replaced, until the new one has the name
+SHOWN_NAME = 40  # characters of the whole's name in a partial's: names have limits
+_OWNED = re.compile(r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(\.[a-z0-9_]+)?(\.partial|\.old)")
 
 
 def default_cache_folder() -> Path:
@@ -100,7 +110,8 @@ def writing(path: Path) -> Iterator[Path]:
                     special.write((Path(folder) / "whole").read_bytes())
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        remove_stale(path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{_owned_name(path)}.", suffix=PARTIAL, dir=path.parent)
         os.close(handle)
         partial = Path(name)
         try:
@@ -120,13 +131,14 @@ def making_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     the old folder stays in place until the new one is complete.
     """
     path = path.absolute()
+    remove_stale(path.parent)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path}: exists and is not a folder", remedy="choose another name")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"{path}: exists already", remedy="choose another name, or pass --overwrite to replace it")
     with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f"{_owned_name(path)}.", suffix=PARTIAL, dir=path.parent))
         try:
             yield staging
             os.chmod(staging, 0o777 & ~_umask())
@@ -157,7 +169,7 @@ def _swap(staging: Path, path: Path) -> None:
     if not path.exists():
         os.rename(staging, path)
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = path.with_name(f".{path.name}.{_host()}-{os.getpid()}{OLD}")  # the whole name: a kill may leave it alone
     try:
         os.rename(path, old)
         os.rename(staging, path)
@@ -165,6 +177,57 @@ def _swap(staging: Path, path: Path) -> None:
         if old.exists() and not path.exists():
             os.rename(old, path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what processes of this machine that are dead left half-written in ``folder``; everything else stays.
+
+    A folder that was being replaced gets its name back where the kill came before the new one had it. What cannot be
+    removed, or belongs to another machine (or to a container with process numbers of its own), is left alone.
+    """
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            owner = _OWNED.fullmatch(name)
+            if owner is not None and owner["host"] == _host() and _is_dead(int(owner["pid"])):
+                _remove(folder / name)
+
+
+def _remove(leftover: Path) -> None:
+    name = leftover.name.removeprefix(".").rpartition(f".{_host()}-")[0]
+    if leftover.suffix == OLD and not os.path.lexists(leftover.with_name(name)):
+        os.rename(leftover, leftover.with_name(name))
+    elif leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
+
+
+def _owned_name(path: Path) -> str:
+    return f".{path.name[:SHOWN_NAME]}.{_host()}-{os.getpid()}"
+
+
+@cache
+def _host() -> str:
+    """Where a process's number means something: ten hexadecimal digits for the machine and the number's namespace."""
+    facts = [platform.node()]
+    with suppress(OSError):
+        facts.append(Path("/etc/machine-id").read_bytes().hex())
+    with suppress(OSError):
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:10]
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether no process has this number; in doubt, one has."""
+    if os.name != "posix":  # where asking is killing
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's, for one
+        return False
+    return False
 
 
 def sha256_file(path: Path) -> str:

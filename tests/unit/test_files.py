@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from bdexport import files
 from bdexport.errors import OutputError
 from bdexport.files import making_folder, write_text
 
@@ -106,3 +111,107 @@ def test_a_folder_that_cannot_be_made_is_named_as_the_caller_named_it() -> None:
         pytest.skip("no /proc here")
     with pytest.raises(OutputError, match=r"^/proc/bdexport/model.safetensors: .*choose another place"):
         write_text(wanted, "x")
+
+
+# ---- what a kill leaves ------------------------------------------------------------------------------------------
+
+HALF_WAY = """
+import sys, time
+from pathlib import Path
+from bdexport import files
+
+with files.making_folder(Path(sys.argv[1]), overwrite=True) as folder, files.writing(Path(sys.argv[2])) as file:
+    (folder / "a").write_text("half")
+    file.write_text("half")
+    if sys.argv[3] == "swapping":
+        rename = files.os.rename
+        files.os.rename = lambda *names: (rename(*names), print("there", flush=True), time.sleep(600))
+        files._swap(folder, Path(sys.argv[1]).absolute())
+    print("there", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def half_way(tmp_path: Path, where: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that is in the middle of writing a folder and a file; killed at the end, as the kernel kills."""
+    words = [sys.executable, "-c", HALF_WAY, str(tmp_path / "bundle"), str(tmp_path / "state"), where]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        try:
+            assert writer.stdout.readline() == "there\n"
+            yield writer
+        finally:
+            writer.kill()
+
+
+def hidden(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.startswith("."))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda folder: write_text(folder / "other", "x"), lambda folder: fill(folder / "b", "x")]
+)
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """Oracle: a real process: its files stay while it lives, and go with the first write into the folder after that."""
+    with half_way(tmp_path, "writing"):
+        assert len(hidden(tmp_path)) == 2
+        write(tmp_path)
+        assert len(hidden(tmp_path)) == 2
+    assert len(hidden(tmp_path)) == 2
+    write_text(tmp_path / "elsewhere" / "file", "x")
+    assert len(hidden(tmp_path)) == 2
+    shutil.rmtree(tmp_path / "b", ignore_errors=True)
+    write(tmp_path)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_was_being_replaced_comes_back(tmp_path: Path, overwrite: bool) -> None:
+    """Oracle: its content; a kill between the two renames leaves the only copy under the hidden name."""
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "a").write_text("old")
+    with half_way(tmp_path, "swapping"):
+        assert not (tmp_path / "bundle").exists()
+    if overwrite:
+        fill(tmp_path / "bundle", "new", overwrite=True)
+        assert content(tmp_path) == {"bundle/a": "new"}
+        return
+    with pytest.raises(OutputError, match="exists already"):
+        fill(tmp_path / "bundle", "new")
+    assert content(tmp_path) == {"bundle/a": "old"}
+
+
+def test_nothing_else_is_removed(tmp_path: Path) -> None:
+    """Oracle: leftovers of another machine, of a living process, of earlier releases, and what only looks like one."""
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    pid = int(dead.stdout)
+    host = files._host()
+    names = [
+        f".state.0123456789-{pid}.abc_1.partial",
+        f".state.{host}-{os.getppid()}.abc_1.partial",
+        f".state.{host}-1.abc_1.partial",
+        f".state.{host}-{10**9}{pid}.abc_1.partial",
+        f"state.{host}-{pid}.abc_1.partial",
+        f".state.{host}-{pid}.abc_1.partial2",
+        f".state.{host}-x.abc_1.partial",
+        ".state.x1y2z3_a.partial",
+        ".state.partial",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("")
+    stale = tmp_path / f".{'a' * 40}.{host}-{pid}.abc_1.partial"
+    stale.write_text("")
+    files.remove_stale(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    files.remove_stale(tmp_path / "nowhere")
+
+
+def test_long_names_can_be_written(tmp_path: Path) -> None:
+    """Oracle: the longest name that the file system takes, and what is left beside it."""
+    name = "n" * os.pathconf(tmp_path, "PC_NAME_MAX")
+    write_text(tmp_path / name, "x")
+    fill(tmp_path / f"{name[:-1]}m", "x")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [len(name)] * 2
