@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # -qq: errors of pip's only, not its warnings.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install quickstart test lint test-gpu clean
+.PHONY: help install quickstart test lint test-long test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  train, build, verify and bench a small network here (about 5 minutes, nothing downloaded)"
 	@echo "make test        ruff, mypy --strict, pytest: what CI runs"
 	@echo "make lint        ruff and mypy only"
+	@echo "make test-long   the tests that take minutes (BDEXPORT_CIFAR10=DIR: CIFAR-10, python version)"
 	@echo "make test-gpu    the tests that need an NVIDIA GPU"
 	@echo "make clean       remove .venv and caches"
 
@@ -37,6 +38,9 @@ lint: $(STAMP)
 
 test: lint
 	@$(BIN)/pytest -q
+
+test-long: $(STAMP)
+	@$(BIN)/pytest -q -m long
 
 # With GPU_PYTHON=python3 the tests run in that Python as it is: where torch for CUDA is installed already. Its packages
 # are of whatever versions, so their warnings are no failures, and only the folders with GPU tests are imported.
