@@ -23,7 +23,7 @@ from typing import Any, Literal
 from bdexport import __version__
 from bdexport.hardware import GpuReport, gpu_report, gpu_to_json, machine, usable_cores
 
-State = Literal["ok", "missing", "broken"]
+State = Literal["ok", "build only", "missing", "broken"]  # build only: a backend whose engines run elsewhere
 TIMEOUT_S = 120.0  # for one import; torch from a cold network disk takes tens of seconds
 MARK = "bdexport-probe:"  # packages print things of their own while they load
 OLDEST_PYTHON = (3, 11)
@@ -136,10 +136,15 @@ def run_probe(probe: Probe) -> Finding:
     if not said:
         return _broken(probe, _last_words(result.returncode, result.stderr))
     answer = json.loads(said[-1])
-    if answer["state"] == "missing":
+    if answer["state"] in ("missing", "build only"):
         detail = answer["detail"] if probe.group == "backend" else ""
         return Finding(
-            probe.name, probe.group, "missing", None, detail, _beyond_doctor(answer.get("remedy")) or probe.install
+            probe.name,
+            probe.group,
+            answer["state"],
+            None,
+            detail,
+            _beyond_doctor(answer.get("remedy")) or probe.install,
         )
     if answer["state"] == "broken":
         return _broken(probe, answer["detail"], _beyond_doctor(answer.get("remedy")))
@@ -212,8 +217,9 @@ from bdexport.backends import backend_class
 backend = backend_class({name!r})()
 found = backend.available()
 if not found.ok:
-    state, remedy = "missing", found.remedy
-    raise RuntimeError(found.reason + ("; engines can be built here" if backend.can_build().ok else ""))
+    builds, remedy = backend.can_build(), found.remedy
+    state = "build only" if builds.ok else "missing"
+    raise RuntimeError("engines can be built here, not run: " * builds.ok + found.reason)
 version = ", ".join(" ".join(pair) for pair in backend.versions().items())  # imports what it needs
 detail = found.reason
 """

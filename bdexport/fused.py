@@ -150,7 +150,6 @@ def sampled_masks(counts: MaskCounts, number: int) -> Masks:
 
 def shares_text(fused: FusedPaths) -> str:
     """``11 fused paths cover 99.8 % of 5000 validation images``."""
-    return (
-        f"{len(fused.paths)} fused path{'s' * (len(fused.paths) != 1)} cover {100 * fused.coverage:.1f} % "
-        f"of {fused.images} {fused.split} images"
-    )
+    one = len(fused.paths) == 1
+    subject = "1 fused path covers" if one else f"{len(fused.paths)} fused paths cover"
+    return f"{subject} {100 * fused.coverage:.1f} % of {fused.images} {fused.split} images"

@@ -52,7 +52,7 @@ class TensorRTBackend:
         try:
             gpu = _gpu()
         except BackendError as error:
-            return Availability(False, error.what, error.remedy)
+            return Availability(False, f"{installed.reason} is installed; {error.what}", error.remedy)
         return Availability(True, f"{installed.reason} on {gpu.name}, compute capability {gpu.compute_capability}")
 
     def can_build(self) -> Availability:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from bdexport.doctor import Report
 
-STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+STYLES = {"ok": "green", "build only": "cyan", "missing": "yellow", "broken": "red"}
 
 
 def doctor(
@@ -63,5 +63,5 @@ def remedies(report: Report) -> dict[str, list[str]]:
         if found.remedy is not None:
             names = lines.setdefault(found.remedy, [])
             if f"{found.name} {found.state}" not in names:  # a package and the backend named after it
-                names.append(f"{found.name} {found.state}")
+                names.append(f"{'backend ' * (found.group == 'backend')}{found.name} {found.state}")
     return lines

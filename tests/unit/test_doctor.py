@@ -169,3 +169,41 @@ def test_a_line_names_nothing_twice_and_does_not_send_back_here() -> None:
     assert remedies(Report(missing, NO_GPU)) == {"pip install x": ["tensorrt missing"]}
     code = "state, remedy = 'missing', 'install the NVIDIA driver; run `bdexport doctor`'; raise RuntimeError"
     assert run_probe(Probe("x", "backend", "sys", code, "", "")).remedy == "install the NVIDIA driver"
+
+
+@pytest.mark.parametrize(
+    ("builds", "state", "detail"),
+    [(True, "build only", "engines can be built here, not run: it is installed; no driver"), (False, "missing", None)],
+)
+def test_a_backend_that_only_lacks_a_driver(site: Path, builds: bool, state: str, detail: str | None) -> None:
+    """Oracle: the package is not what is missing, and what is stands in the remark and the remedy."""
+    from bdexport.cli.doctor import findings_table, remedies
+    from bdexport.doctor import _BACKEND
+
+    (site / "stand_in.py").write_text(
+        "class Answer:\n"
+        "    def __init__(self, ok, reason, remedy=None): self.ok, self.reason, self.remedy = ok, reason, remedy\n"
+        "class Backend:\n"
+        "    def available(self): return Answer(False, 'it is installed; no driver', 'install the driver')\n"
+        f"    def can_build(self): return Answer({builds}, 'it')\n"
+        "def backend_class(name): return Backend\n"
+    )
+    code = _BACKEND.format(name="it").replace("bdexport.backends", "stand_in")
+    found = run_probe(Probe("it", "backend", "stand_in", code, "install it", "again"))
+    assert (found.state, found.detail) == (state, detail or "it is installed; no driver")
+    shown = Report((Finding("it", "it", "ok", "1.0"), found), NO_GPU)
+    assert remedies(shown) == {"install the driver": [f"backend it {state}"]}
+    assert findings_table(shown).row_count == 2
+    assert shown.failure() == found
+
+
+def test_tensorrt_for_rtx_as_it_is_here() -> None:
+    """Oracle: the wheel and the driver that are here."""
+    pytest.importorskip("tensorrt_rtx")
+    found = run_probe(next(probe for probe in doctor._backend_probes() if probe.name == "tensorrt-rtx"))
+    if found.state == "ok":
+        pytest.skip("a GPU is here")
+    assert found.state == "build only"
+    assert "TensorRT for RTX" in found.detail
+    assert "is installed" in found.detail
+    assert "install the NVIDIA driver" in (found.remedy or "")

@@ -20,7 +20,7 @@ from bdexport.choose import decision
 from bdexport.config import BuildConfig, FusedConfig
 from bdexport.dataset import Dataset
 from bdexport.errors import BackendError, BdexportError, BuildError, UsageError
-from bdexport.fused import MaskCounts, choose_fused, counts_of_masks, sampled_masks
+from bdexport.fused import FusedPath, FusedPaths, MaskCounts, choose_fused, counts_of_masks, sampled_masks, shares_text
 from bdexport.parts import mask_to_text
 from bdexport.runtime import Orchestrator
 from bdexport.runtime.grouping import plan_batch
@@ -300,3 +300,11 @@ def test_a_choice_that_no_executor_has_is_the_manifests_fault(tmp_path: Path) ->
     with pytest.raises(BundleError, match=r'manifest.json: executor: choice: got "nonsense"'):
         executor_name("auto", manifest)
     assert executor_name("chain", manifest)[0] == "chain"
+
+
+def test_what_the_paths_cover_in_words() -> None:
+    """Oracle: English."""
+    one, two = FusedPath("000", 0.5), FusedPath("010", 0.25)
+    assert shares_text(FusedPaths("validation", 8, 0.5, (one,))) == "1 fused path covers 50.0 % of 8 validation images"
+    assert shares_text(FusedPaths("test", 8, 0.75, (one, two))) == "2 fused paths cover 75.0 % of 8 test images"
+    assert shares_text(FusedPaths("test", 8, 0.0, ())) == "0 fused paths cover 0.0 % of 8 test images"
