@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ import bdexport
 from bdexport.backends import backend_class
 from bdexport.backends.onnxruntime_common import NO_TELEMETRY, import_onnxruntime
 from bdexport.build import build_bundle
-from bdexport.calibrate import CalibrationRequest, calibrated, scales_for
-from bdexport.calibration_list import list_images, make_list, read_list, write_list
+from bdexport.calibrate import CalibrationRequest, calibrated, scales_for, scales_key
+from bdexport.calibration_list import CalibrationList, list_images, make_list, read_list, write_list
 from bdexport.cli.main import main
 from bdexport.config import BuildConfig, CalibrationConfig, VerifyConfig
 from bdexport.dataset import load_dataset
@@ -221,6 +221,37 @@ def test_a_drop_of_accuracy_fails(data: Path, tmp_path: Path) -> None:
     assert not other["ok"]
     with pytest.raises(VerificationError, match=r"accuracy \(.*\) on .* falls too far.*--max-drop"):
         require_accuracy(other, "onnxruntime int8")
+
+
+FILES = ("a/1.png", "a/2.png", "b/1.png")
+LISTED = CalibrationList("folder", "train", None, (3, 5, 8), FILES, "0" * 64)
+OTHERS = {
+    "nothing": replace(LISTED),
+    "one row": replace(LISTED, rows=(3, 5, 9)),
+    "the rows' order": replace(LISTED, rows=(5, 3, 8)),
+    "a row more": replace(LISTED, rows=(3, 5, 8, 9)),
+    "a row less": replace(LISTED, rows=(3, 5)),
+    "one name": replace(LISTED, files=("a/1.png", "a/2.png", "b/2.png")),
+    "the names' order": replace(LISTED, files=FILES[::-1]),
+    "a name more": replace(LISTED, files=(*FILES, "b/2.png")),
+    "no names": replace(LISTED, files=None),
+    "the pixels": replace(LISTED, sha256="1" * 64),
+    "the data set": replace(LISTED, dataset="cifar10"),
+    "the split": replace(LISTED, split="validation"),
+    "the shape": replace(LISTED, shape=(32, 32, 3)),
+}
+
+
+def test_a_key_covers_the_whole_list(tmp_path: Path) -> None:
+    """Property: lists that differ in anything, order included, have different keys; so have different networks."""
+    keys = {what: scales_key("a" * 64, chosen) for what, chosen in OTHERS.items()}
+    keys["the network"] = scales_key("b" * 64, LISTED)
+    assert len(set(keys.values())) == len(keys)
+    write_list(tmp_path / "list.json", LISTED)
+    assert scales_key("a" * 64, read_list(tmp_path / "list.json")) == keys["nothing"]  # by content, not by file
+    assert {field.name for field in fields(CalibrationList)} == {
+        *("dataset", "split", "shape", "rows", "files", "sha256")  # a field more belongs into the table above
+    }
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
