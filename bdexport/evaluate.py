@@ -153,7 +153,8 @@ def random_k(num_blocks: int, kept: int, seed: int) -> Strategy:
 
 def _checked(kept: int, num_blocks: int) -> int:
     if not 0 <= kept <= num_blocks:
-        raise UsageError("kept blocks", got=kept, expected=f"0 to {num_blocks}")
+        remedy = "choose K with --kept; all blocks are the row 'full', which is always there"
+        raise UsageError("kept blocks", got=kept, expected=f"0 to {num_blocks}", remedy=remedy)
     return kept
 
 
@@ -174,6 +175,9 @@ def evaluate_model(
     need no policy network: their FLOPs leave it out.
     """
     num_blocks = len(model.network.blocks)
+    decides = has_policy or model.gates is not None
+    for name in fixed:  # before minutes of measuring, not after
+        fixed_strategy(name, num_blocks if kept is None and decides else kept, seed, model)
     flops = count_flops(model, image_size)
     full = run_masks(model, batches("full"), keep_all(num_blocks))
     result: dict[str, Any] = {"full": {"accuracy": full.accuracy, "flops": flops.full}}
@@ -197,7 +201,9 @@ def fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) 
     num_blocks, stages = len(model.network.blocks), model.network.spec.stages
     if name and not set(name) - {"0", "1"}:
         if len(name) != num_blocks:
-            raise UsageError("fixed mask", got=f"{len(name)} blocks", expected=f"{num_blocks} characters, each 0 or 1")
+            expected = f"{num_blocks} characters, each 0 or 1"
+            remedy = "write one for each block, block 0 first; 'bdexport inspect' shows the masks of a bundle"
+            raise UsageError("fixed mask", got=f"{len(name)} characters", expected=expected, remedy=remedy)
         if "1" not in name:
             raise UsageError("fixed mask", got=name, expected="at least one block kept")
         return name, same_mask(mask_from_text(name, num_blocks))

@@ -38,16 +38,19 @@ NOT_COUNTED_REMEDY = "pass --dataset and --data, whose validation split is used"
 def check_fusing(config: FusedConfig, backend: Backend) -> None:
     """Raises UsageError for numbers that cannot be, and for fused paths of a backend that runs none."""
     if config.paths is not None and not 1 <= config.paths <= MOST_FUSED:
-        raise UsageError("--fused", got=config.paths, expected=f"1..{MOST_FUSED} paths")
+        remedy = f"leave it out for as many as cover {config.coverage:.0%} of the images"
+        raise UsageError("--fused", got=config.paths, expected=f"1..{MOST_FUSED} paths", remedy=remedy)
     if config.paths is not None and not fuses_paths(backend):
         what = f"--fused: backend {backend.name} runs no fused paths"
         raise UsageError(what, remedy="leave --fused out, or build for onnxruntime or openvino")
     if config.max_bundle_mb is not None and not config.max_bundle_mb > 0:
-        raise UsageError("--max-bundle-mb", got=config.max_bundle_mb, expected="a positive number")
+        remedy = "leave it out for a bundle of any size"
+        raise UsageError("--max-bundle-mb", got=config.max_bundle_mb, expected="a positive number", remedy=remedy)
     if config.quantise is not None and config.quantise not in RULES:
         raise UsageError("--quantise-masks", got=repr(config.quantise), expected=" or ".join(RULES))
     if config.quantise is not None and not fuses_paths(backend):
-        raise UsageError(f"--quantise-masks: backend {backend.name} runs no fused paths")
+        what = f"--quantise-masks: backend {backend.name} runs no fused paths"
+        raise UsageError(what, remedy="leave --quantise-masks out, or build for onnxruntime or openvino")
     if not 0 <= config.accuracy_budget <= 100:
         raise UsageError("--accuracy-budget", got=config.accuracy_budget, expected="points of accuracy, 0..100")
     if config.accuracy_budget != FusedConfig.accuracy_budget and config.quantise != "budget":

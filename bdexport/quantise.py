@@ -170,7 +170,7 @@ class QuantisationTable:
     ) -> None:
         self._bundle, self._session, self._images, self._labels, self._masks = bundle, session, images, labels, masks
         if bundle.manifest.fused is None:
-            raise UsageError(f"{bundle.path}: no fused paths to map masks to")
+            raise UsageError(f"{bundle.path}: no fused paths to map masks to", remedy="build it with --fused N")
         self._fused = bundle.manifest.fused
         self._observed: Observed | None = None
 

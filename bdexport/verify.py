@@ -422,12 +422,14 @@ def _badness(entry: dict[str, Any]) -> float:
 def _tolerance(config: VerifyConfig, precision: str) -> Tolerance:
     if precision not in config.tolerances:
         known = ", ".join(config.tolerances)
-        raise UsageError("no tolerance is set for this precision", got=precision, expected=known)
+        remedy = "rebuild the bundle in one of these with `bdexport build --precision P`"
+        raise UsageError("no tolerance is set for this precision", got=precision, expected=known, remedy=remedy)
     return config.tolerances[precision]
 
 
 def _opened(bundle: Bundle, threads: int | None, device: str | None) -> closing[Session]:
     backend = get_backend(bundle.manifest.backend)
     if not backend.computes:
-        raise UsageError(f"{bundle.path}: backend {backend.name} computes nothing, so there is nothing to verify")
+        what = f"{bundle.path}: backend {backend.name} computes nothing, so there is nothing to verify"
+        raise UsageError(what, remedy="build it for another backend")
     return closing(backend.open(bundle, RunOptions(device or default_device(backend), threads, fused=True)))

@@ -157,7 +157,8 @@ def _check(batch: int, rounds: int, turn: int, images: int) -> None:
         if value < 1:
             raise UsageError(name, got=value, expected="at least 1")
     if not 1 <= batch <= images:
-        raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)")
+        remedy = "take more images, or a smaller batch"
+        raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)", remedy=remedy)
 
 
 @contextmanager

@@ -438,7 +438,8 @@ def _check(orchestrator: Orchestrator, batch: int, rounds: int, images: int, con
     if rounds < 1:
         raise UsageError("rounds", got=rounds, expected="at least 1")
     if not 1 <= batch <= images:
-        raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)")
+        remedy = "take more images, or a smaller batch"
+        raise UsageError("batch", got=batch, expected=f"1..{images} (the number of images)", remedy=remedy)
     # A block is at most run, gathered and written back, a transition's shortcut beside it; and a few around them.
     per_call = 5 * orchestrator.manifest.num_blocks + 10
     if (paths := _fused_session(orchestrator)) is not None:  # the fifth side: a group for each path, and the rest

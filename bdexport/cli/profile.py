@@ -102,8 +102,11 @@ def _images(
         return chosen.arrays(preprocess), {"name": chosen.name, "split": chosen.split}
     height, width = preprocess.size
     if count * height * width * 3 > MAX_SYNTHETIC_BYTES:
+        remedy = "repeat fewer with --rounds"
         most = MAX_SYNTHETIC_BYTES // (height * width * 3)
-        raise UsageError("--images: too many to be made in memory", got=count, expected=f"at most {most}")
+        raise UsageError(
+            "--images: too many to be made in memory", got=count, expected=f"at most {most}", remedy=remedy
+        )
     return random_images(count, preprocess.size, seed=0), {"name": SYNTHETIC, "split": "none"}
 
 

@@ -60,7 +60,10 @@ def _ratios(ratio: float | None, per_stage: str | None, stages: int) -> list[flo
     from bdexport.errors import UsageError
 
     if (ratio is None) == (per_stage is None):
-        raise UsageError("how much to prune", expected="either --ratio or --per-stage")
+        got, remedy = (
+            ("both", "leave one of them out") if ratio is not None else ("neither", "pass one, e.g. --ratio 0.3")
+        )
+        raise UsageError("how much to prune: --ratio or --per-stage", got=got, remedy=remedy)
     if ratio is not None:
         return [ratio] * stages
     assert per_stage is not None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.dataset.base import Dataset, all_of
-from bdexport.dataset.pickles import read_pickle
+from bdexport.dataset.pickles import AGAIN, read_pickle
 from bdexport.dataset.splits import SplitSettings, split_rows
 from bdexport.errors import DatasetError
 
@@ -73,7 +73,9 @@ def load_cifar(layout: CifarLayout, data_dir: Path, split: str, settings: SplitS
         validation, train = split_rows(labels, (settings.validation_share,), settings.seed)
         rows = validation if split == "validation" else train
     if len(rows) == 0:
-        raise DatasetError(f"{folder}: too few images", got=len(labels), expected="some left for each split")
+        raise DatasetError(
+            f"{folder}: too few images", got=len(labels), expected="some left for each split", remedy=AGAIN
+        )
     return Dataset(layout.name, split, names, labels[rows], _gather(pixels, rows))
 
 
@@ -115,9 +117,11 @@ def _class_names(layout: CifarLayout, folder: Path) -> tuple[str, ...]:
     content = read_pickle(path)
     names = content.get(layout.names_key) if isinstance(content, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DatasetError(f"{path}: no list {layout.names_key!r} in it", remedy="unpack the data set again")
+        raise DatasetError(f"{path}: no list {layout.names_key!r} in it", remedy=AGAIN)
     if len(names) != layout.num_classes or len(set(names)) != len(names):
-        raise DatasetError(f"{path}: class names", got=f"{len(set(names))} of them", expected=layout.num_classes)
+        raise DatasetError(
+            f"{path}: class names", got=f"{len(set(names))} of them", expected=layout.num_classes, remedy=AGAIN
+        )
     return tuple(names)
 
 
@@ -125,14 +129,15 @@ def _read_batch(layout: CifarLayout, path: Path) -> tuple[NDArray[np.uint8], NDA
     """uint8 (N, 3072) and int64 (N,) of one file."""
     content = read_pickle(path)
     if not isinstance(content, dict) or not {"data", layout.labels_key} <= content.keys():
-        keys = ", ".join(map(repr, content)) if isinstance(content, dict) else type(content).__name__
+        keys = ", ".join(map(repr, content)) if isinstance(content, dict) else "no keys"
+        expected = f"'data', {layout.labels_key!r}"
         raise DatasetError(
-            f"{path}: not a batch of {layout.name}", got=keys[:200] or "{}", expected=f"'data', {layout.labels_key!r}"
+            f"{path}: not a batch of {layout.name}", got=keys[:200] or "{}", expected=expected, remedy=AGAIN
         )
     pixels = content["data"]
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
-        got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
-        raise DatasetError(f"{path}: wrong images", got=got, expected=f"uint8 (N, {PIXELS})")
+        got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else "no array"
+        raise DatasetError(f"{path}: wrong images", got=got, expected=f"uint8 (N, {PIXELS})", remedy=AGAIN)
     return pixels, _labels(content[layout.labels_key], len(pixels), layout, path)
 
 
@@ -140,12 +145,15 @@ def _labels(values: Any, count: int, layout: CifarLayout, path: Path) -> NDArray
     if isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise DatasetError(f"{path}: wrong labels", got=type(values).__name__, expected="a list of integers")
+        got = "a list of other things" if isinstance(values, list) else "no list"
+        raise DatasetError(f"{path}: wrong labels", got=got, expected="a list of integers", remedy=AGAIN)
     if len(values) != count or count == 0:
-        raise DatasetError(f"{path}: images and labels differ", got=f"{count} and {len(values)}", expected="as many")
+        got = f"{count} and {len(values)}"
+        raise DatasetError(f"{path}: images and labels differ", got=got, expected="as many", remedy=AGAIN)
     wrong = next((value for value in values if not 0 <= value < layout.num_classes), None)
     if wrong is not None:
-        raise DatasetError(f"{path}: label out of range", got=wrong, expected=f"0..{layout.num_classes - 1}")
+        expected = f"0..{layout.num_classes - 1}"
+        raise DatasetError(f"{path}: label out of range", got=wrong, expected=expected, remedy=AGAIN)
     return np.array(values, dtype=np.int64)
 
 

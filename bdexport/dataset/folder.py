@@ -94,7 +94,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
         if split is None or not _folders(folder):
             continue
         if split in parts:
-            raise DatasetError(f"{root}: two folders for {split}", got=f"{parts[split].name} and {folder.name}")
+            got = f"{parts[split].name} and {folder.name}"
+            raise DatasetError(f"{root}: two folders for {split}", got=got, remedy="rename or merge one of them")
         parts[split] = folder
     return parts
 
@@ -107,7 +108,8 @@ def _of_split_folders(
         return names, _samples(parts[split], names)
     if split == "test" or "train" not in parts:
         missing = "test" if split == "test" else "train"
-        raise DatasetError(f"{root}: no folder {missing}/ for the {split} split", got=f"{', '.join(sorted(parts))}")
+        got, remedy = ", ".join(sorted(parts)), f"add one with the same classes, or choose another split than {split}"
+        raise DatasetError(f"{root}: no folder {missing}/ for the {split} split", got=got, remedy=remedy)
     return names, _drawn(_samples(parts["train"], names), split, None, settings)
 
 
@@ -139,7 +141,8 @@ def _samples(folder: Path, names: tuple[str, ...]) -> Samples:
         classes = "class" if len(unknown) == 1 else "classes"
         is_not = "is not one" if len(unknown) == 1 else "are not"
         listed = ", ".join(map(repr, unknown))
-        raise DatasetError(f"{folder}: {classes} {listed} {is_not} of the training set's {len(names)}")
+        what = f"{folder}: {classes} {listed} {is_not} of the training set's {len(names)}"
+        raise DatasetError(what, remedy="name the folders as those of the training set, or remove them")
     ranked, empty = [], []
     for label, name in enumerate(names):
         if not (folder / name).is_dir():

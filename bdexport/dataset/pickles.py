@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bdexport.errors import DatasetError
 
+AGAIN = "unpack the data set again"
 NUMBERS = re.compile(r"[|<>=]?[biu][1248]")  # bool and integers: CIFAR holds nothing else
 
 
@@ -28,7 +29,7 @@ def read_pickle(path: Path) -> Any:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file", remedy="unpack the data set again") from None
+        raise DatasetError(f"{path}: no such file", remedy=AGAIN) from None
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror})") from error
     try:
@@ -38,9 +39,7 @@ def read_pickle(path: Path) -> Any:
             f"{path}: refused, its pickle asks for {error}", expected="arrays and lists only", remedy="do not use it"
         ) from error
     except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
-        raise DatasetError(
-            f"{path}: damaged pickle ({_one_line(error)})", remedy="unpack the data set again"
-        ) from error
+        raise DatasetError(f"{path}: damaged pickle ({_one_line(error)})", remedy=AGAIN) from error
 
 
 class _RefusedError(Exception):

@@ -62,10 +62,13 @@ class Sources:
     skipped: list[str] = field(default_factory=list)
 
 
+NAME_SOMETHING = "name RUN folders, checkpoints or JSON results of 'bdexport evaluate' or 'bdexport bench'"
+
+
 def read_sources(paths: Sequence[Path]) -> Sources:
     """Sort and read ``paths``. Raises UsageError (nothing there, a bundle), ReportError (a damaged file)."""
     if not paths:
-        raise UsageError("nothing to report on", expected="RUN folders, checkpoints or JSON results")
+        raise UsageError("nothing to report on", remedy=NAME_SOMETHING)
     found = Sources()
     names = unique_names([path for path in paths if path.suffix != ".json"])
     for path in dict.fromkeys(paths):
@@ -76,7 +79,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         else:
             found.trained.append(Trained(names[path], path))
     if not (found.trained or found.points or found.latencies):
-        raise UsageError("nothing to report on", got="; ".join(found.skipped))
+        raise UsageError("nothing to report on", got="; ".join(found.skipped), remedy=NAME_SOMETHING)
     return found
 
 

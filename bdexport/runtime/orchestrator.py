@@ -283,7 +283,8 @@ def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any) -> N
     most = max(LEAST_THREAD_LIMIT, usable_cores())  # beyond the cores, threads only take time from each other
     whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
     if threads is not None and not (whole and 1 <= threads <= most):
-        raise UsageError("threads", got=repr(threads), expected=f"a whole number in 1..{most}")
+        remedy = "leave it out for the backend's choice; more threads than cores only take time from each other"
+        raise UsageError("threads", got=repr(threads), expected=f"a whole number in 1..{most}", remedy=remedy)
     if device is not None and not (isinstance(device, str) and device):
         raise UsageError("device", got=repr(device), expected="a name, or None for the backend's own choice")
     if not isinstance(executor, str):

@@ -221,7 +221,10 @@ def _world() -> World:
         try:
             return int(text)
         except ValueError:
-            raise UsageError(f"environment variable {name}", got=repr(text), expected="a whole number") from None
+            remedy = "unset it, or start with torchrun, which sets it"
+            raise UsageError(
+                f"environment variable {name}", got=repr(text), expected="a whole number", remedy=remedy
+            ) from None
 
     size = number("WORLD_SIZE", "1")
     if size < 2:

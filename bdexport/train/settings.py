@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_WIDTH
@@ -46,21 +47,54 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
 }
 
 
+OPTION_OF = {  # settings that an option of ``bdexport train`` sets: what its user has typed
+    "method": "--method",
+    "seed": "--seed",
+    "precision": "--precision",
+    "fixed.mask": "--mask",
+    "fixed.kept": "--kept",
+    "distillation_weight": "--distillation",
+    "policy.wrong_prediction_penalty": "--gamma",
+    "policy.target_blocks": "--target-blocks",
+    "policy.exploration_bound": "--alpha",
+    "policy.finetune_bound_start": "--alpha",
+    "policy.finetune_bound_end": "--alpha",
+    "policy.estimator": "--estimator",
+    "policy.samples": "--samples",
+    "policy.reward": "--reward",
+    **{f"{phase}.epochs": f"--{phase}-epochs" for phase in ("pretrain", "prime", "adapt", "curriculum", "finetune")},
+    **{f"{phase}.batch": "--batch" for phase in ("pretrain", "adapt", "curriculum", "finetune")},
+}
+
+
+def how_to_set(path: str) -> str:
+    """The remedy for a wrong value of a setting: what sets it."""
+    option = f"{OPTION_OF[path]} or " if path in OPTION_OF else ""
+    return f"it is set by {option}--set {path}=VALUE"
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Raise :class:`UsageError` naming the first number that no run can work with."""
     for path, (low, high) in RANGES.items():
         group, _, name = path.rpartition(".")
         value = getattr(getattr(config, group) if group else config, name)
         if value is not None and not low <= value <= high:
-            raise UsageError(path, got=value, expected=f"at least {low:g}" if high == ANY else f"{low:g} to {high:g}")
+            expected = f"at least {low:g}" if high == ANY else f"{low:g} to {high:g}"
+            raise UsageError(path, got=value, expected=expected, remedy=how_to_set(path))
     if config.adapt.keep_low > config.adapt.keep_high:
-        raise UsageError("adapt.keep_low", got=config.adapt.keep_low, expected="at most adapt.keep_high")
+        raise UsageError(
+            "adapt.keep_low",
+            got=config.adapt.keep_low,
+            expected=f"at most adapt.keep_high, which is {config.adapt.keep_high}",
+            remedy=how_to_set("adapt.keep_low"),
+        )
     shares = config.finetune.full_share + config.finetune.level_share
     if shares > 0.99:
         raise UsageError(
             "finetune.full_share + finetune.level_share",
             got=round(shares, 4),
             expected="at most 0.99: the policy learns from the rest",
+            remedy="lower one of them with --set finetune.full_share=VALUE or --set finetune.level_share=VALUE",
         )
 
 
@@ -70,7 +104,8 @@ def per_stage(path: str, text: str, stages: int) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if len(words) != stages or not all(word.isdecimal() and 1 <= int(word) <= most for word in words):
         example = ",".join("1" * stages)
-        raise UsageError(path, got=repr(text), expected=f"{stages} numbers from 1 to {most}, like {example}")
+        expected = f"{stages} numbers from 1 to {most}, like {example}"
+        raise UsageError(path, got=repr(text), expected=expected, remedy=how_to_set(path))
     return tuple(int(word) for word in words)
 
 
@@ -86,7 +121,9 @@ def _with_field(settings: Settings, path: str, value: Any, whole: str) -> Settin
     head, _, rest = path.partition(".")
     names = [field.name for field in fields(settings)]
     if head not in names:
-        raise UsageError("unknown setting", got=repr(whole), expected=f"one of {', '.join(names)}")
+        raise UsageError(
+            "unknown setting", got=repr(whole), expected=f"one of {', '.join(names)}", remedy=_meant(whole)
+        )
     current = getattr(settings, head)
     if is_dataclass(current):
         if not rest:
@@ -94,9 +131,25 @@ def _with_field(settings: Settings, path: str, value: Any, whole: str) -> Settin
             raise UsageError("not one setting but a group", got=repr(path), expected=f"one of {inner}")
         return replace(settings, **{head: _with_field(current, rest, value, whole)})
     if rest:
-        raise UsageError("unknown setting", got=repr(whole), expected=head)
+        raise UsageError("unknown setting", got=repr(whole), expected=head, remedy=_meant(whole))
     kind = get_type_hints(type(settings))[head]
     return replace(settings, **{head: _converted(whole, value, kind)})
+
+
+def _meant(path: str) -> str | None:
+    """The settings of any group that ``path`` is most like; None where it is like none."""
+    config = TrainConfig()
+    groups = {field.name: getattr(config, field.name) for field in fields(config)}
+    known = [name for name, value in groups.items() if not is_dataclass(value)]
+    known += [
+        f"{group}.{field.name}"
+        for group, value in groups.items()
+        if is_dataclass(value) and not isinstance(value, type)
+        for field in fields(value)
+    ]
+    last = path.rpartition(".")[2]
+    similar = [name for name in known if name.rpartition(".")[2] == last] or get_close_matches(path, known, n=3)
+    return f"did you mean {' or '.join(similar)}?" if similar else None
 
 
 def with_assignments(settings: Settings, assignments: list[str]) -> Settings:
@@ -118,19 +171,21 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
     wanted = next(option for option in options if option is not type(None))
     if get_origin(wanted) is Literal:
         if value not in get_args(wanted):
-            raise UsageError(path, got=repr(value), expected=f"one of {', '.join(get_args(wanted))}")
+            expected = f"one of {', '.join(get_args(wanted))}"
+            raise UsageError(path, got=repr(value), expected=expected, remedy=how_to_set(path))
         return value
     if wanted is bool:
         return _boolean(path, value)
     try:
         converted = wanted(value)
     except (TypeError, ValueError):
-        raise UsageError(path, got=repr(value), expected=wanted.__name__) from None
+        expected = {int: "a whole number", float: "a number"}.get(wanted, "text")
+        raise UsageError(path, got=repr(value), expected=expected, remedy=how_to_set(path)) from None
     # A number is a count, a rate or a weight, but for those that RANGES lets be negative.
     lowest = min(0.0, RANGES.get(path, (0.0, ANY))[0])
     if isinstance(converted, float | int) and not lowest <= converted < ANY:
         expected = "a finite number, not negative" if lowest == 0 else f"a finite number, at least {lowest:g}"
-        raise UsageError(path, got=repr(value), expected=expected)
+        raise UsageError(path, got=repr(value), expected=expected, remedy=how_to_set(path))
     return converted
 
 
@@ -140,4 +195,4 @@ def _boolean(path: str, value: Any) -> bool:
     try:
         return words[str(value).lower()]
     except KeyError:
-        raise UsageError(path, got=repr(value), expected="true or false") from None
+        raise UsageError(path, got=repr(value), expected="true or false", remedy=how_to_set(path)) from None

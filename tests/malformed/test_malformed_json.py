@@ -83,32 +83,34 @@ def damaged(document: Any) -> Iterator[Any]:
     """Every value replaced by every wrong one, every key left out, every list and object given one more."""
     for path in places(document):
         for wrong in WRONG:
-            yield with_value(document, path, lambda _value, wrong=wrong: wrong)
-        yield with_value(document, path, lambda value: [*value, 7] if isinstance(value, list) else value)
+            yield with_value(document, path, wrong)
+        value = at(document, path)
+        if isinstance(value, list):
+            yield with_value(document, path, [*value, 7])
         if path and isinstance(path[-1], str):
             changed = copy.deepcopy(document)
-            inner = changed
-            for key in path[:-1]:
-                inner = inner[key]
-            del inner[path[-1]]
+            del at(changed, path[:-1])[path[-1]]
             yield changed
 
 
-def with_value(document: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
+def at(document: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        document = document[key]
+    return document
+
+
+def with_value(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not path:
-        return change(document)
+        return value
     changed = copy.deepcopy(document)
-    inner = changed
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = change(inner[path[-1]])
+    at(changed, path[:-1])[path[-1]] = value
     return changed
 
 
-def judge(read: Callable[[], object], damage: str) -> bool:
+def judge(read: Callable[[Any], object], document: Any, damage: str) -> bool:
     """Whether the reader refuses, and then in one line of ours that says what to do."""
     try:
-        read()
+        read(document)
     except BdexportError as error:
         text = str(error)
         assert not OF_PYTHON.search(text), f"{damage[:200]}: {text}"
@@ -144,8 +146,8 @@ def test_wrong_values(name: str, tmp_path: Path) -> None:
     """Property: whatever stands where in the document, its reader takes it or refuses it in words of ours."""
     document, make = READERS[name]
     read = make(tmp_path)
-    assert not judge(lambda: read(document), "untouched")
-    refused = [judge(lambda changed=changed: read(changed), shown(changed)) for changed in damaged(document)]
+    assert not judge(read, document, "untouched")
+    refused = [judge(read, changed, shown(changed)) for changed in damaged(document)]
     assert sum(refused) > len(refused) / 4  # or the reader looks at nothing
 
 
@@ -167,7 +169,7 @@ def test_changed_bytes(name: str, tmp_path: Path) -> None:
         if chance.random() < 0.2:
             data = data[: chance.randrange(len(data))]
         path.write_bytes(data)
-        judge(lambda: readers[name](path), repr(bytes(data)))
+        judge(readers[name], path, repr(bytes(data)))
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +186,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_wrong_values_in_a_manifest(manifest: dict[str, Any]) -> None:
     """Property: as above, for a whole manifest with fused paths and a mask mapping."""
-    parts = [*manifest["parts"][:1], *manifest["parts"][1:]]
-    small = manifest | {"training": {}, "parts": parts}
+    small = manifest | {"training": {}}
     refused = 0
     for path in places(small):
         if path[:1] == ("parts",) and len(path) > 1 and path[1] not in (0, 3):  # the other parts are like these
             continue
         for wrong in WRONG:
-            changed = with_value(small, path, lambda _value, wrong=wrong: wrong)
-            refused += judge(lambda changed=changed: manifest_from_json(changed), f"{path}: {wrong!r}")
+            refused += judge(manifest_from_json, with_value(small, path, wrong), f"{path}: {wrong!r}")
     assert refused > 1000
 
 
@@ -246,7 +246,8 @@ def test_what_is_no_json(data: bytes, said: str) -> None:
 
 def test_words() -> None:
     """Oracle: JSON's own names; a missing key by its name, an error of ours as it is."""
-    assert [json_kind(value) for value in ({}, [], "", 1, 1.5, None, True)] == [
+    values: list[Any] = [{}, [], "", 1, 1.5, None, True]
+    assert [json_kind(value) for value in values] == [
         *("an object", "a list", "a string", "a number", "a number", "null", "true")
     ]
     assert why(KeyError("rows")) == "rows is missing"

@@ -304,8 +304,8 @@ def test_command_prunes_and_says_what_is_left(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ([], 2, "how much to prune, expected either --ratio or --per-stage"),
-        (["--ratio", "0.5", "--per-stage", "0.5,0.5"], 2, "either --ratio or --per-stage"),
+        ([], 2, "how much to prune: --ratio or --per-stage: got neither; pass one"),
+        (["--ratio", "0.5", "--per-stage", "0.5,0.5"], 2, "got both; leave one of them out"),
         (["--ratio", "1"], 2, "pruning ratio: got 1.0, expected at least 0, below 1"),
         (["--ratio", "-0.1"], 2, "pruning ratio: got -0.1"),
         (["--ratio", "nan"], 2, "pruning ratio: got nan"),

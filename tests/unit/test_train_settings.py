@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import typer
 
+from bdexport.cli.app import build_app
 from bdexport.config import PRESETS, TrainConfig, preset
 from bdexport.errors import UsageError
-from bdexport.train.settings import RANGES, check_ranges, per_stage, with_assignments
+from bdexport.train.settings import OPTION_OF, RANGES, check_ranges, per_stage, with_assignments
 
 
 def test_assignments_reach_nested_fields_with_their_types() -> None:
@@ -95,3 +97,36 @@ def test_presets_open_every_block_before_the_curriculum_ends(name: str) -> None:
     for num_blocks in (3, 9, 15, 54):
         curriculum = preset(name, num_blocks).curriculum
         assert curriculum.epochs * curriculum.blocks_per_epoch >= num_blocks
+
+
+@pytest.mark.parametrize(
+    ("assignment", "remedy"),
+    [
+        ("policy.wrong_prediction_penalty=-1", "it is set by --gamma or --set policy.wrong_prediction_penalty=VALUE"),
+        ("policy.wrong_prediction_penalty=1e300", "it is set by --gamma or --set"),
+        ("finetune.batch=0", "it is set by --batch or --set finetune.batch=VALUE"),
+        ("finetune.batch=many", "got 'many', expected a whole number; it is set by --batch or --set"),
+        ("adapt.keep_high=2", "it is set by --set adapt.keep_high=VALUE"),
+        ("adapt.keep_high=0.1", "got 0.2, expected at most adapt.keep_high, which is 0.1; it is set by"),
+        ("retarget=perhaps", "it is set by --set retarget=VALUE"),
+        ("precision=fp8", "it is set by --precision or --set precision=VALUE"),
+        ("policy.sampels=3", "did you mean policy.samples"),
+        ("samples=3", "did you mean policy.samples?"),
+        ("batch=3", "did you mean pretrain.batch or prime.batch or adapt.batch or curriculum.batch or finetune.batch?"),
+    ],
+)
+def test_a_refused_setting_comes_with_what_sets_it(assignment: str, remedy: str) -> None:
+    """Oracle: the sentence; options have other names than the settings that they set."""
+    with pytest.raises(UsageError) as caught:
+        check_ranges(with_assignments(TrainConfig(), [assignment]))
+    assert remedy in str(caught.value)
+
+
+def test_the_options_that_are_named_exist() -> None:
+    """Oracle: the command's own options, and the settings."""
+    group = typer.main.get_group(build_app("train"))
+    options = {word for parameter in group.commands["train"].params for word in parameter.opts}
+    assert set(OPTION_OF.values()) <= options
+    for path in OPTION_OF:
+        owner, _, name = path.rpartition(".")
+        assert hasattr(getattr(TrainConfig(), owner) if owner else TrainConfig(), name)
