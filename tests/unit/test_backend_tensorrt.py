@@ -525,7 +525,7 @@ def test_without_a_gpu_it_does_not_run_and_says_why(bundle: BuiltBundle) -> None
     if available.ok:
         pytest.skip("there is a GPU")
     for use in (bdexport.load, verify_against_graphs):
-        with pytest.raises(BackendError, match=r"tensorrt-rtx: not available \(cuda: ") as caught:
+        with pytest.raises(BackendError, match=r"tensorrt-rtx: not available \(.* is installed; cuda: ") as caught:
             use(bundle)
         assert available.remedy is not None
         assert available.remedy in str(caught.value)
