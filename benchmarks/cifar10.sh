@@ -28,10 +28,11 @@ train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 40 --ta
   --fresh-policy --prime-epochs 20 --set policy.stem_stride=2 --set policy.stages=1,1,2 --out "$runs/resnet32"
 train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 40 "${rate[@]}" \
   --method fixed --mask search --kept 7 --out "$runs/resnet32-search7"
-train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 6 --target-blocks 8.9 \
+train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 28 --target-blocks 8.9 "${rate[@]}" \
+  --fresh-policy --prime-epochs 12 --set policy.stem_stride=2 --set policy.stages=1,1,2 \
   --set adapt.levels=27,16,10,7,5 --out "$runs/resnet56"
-train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 6 --method fixed --mask search --kept 9 \
-  --out "$runs/resnet56-search9"
+train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 28 "${rate[@]}" \
+  --method fixed --mask search --kept 9 --out "$runs/resnet56-search9"
 
 for run in resnet32 resnet56; do
   measure $run --fixed first-k --fixed random-k --fixed distribute-k
