@@ -4,7 +4,8 @@
 #   benchmarks/cifar10.sh CIFAR_FOLDER RESNET32_CHECKPOINT RESNET56_CHECKPOINT RUNS_FOLDER
 #
 # One thread for each run (OMP_NUM_THREADS=1). An interrupted call goes on where it was. The test set is read by
-# `bdexport evaluate` alone, after every choice. About eight hours on one core.
+# `bdexport evaluate` alone, after every choice. About seven hours on one core, by the sum of its parts;
+# it was not run in one go.
 set -euo pipefail
 cifar=$1 resnet32=$2 resnet56=$3 runs=$4
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

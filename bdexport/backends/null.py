@@ -10,7 +10,6 @@ with row ``int(|tag|) % rows`` of its table of masks. An engine file is JSON::
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from bdexport import files
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.errors import BackendError, InputError
-from bdexport.json_text import MalformedError, why
+from bdexport.json_text import MalformedError, parse_json, why
 from bdexport.parts import FULL, POLICY, Masks, mask_from_text
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def _wait(seconds: float) -> None:
 
 def _read_engine(path: Path, part: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_bytes())
         if data["schema"] != SCHEMA or data["part"] != part or not data["latency_ms"] >= 0:
             raise MalformedError("not this part's declaration")
         if data["masks"] is not None and not (data["masks"] and all(isinstance(mask, str) for mask in data["masks"])):

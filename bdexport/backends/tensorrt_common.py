@@ -20,7 +20,7 @@ from typing import Any
 
 from bdexport.errors import BackendError
 from bdexport.files import writing
-from bdexport.json_text import MalformedError, why
+from bdexport.json_text import MalformedError, parse_json, why
 
 SCHEMA = "bdexport-tensorrt-engine/1"
 PLAN, DESCRIPTION, LAYERS = "plan", "part.json", "layers.json"  # inside an engine file
@@ -199,7 +199,7 @@ def read_engine(path: Path, part: str, flavour: Flavour, remedy: str) -> tuple[E
     where = f"{part} [{flavour.name}]: {path}"
     try:
         with zipfile.ZipFile(path) as packed:
-            data = json.loads(packed.read(DESCRIPTION))
+            data = parse_json(packed.read(DESCRIPTION))
             plan = packed.read(PLAN)
         if data.pop("schema") != SCHEMA:
             raise MalformedError("another schema")

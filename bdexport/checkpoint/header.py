@@ -24,7 +24,7 @@ from bdexport.architecture import (
 from bdexport.checkpoint.fitting import shown
 from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_STAGES, MAX_WIDTH
 from bdexport.errors import BdexportError, CheckpointError
-from bdexport.json_text import MalformedError, why
+from bdexport.json_text import MalformedError, parse_json
 from bdexport.preprocess import Preprocess, Resampling
 
 FORMAT_VERSION = 1
@@ -64,9 +64,10 @@ def header_to_text(header: Header) -> str:
 def header_from_text(text: str, source: str) -> Header:
     """Check and read a header. Raises :class:`CheckpointError` naming ``source``, the field, and what it should be."""
     try:
-        data = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: the header is not JSON ({why(error)})") from error
+        data = parse_json(text.encode("utf-8", "surrogatepass"))
+    except MalformedError as error:
+        remedy = "copy the checkpoint again"
+        raise CheckpointError(f"{source}: the header is not JSON ({error})", remedy=remedy) from error
     top = _Field(f"{source}: header", data)
     _check_version(top)
     names = ("format_version", "network", "policy", "preprocess", "class_names", "training")
@@ -131,10 +132,6 @@ class _Field:
         if not isinstance(self.value, str) or not self.value or len(self.value) > limit or not self.value.isprintable():
             raise self.wrong(f"printable text of 1..{limit} characters")
         return self.value
-
-
-def _no_constant(name: str) -> Any:
-    raise MalformedError(f"{name} is not JSON")
 
 
 def _check_version(top: _Field) -> None:

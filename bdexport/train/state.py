@@ -26,7 +26,7 @@ import torch
 from bdexport.config import TrainConfig
 from bdexport.errors import TrainingError
 from bdexport.files import write_bytes, write_json, write_text
-from bdexport.json_text import MalformedError, why
+from bdexport.json_text import MalformedError, parse_json, why
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
 LAST_GOOD_FILE = "last_good.safetensors"
@@ -109,7 +109,7 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
         write_json(path, description)
         return False
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = parse_json(path.read_bytes())
         if not isinstance(before, dict):
             raise MalformedError("not an object")
         if isinstance(before.get("settings"), dict):  # a group that its version did not have: as if at its defaults

@@ -25,13 +25,14 @@ from typing import Any
 from bdexport.checkpoint import Checkpoint, load_checkpoint
 from bdexport.checkpoint.reading import checkpoint_file
 from bdexport.config import TrainConfig, preset
+from bdexport.dataset import needs_folder
 from bdexport.errors import BdexportError, CheckpointError, OutputError, UsageError
 from bdexport.files import sha256_file, writing
+from bdexport.json_text import MalformedError, parse_json, why
 from bdexport.zoo import CARD_SCHEMA, MAX_BYTES, zoo_folder
 from bdexport.zoo.card import card_to_markdown
 
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
-NEEDS_NO_FOLDER = ("digits",)
 TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "digits": 360}
 WHAT_THE_IMAGES_ARE = {
     "cifar10": "32x32 colour photographs of ten kinds of objects and animals",
@@ -145,9 +146,10 @@ def card_of(addition: Addition) -> dict[str, Any]:
 def _evaluation(path: Path, checkpoint: Checkpoint, dataset: str) -> dict[str, Any]:
     """What ``bdexport evaluate --json`` wrote, of the whole test set of ``dataset`` with a network like this one."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not the JSON of bdexport evaluate ({error})") from error
+        found = parse_json(path.read_bytes())
+    except (OSError, MalformedError) as error:
+        what, remedy = f"{path}: not the JSON of bdexport evaluate ({why(error)})", "evaluate again with --json FILE"
+        raise CheckpointError(what, remedy=remedy) from error
     if not isinstance(found, dict) or found.get("schema") != "bdexport.evaluate/1" or "checkpoint_sha256" not in found:
         raise CheckpointError(
             f"{path}: not the JSON of this version's bdexport evaluate", remedy="evaluate again with --json FILE"
@@ -224,7 +226,7 @@ def training_command(checkpoint: Checkpoint) -> str:
     for teacher in training.get("teachers", []):
         words += ["--teacher", teacher]
     words += ["--dataset", training["dataset"]["name"]]
-    if training["dataset"]["name"] not in NEEDS_NO_FOLDER:
+    if needs_folder(training["dataset"]["name"]):
         words += ["--data", "DIR"]
     words += ["--preset", recorded["preset"]]
     for name, value in changed_settings(recorded, checkpoint.network.num_blocks):
@@ -276,7 +278,7 @@ def _limits(checkpoint: Checkpoint, evaluation: dict[str, Any]) -> list[str]:
         f"The standard error of the accuracy on {dataset['images']} images is "
         f"{standard_error(policy['accuracy'], dataset['images']):.2f} points.",
     ]
-    if dataset["name"] not in NEEDS_NO_FOLDER:
+    if needs_folder(dataset["name"]):
         limits.append(
             "Which images are the validation split follows from their order in the data folder: in a copy in another "
             "order, it holds images that this model was trained on. The test images are held out in every copy."
