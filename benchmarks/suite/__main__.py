@@ -60,9 +60,9 @@ def public_command(arguments: Sequence[str]) -> str:
     words, before = [], ""
     for word in arguments:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if before in FOLDERS or option in FOLDERS and equals:
+        if before in FOLDERS or (option in FOLDERS and equals):
             value = Path(value).name
-        elif before == "--checkpoint" or option == "--checkpoint" and equals:
+        elif before == "--checkpoint" or (option == "--checkpoint" and equals):
             name, _, path = value.partition("=")
             value = f"{name}={path if path.startswith('zoo:') else Path(path).name}"
         words.append(f"{option}{equals}{value}")
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"default: {default.minutes:g}, shared out by what cells need; {default.least_rounds} rounds at least of each",
+        help=f"default: {default.minutes:g}; shared out by what cells need, at least {default.least_rounds} rounds each",
     )
     parser.add_argument(
         *("--checkpoint",), type=_pair, action="append", default=[], metavar="NAME=CKPT", help="a trained policy"

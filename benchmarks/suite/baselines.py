@@ -74,7 +74,9 @@ def full_baselines(cell: Cell, network: Network, config: SuiteConfig, work: Path
         found.append(FullBaseline(ORT_INT8, "int8", int8))
     if "openvino" in config.kinds:
         found += [
-            FullBaseline(name, precision, lambda precision=precision: _openvino_full(network, cell, precision, config, work))  # type: ignore[misc]
+            FullBaseline(
+                name, precision, lambda precision=precision: _openvino_full(network, cell, precision, config, work)
+            )  # type: ignore[misc]
             for precision, name in OPENVINO_FULL.items()
         ]
     if "cuda" in config.kinds and not GPU_ONLY():

@@ -43,7 +43,9 @@ class Pilots:
             if data["key"] != to_plain(dict(key)):
                 return None
             rounds = data["rounds"]
-            return Cost(float(data["setup_s"]), float(data["round_s"]), PREPARED, None if rounds is None else int(rounds))
+            return Cost(
+                float(data["setup_s"]), float(data["round_s"]), PREPARED, None if rounds is None else int(rounds)
+            )
         except (OSError, MalformedError, KeyError, TypeError, ValueError):
             return None
 

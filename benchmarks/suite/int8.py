@@ -25,7 +25,9 @@ SAMPLES = "cifar10-samples"
 Progress = Callable[[str, float, int], None]
 
 
-def scales_kept(network: Network, config: SuiteConfig, work: Path, progress: Progress | None = None) -> CalibrationRequest:
+def scales_kept(
+    network: Network, config: SuiteConfig, work: Path, progress: Progress | None = None
+) -> CalibrationRequest:
     """Gather this network's scales unless an earlier run kept them; what tells a build where they are.
 
     The classes of the data set need not be the network's: only pixels count.

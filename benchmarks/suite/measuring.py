@@ -57,7 +57,9 @@ def measure(
     return Rounds({name: np.array(values) for name, values in times.items()}, ended - started)
 
 
-def call_seconds(step: Step, again_below_s: float = 1.0, clock: Callable[[], float] = perf_counter) -> tuple[Any, float]:
+def call_seconds(
+    step: Step, again_below_s: float = 1.0, clock: Callable[[], float] = perf_counter
+) -> tuple[Any, float]:
     """What a call returns, and the seconds that it takes; the first may make kernels, so a short one is made twice."""
     begin = clock()
     returned = step(0)

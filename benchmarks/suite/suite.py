@@ -152,7 +152,9 @@ def run_suite(
     _plot(plain, out)
     for name, why in not_measured.items():
         err_console.print(f"not measured: {name}: {why}", soft_wrap=True)
-    err_console.print(f"{len(found)} of {len(run.cells)} cells, with tables and plots: {out / 'suite.md'}", soft_wrap=True)
+    err_console.print(
+        f"{len(found)} of {len(run.cells)} cells, with tables and plots: {out / 'suite.md'}", soft_wrap=True
+    )
     return dict(plain)
 
 
@@ -187,9 +189,7 @@ def _measure_cells(run: Run) -> dict[str, str]:
     return not_measured
 
 
-def _measured(
-    cell: Cell, run: Run, cost: Cost, share: Share, ends: float, title: str
-) -> tuple[dict[str, Any], int]:
+def _measured(cell: Cell, run: Run, cost: Cost, share: Share, ends: float, title: str) -> tuple[dict[str, Any], int]:
     """One cell's result and its number of rounds."""
     config, chosen = run.config, run.networks[cell]
     torch.set_num_threads(cell.threads)

@@ -78,9 +78,7 @@ def _usual(cells: Cells) -> list[str]:
 
 def _names(cells: Cells) -> list[str]:
     """Contestants of any of the cells but policies, in the first's order."""
-    return list(
-        dict.fromkeys(one["name"] for cell in cells for one in cell["contestants"] if one["group"] != "policy")
-    )
+    return list(dict.fromkeys(one["name"] for cell in cells for one in cell["contestants"] if one["group"] != "policy"))
 
 
 def _auto(name: str, cells: Cells) -> str:
