@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,7 +62,7 @@ class DynamicBaseline:
 
 
 def full_baselines(cell: Cell, network: Network, config: SuiteConfig, work: Path) -> list[FullBaseline]:
-    """Those of the kinds that are asked for: they compute here, or say why not. ``work``: int8's graphs are kept there."""
+    """Those of the kinds asked for: they compute here, or say why not. ``work``: int8's graphs are kept there."""
     found: list[FullBaseline] = []
     if "torch" in config.kinds:
         found.append(FullBaseline(TORCH_FULL, "fp32", lambda: _torch_full(network, cell)))
@@ -73,12 +74,9 @@ def full_baselines(cell: Cell, network: Network, config: SuiteConfig, work: Path
         int8 = lambda: _ort_full(int8_full_graph(network, "onnxruntime", config, work), cell, cpu)  # noqa: E731
         found.append(FullBaseline(ORT_INT8, "int8", int8))
     if "openvino" in config.kinds:
-        found += [
-            FullBaseline(
-                name, precision, lambda precision=precision: _openvino_full(network, cell, precision, config, work)
-            )  # type: ignore[misc]
-            for precision, name in OPENVINO_FULL.items()
-        ]
+        for precision, name in OPENVINO_FULL.items():
+            make = partial(_openvino_full, network, cell, precision, config, work)
+            found.append(FullBaseline(name, precision, make))
     if "cuda" in config.kinds and not GPU_ONLY():
         cuda = "CUDAExecutionProvider"
         found.append(FullBaseline(CUDA_GRAPHS, "fp32", lambda: _cuda_graphs(network, cell)))

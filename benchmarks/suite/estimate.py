@@ -42,10 +42,8 @@ class Pilots:
             data = parse_json(self._path(cell).read_bytes())
             if data["key"] != to_plain(dict(key)):
                 return None
-            rounds = data["rounds"]
-            return Cost(
-                float(data["setup_s"]), float(data["round_s"]), PREPARED, None if rounds is None else int(rounds)
-            )
+            rounds = None if data["rounds"] is None else int(data["rounds"])
+            return Cost(float(data["setup_s"]), float(data["round_s"]), PREPARED, rounds)
         except (OSError, MalformedError, KeyError, TypeError, ValueError):
             return None
 

@@ -1,8 +1,8 @@
-"""What int8 needs: scales gathered on images through bdexport's own calibration, and the full network's graph with them.
+"""What int8 needs: scales from bdexport's own calibration, and the full network's graph with them.
 
-Images: those of ``--dataset`` where its folder is given (the training split), else the samples that ship with bdexport,
-also for networks of another size, to which they are enlarged. Random weights have no accuracy that int8 could lose: there
-only the time counts.
+Images: those of ``--dataset`` where its folder is given (the training split), else the samples that ship with
+bdexport, also for networks of another size, to which they are enlarged. Random weights have no accuracy that int8 could
+lose: there only the time counts.
 """
 
 from __future__ import annotations

@@ -132,9 +132,9 @@ class Share:
 def share_out(costs: Sequence[Cost], seconds: float, least: int, most: int) -> list[Share]:
     """How many rounds each cell gets within ``seconds``.
 
-    In order, each cell gets the ``least`` number if that fits in what is left. What remains goes to all of those in
-    rounds that are proportional to 1 / sqrt(their seconds), up to ``most``: for the time that is spent, this makes the sum of the
-    cells' variances smallest.
+    In order, each cell gets the ``least`` number if that fits in what is left. What remains goes to all of those, in
+    rounds that are proportional to 1 / sqrt(a round's seconds), up to ``most``: for the time that is spent, this makes
+    the sum of the cells' variances smallest.
     """
     left, chosen = seconds, []
     for index, cost in enumerate(costs):

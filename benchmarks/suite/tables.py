@@ -1,4 +1,4 @@
-"""The result as Markdown: for each model and number of threads one table over batches, then what belongs to all of it."""
+"""The result as Markdown: for each model and number of threads one table over batches; then what belongs to all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ Cells = list[dict[str, Any]]
 USAGE = {"trained": "blocks as the trained policy decides", "random": "random masks"}
 MARK = " (auto)"
 LEGEND = (
-    "Times are medians in ms of calls that alternate with all the others of their model, batch and threads, on the same "
-    "images: `ms`; `x` how many times as fast as the best full network of the same precision, whoever's it is (in bold); "
-    "`eff.` (policy's own time + the paths' share of FLOPs x the same engine's full time) / time. `[a, b]`: 95 % bootstrap "
-    "interval over the rounds. `(auto)`: what `auto` means for that bundle. More: `benchmarks/README.md`."
+    "Times are medians in ms of calls that alternate with all the others of their model, batch and threads, on the "
+    "same images: `ms`; `x` how many times as fast as the best full network of the same precision, whoever's it is (in "
+    "bold); `eff.` (policy's own time + the paths' share of FLOPs x the same engine's full time) / time. `[a, b]`: "
+    "95 % bootstrap interval over the rounds. `(auto)`: what `auto` means for that bundle. More: `benchmarks/README.md`."
 )
 RANDOM_INT8 = "The weights are random: times count, and int8's accuracy means nothing."
 
@@ -183,8 +183,8 @@ def _sweep(cell: dict[str, Any]) -> list[str]:
     ]
     heads = [*(f"{count}" for count in kept), "at no block", "should be", "per block", "r2"]
     return [
-        f"Median ms at batch 1 by kept blocks of {cell['num_blocks']} (random masks that have an engine of their own in "
-        f"`fused`; {cell['rounds']} rounds), and the straight line through them. Full: {'; '.join(full) or 'none'}.",
+        f"Median ms at batch 1 by kept blocks of {cell['num_blocks']} (random masks; `fused` has an engine for each; "
+        f"{cell['rounds']} rounds), and the line through them. Full: {'; '.join(full) or 'none'}.",
         "",
         f"| who | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(heads)}",
@@ -211,7 +211,7 @@ def _footprints(cells: Cells) -> list[str]:
     threads = cells[0]["cell"]["threads"]
     lines = [
         *("", f"## Load time and memory, {threads} thread{'s' * (threads != 1)}", ""),
-        "| model | engine | load bundle, s | load full alone, s | RSS of bundle, MB | RSS of full, MB | bundle / full |",
+        "| model | engine | load bundle, s | load full alone, s | RSS bundle, MB | RSS full, MB | bundle / full |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for cell in cells:
