@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"default: {default.minutes:g}; shared out by what cells need, at least {default.least_rounds} rounds each",
+        help=f"default: {default.minutes:g}; shared out by need, at least {default.least_rounds} rounds each",
     )
     parser.add_argument(
         *("--checkpoint",), type=_pair, action="append", default=[], metavar="NAME=CKPT", help="a trained policy"

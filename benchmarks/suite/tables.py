@@ -12,7 +12,7 @@ LEGEND = (
     "Times are medians in ms of calls that alternate with all the others of their model, batch and threads, on the "
     "same images: `ms`; `x` how many times as fast as the best full network of the same precision, whoever's it is (in "
     "bold); `eff.` (policy's own time + the paths' share of FLOPs x the same engine's full time) / time. `[a, b]`: "
-    "95 % bootstrap interval over the rounds. `(auto)`: what `auto` means for that bundle. More: `benchmarks/README.md`."
+    "95 % bootstrap interval over the rounds. `(auto)`: what `auto` means for that bundle. More: benchmarks/README.md."
 )
 RANDOM_INT8 = "The weights are random: times count, and int8's accuracy means nothing."
 
