@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from bdexport.parts import POLICY, Masks
 from bdexport.runtime import Orchestrator
 from bdexport.runtime.executors import executor_name, usable_executors
 from benchmarks.suite.baselines import GPU_ONLY, dynamic_baselines, full_baselines
-from benchmarks.suite.int8 import scales_kept
+from benchmarks.suite.int8 import scales_kept, scales_source
 from benchmarks.suite.measuring import Step, call_seconds
 from benchmarks.suite.networks import Inputs, Network, bundle, variants
 from benchmarks.suite.plan import Cell, SuiteConfig
@@ -187,9 +188,9 @@ def bundle_of(
 ) -> Bundle:
     """The network's bundle, from ``work`` or built now; a backend that cannot run here is not built for."""
     get_backend(backend)
-    return bundle(
-        network, backend, precision, work, lambda: scales_kept(network, config, work, progress), progress=progress
-    )
+    calibration = partial(scales_kept, network, config, work, progress)
+    source = scales_source(network, config)
+    return bundle(network, backend, precision, work, calibration, source, progress)
 
 
 def warm_up(orchestrator: Orchestrator, batch: int) -> None:

@@ -32,38 +32,43 @@ def scales_kept(
 
     The classes of the data set need not be the network's: only pixels count.
     """
-    kept = CalibrationRequest(_settings(network, config, work))
-    mark = work / FOLDER / f"{network.label}.done"
+    settings = _settings(network, config, work)
+    mark = Path(settings.folder) / f"{network.label}.done"
     if not mark.is_file():
+        dataset, data = _source(network, config)
+        request = CalibrationRequest(settings, dataset, data)
         with tempfile.TemporaryDirectory() as folder:
             graphs = export_parts(network.model, network.checkpoint.preprocess, Path(folder), progress=progress)
-            scales_for(network.model, graphs, network.checkpoint.preprocess, _request(network, config, work))
+            scales_for(network.model, graphs, network.checkpoint.preprocess, request)
         write_bytes(mark, b"")
-    return kept
+    return CalibrationRequest(settings)
 
 
 def int8_full_graph(network: Network, backend: str, config: SuiteConfig, work: Path) -> bytes:
     """The undropped network with Q/DQ nodes as ``backend`` takes them best, made once and kept in ``work``."""
-    path = work / "graphs" / f"{network.label}-{backend}-int8.onnx"
+    path = work / "graphs" / f"{network.label}-{backend}-int8-{scales_source(network, config)}.onnx"
     if not path.is_file():
         with tempfile.TemporaryDirectory() as folder:
             graphs = export_parts(network.model, network.checkpoint.preprocess, Path(folder, "fp32"))
-            scales, _ = scales_for(
-                network.model, graphs, network.checkpoint.preprocess, scales_kept(network, config, work)
-            )
+            kept = scales_kept(network, config, work)
+            scales, _ = scales_for(network.model, graphs, network.checkpoint.preprocess, kept)
             made = typed_graphs({FULL: graphs[FULL]}, INT8, backend, Path(folder), scales)
             write_bytes(path, made[FULL].read_bytes())
     return path.read_bytes()
 
 
-def _request(network: Network, config: SuiteConfig, work: Path) -> CalibrationRequest:
+def scales_source(network: Network, config: SuiteConfig) -> str:
+    """The data set that int8's scales come from; part of the name of what is made with them."""
+    return _source(network, config)[0]
+
+
+def _source(network: Network, config: SuiteConfig) -> tuple[str, Path | None]:
     """The data set's training images where there are any, else the samples."""
-    fits = network.trained and config.data is not None
-    dataset, data = (config.dataset, config.data) if fits else (SAMPLES, None)
-    return CalibrationRequest(_settings(network, config, work), dataset, data)
+    return (config.dataset, config.data) if network.trained and config.data is not None else (SAMPLES, None)
 
 
 def _settings(network: Network, config: SuiteConfig, work: Path) -> CalibrationConfig:
     large = network.checkpoint.preprocess.size[0] > 64  # two activations of all images are held at a time
     images = config.calibration_images // (4 if large else 1)
-    return CalibrationConfig(images=max(1, images), batch=8 if large else 64, folder=str(work / FOLDER))
+    folder = work / FOLDER / scales_source(network, config)
+    return CalibrationConfig(images=max(1, images), batch=8 if large else 64, folder=str(folder))

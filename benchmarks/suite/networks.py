@@ -129,14 +129,15 @@ def bundle(
     precision: str,
     work: Path,
     calibration: Callable[[], CalibrationRequest] | None = None,
+    source: str = "",
     progress: Callable[[str, float, int], None] | None = None,
 ) -> Bundle:
     """The bundle of a network, built unless an earlier run left it. Raises what the build raises.
 
-    ``calibration``: where int8's scales are; only called where a bundle is built.
+    ``calibration``: where int8's scales are, called only where a bundle is built; ``source``: whose images they are of.
     """
     config = BuildConfig(backend=backend, precision=precision)
-    settings = zlib.crc32(repr(config).encode())
+    settings = zlib.crc32((repr(config) + (source if precision == "int8" else "")).encode())
     out = work / f"{chosen.label}-{backend}-{precision}-{settings:08x}"
     if out.is_dir():
         try:

@@ -35,7 +35,7 @@ class SuiteConfig:
     threads: tuple[int, ...] = (1,)
     kinds: tuple[str, ...] = tuple(KINDS)
     minutes: float = 20.0
-    sweep: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the blocks, at batch 1
+    sweep: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the blocks, one image
     random_kept: float = 0.33  # of the blocks, where no trained policy is given
     checkpoints: dict[str, str] = field(default_factory=lambda: dict(ZOO))
     dataset: str = "cifar10-samples"  # whose test images the trained cells run
@@ -50,7 +50,7 @@ class SuiteConfig:
     pause_s: float = 0.003  # between turns with several threads: until the pool before has stopped spinning
     compile_batches: tuple[int, ...] = (1,)  # torch.compile takes about a minute for each
     large_image_batches: tuple[int, ...] = (1,)  # of those asked for, the ones at 224 x 224 within ``minutes``
-    footprint: bool = True  # load time and memory, with the first number of threads
+    footprint: bool = True  # load time and memory
 
 
 QUICK = SuiteConfig(
@@ -80,15 +80,19 @@ class Cell:
 
 
 def cells(config: SuiteConfig) -> list[Cell]:
-    """Every cell in order: by family, then kind and batch, then model; the footprint last of its family."""
+    """Every cell in order: by family, then kind and batch, then model; the footprint last of its family.
+
+    Sweep and footprint have the first number of threads only: they say how cost grows, which more threads do not change.
+    """
     found: list[Cell] = []
     for family in (CIFAR_MODELS, IMAGENET_MODELS):
         models = [model for model in config.models if model in family]
         large = family is IMAGENET_MODELS
         batches = [batch for batch in config.batches if not large or batch in config.large_image_batches]
         for kind, batch in _rows(batches):
-            own = config.footprint and "bdexport" in config.kinds
-            threads = config.threads[: int(own)] if kind == "footprint" else config.threads
+            threads = config.threads if kind == "usage" else config.threads[:1]
+            if kind == "footprint" and not (config.footprint and "bdexport" in config.kinds):
+                continue
             found += [Cell(model, _usage(config, model, kind), batch, count) for count in threads for model in models]
     return found
 

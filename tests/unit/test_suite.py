@@ -84,10 +84,11 @@ def test_small_networks_and_single_images_come_first() -> None:
     assert len({cell.name for cell in plan}) == len(plan)
 
 
-def test_footprints_and_kinds_are_left_out_where_nothing_needs_them() -> None:
-    """Oracle: counting: load time is measured with the first number of threads only, and not without bdexport."""
+def test_cells_are_left_out_where_nothing_needs_them() -> None:
+    """Oracle: counting: sweep and load time have the first number of threads only; no load time without bdexport."""
     config = SuiteConfig(models=("resnet32",), threads=(1, 2))
-    assert [cell.threads for cell in cells(config) if cell.usage == "footprint"] == [1]
+    for usage, threads in (("trained", 4 * [1, 2]), ("sweep", [1]), ("footprint", [1])):
+        assert [cell.threads for cell in cells(config) if cell.usage == usage] == threads
     for other in (replace(config, kinds=("torch",)), replace(config, footprint=False)):
         assert not [cell for cell in cells(other) if cell.usage == "footprint"]
 
