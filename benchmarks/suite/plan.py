@@ -82,7 +82,7 @@ class Cell:
 def cells(config: SuiteConfig) -> list[Cell]:
     """Every cell in order: by family, then kind and batch, then model; the footprint last of its family.
 
-    Sweep and footprint have the first number of threads only: they say how cost grows, which more threads do not change.
+    Sweep and footprint have the first number of threads only: how cost grows is drawn once.
     """
     found: list[Cell] = []
     for family in (CIFAR_MODELS, IMAGENET_MODELS):
