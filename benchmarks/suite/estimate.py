@@ -7,8 +7,9 @@ were measured. It says what fits before anything is built; preparing says it bet
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,40 +17,45 @@ import torch
 from bdexport.cli.console import to_plain
 from bdexport.files import write_json
 from bdexport.json_text import MalformedError, parse_json
-from benchmarks.suite.measuring import call_seconds
 from benchmarks.suite.networks import Network
 from benchmarks.suite.plan import Cell, Cost, Share, SuiteConfig
 
 FOOTPRINT_REPEATS = 3
 PILOT_IMAGES = 8  # of a larger batch; times go with the images beyond it
+PILOT_S = 0.5
 FIELD_SHARE = 0.27  # mean time of a contestant, of PyTorch's eager full network at batch 1 (results of 2026-11-25)
 ENGINES, FULL_BASELINES = 5, 6  # backends and precisions of ours on a CPU; engines of others
 SETUP_S = {"trained": 6.0, "random": 6.0, "sweep": 12.0, "footprint": 0.0}  # ResNet-32's ..
 SETUP_CALLS = {"trained": 60, "random": 60, "sweep": 1500, "footprint": 0}  # .. and so many of those calls more
 FOOTPRINT_S = 2.5  # of one process
+Eager = dict[tuple[str, int, int], float]  # s of one call of PyTorch's full network by model, images, threads
 PREPARED, ESTIMATED = "pilot", "estimate"
 
 
 class Pilots:
-    """What cells took when they were prepared: ``WORK/pilots``, one JSON file for each cell."""
+    """What cells took when they were prepared: ``WORK/pilots``, one JSON file for each cell.
+
+    With it goes what PyTorch's eager full network took for one image at that time (``eager_s``): a machine that is busy
+    with other things while it prepares is faster later.
+    """
 
     def __init__(self, work: Path) -> None:
         self._folder = work / "pilots"
 
-    def load(self, cell: Cell, key: Mapping[str, Any]) -> Cost | None:
-        """None for a cell that was not prepared under this key, or whose file is damaged."""
+    def load(self, cell: Cell, key: Mapping[str, Any]) -> tuple[Cost, float] | None:
+        """Cost and ``eager_s``; None for a cell that was not prepared under this key, or whose file is damaged."""
         try:
             data = parse_json(self._path(cell).read_bytes())
             if data["key"] != to_plain(dict(key)):
                 return None
             rounds = None if data["rounds"] is None else int(data["rounds"])
-            return Cost(float(data["setup_s"]), float(data["round_s"]), PREPARED, rounds)
+            return Cost(float(data["setup_s"]), float(data["round_s"]), PREPARED, rounds), float(data["eager_s"])
         except (OSError, MalformedError, KeyError, TypeError, ValueError):
             return None
 
-    def save(self, cell: Cell, key: Mapping[str, Any], cost: Cost) -> None:
+    def save(self, cell: Cell, key: Mapping[str, Any], cost: Cost, eager_s: float) -> None:
         """Whole or not at all."""
-        write_json(self._path(cell), to_plain({"key": dict(key), **asdict(cost)}))
+        write_json(self._path(cell), to_plain({"key": dict(key), "eager_s": eager_s, **asdict(cost)}))
 
     def clear(self) -> None:
         """Forget them all."""
@@ -60,7 +66,7 @@ class Pilots:
         return self._folder / f"{cell.name}.json"
 
 
-def estimated(cell: Cell, network: Network, config: SuiteConfig, known: dict[tuple[str, int, int], float]) -> Cost:
+def estimated(cell: Cell, network: Network, config: SuiteConfig, known: Eager) -> Cost:
     """A rough :class:`Cost`, from a pilot of at most ``PILOT_IMAGES`` images; ``known`` keeps pilots already made."""
     engines = ENGINES if "bdexport" in config.kinds else 0
     if cell.usage == "footprint":
@@ -69,22 +75,34 @@ def estimated(cell: Cell, network: Network, config: SuiteConfig, known: dict[tup
     executors = 1 if cell.usage == "random" else 2
     others = len(set(config.kinds) & {"torch", "compile", "onnxruntime", "openvino", "if-graph"})
     contestants = engines * (2 + executors * levels) + round(FULL_BASELINES * others / 5) + levels
-    eager = _eager_seconds(cell.batch, cell, network, known)
-    single = _eager_seconds(1, cell, network, known)
+    eager = eager_seconds(cell.batch, cell, network, known)
+    single = eager_seconds(1, cell, network, known)
     warm = 1 + (config.warm_calls if FIELD_SHARE * eager < config.warm_below_s else 0)
     setup = SETUP_S[cell.usage] + SETUP_CALLS[cell.usage] * single + 2 * contestants * FIELD_SHARE * eager
     return Cost(setup, contestants * warm * FIELD_SHARE * eager, ESTIMATED)
 
 
-def _eager_seconds(batch: int, cell: Cell, network: Network, known: dict[tuple[str, int, int], float]) -> float:
-    """One call of PyTorch's full network at this batch, with the cell's threads."""
+def scaled(cost: Cost, by: float) -> Cost:
+    """The same for a machine that needs ``by`` times as long."""
+    return replace(cost, setup_s=by * cost.setup_s, round_s=by * cost.round_s)
+
+
+def eager_seconds(batch: int, cell: Cell, network: Network, known: Eager) -> float:
+    """What a call of PyTorch's full network takes at this batch with the cell's threads: the mean, which other work on
+    the machine lengthens as it does everything.
+    """
     images = min(batch, PILOT_IMAGES)
     key = cell.model, images, cell.threads
     if key not in known:
         torch.set_num_threads(cell.threads)
         x = torch.zeros(images, 3, *network.checkpoint.preprocess.size)
         with torch.inference_mode():
-            known[key] = call_seconds(lambda _number: network.model.network(x))[1]
+            network.model.network(x)
+            began, calls = perf_counter(), 0
+            while not calls or perf_counter() - began < PILOT_S:
+                network.model.network(x)
+                calls += 1
+        known[key] = (perf_counter() - began) / calls
     return known[key] * batch / images
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import rmtree
@@ -18,11 +19,20 @@ from bdexport.errors import BdexportError
 from bdexport.files import check_writable, write_json, write_text
 from bdexport.hardware import machine, package_versions
 from benchmarks.suite.contestants import bundle_of, field_of, pause_s
-from benchmarks.suite.estimate import FOOTPRINT_REPEATS, PREPARED, Pilots, estimated, plan_table
+from benchmarks.suite.estimate import (
+    FOOTPRINT_REPEATS,
+    PREPARED,
+    Eager,
+    Pilots,
+    eager_seconds,
+    estimated,
+    plan_table,
+    scaled,
+)
 from benchmarks.suite.footprint import footprints
 from benchmarks.suite.measuring import measure
 from benchmarks.suite.networks import Network, inputs, network, variants
-from benchmarks.suite.plan import Cell, Cost, Share, SuiteConfig, cells, share_out
+from benchmarks.suite.plan import Cell, Cost, SuiteConfig, cells, share_out
 from benchmarks.suite.results import CELL_SCHEMA, cell_result
 from benchmarks.suite.store import Store
 from benchmarks.suite.tables import markdown
@@ -48,16 +58,19 @@ class Run:
         self.cells = cells(self.config)
         self.networks = {cell: network(cell, self.config, self.work) for cell in self.cells}
         self.keys = {cell: self.store.key(self.config, one.sha256) for cell, one in self.networks.items()}
-        self._eager: dict[tuple[str, int, int], float] = {}
+        self._eager: Eager = {}
 
     def todo(self) -> list[Cell]:
         """Cells without a result, in order."""
         return [cell for cell in self.cells if self.store.load(cell, self.keys[cell]) is None]
 
     def cost(self, cell: Cell) -> Cost:
-        """What it took when it was prepared, or an estimate."""
+        """What it took when it was prepared, as fast as the machine is now; or an estimate."""
         found = self.pilots.load(cell, self.keys[cell])
-        return found or estimated(cell, self.networks[cell], self.config, self._eager)
+        if found is None:
+            return estimated(cell, self.networks[cell], self.config, self._eager)
+        now = eager_seconds(1, cell, self.networks[cell], self._eager)
+        return scaled(found[0], now / found[1])
 
     def plan(self, todo: list[Cell], costs: list[Cost]) -> None:
         """Print what is to come."""
@@ -82,17 +95,18 @@ def prepare(config: SuiteConfig, out: Path, work: Path, fresh: bool = False) -> 
     if fresh:
         _forget(work)
     run = Run(config, out, work)
-    todo = [cell for cell in run.todo() if run.cost(cell).source != PREPARED]
+    todo = [cell for cell in run.todo() if run.pilots.load(cell, run.keys[cell]) is None]
     for number, cell in enumerate(todo):
         title = f"{number + 1}/{len(todo)} {cell.name}"
         err_console.print(f"{title}: preparing")
+        eager_s = eager_seconds(1, cell, run.networks[cell], {})
         with quiet_progress() as bar:
             try:
                 cost, missing = _prepared(cell, run, _building(bar))
             except BdexportError as error:
                 err_console.print(f"{title}: {error}", soft_wrap=True)
                 continue
-        run.pilots.save(cell, run.keys[cell], cost)
+        run.pilots.save(cell, run.keys[cell], cost, eager_s)
         for name, why in missing.items():
             err_console.print(f"  without {name}: {why}", soft_wrap=True)
     todo = run.todo()
@@ -161,36 +175,67 @@ def run_suite(
 def _measure_cells(run: Run) -> dict[str, str]:
     """Each cell that is not stored, in its share of what is left; the others' reasons by name.
 
-    Costs are corrected by what the cells before took: a machine that was busy when they were prepared is faster now.
+    A cell that seems not to fit waits until the others are done: there may be more time left than it seemed.
     """
-    config, todo, not_measured = run.config, run.todo(), dict[str, str]()
+    todo, not_measured = run.todo(), dict[str, str]()
     if len(todo) < len(run.cells):
         err_console.print(f"{len(run.cells) - len(todo)} of {len(run.cells)} cells were measured before: {run.out}")
     costs = [run.cost(cell) for cell in todo]
     run.plan(todo, costs)
-    ends, expected, taken = monotonic() + 60 * config.minutes, 0.0, 0.0
-    for done, cell in enumerate(todo):
-        drift = taken / expected if expected > 0 else 1.0
-        left = [replace(one, setup_s=drift * one.setup_s, round_s=drift * one.round_s) for one in costs[done:]]
-        share = share_out(left, ends - monotonic(), config.least_rounds, config.most_rounds)[0]
-        if not share.rounds:
-            need = left[0].setup_s + (left[0].rounds or config.least_rounds) * left[0].round_s
-            not_measured[cell.name] = f"needs {need:.0f} s, more than was left of --minutes {config.minutes:g}"
-            continue
-        begin = monotonic()
-        try:
-            result, rounds = _measured(cell, run, left[0], share, ends, f"{done + 1}/{len(todo)} {cell.name}")
-        except BdexportError as error:
-            not_measured[cell.name] = str(error)
-            continue
-        run.store.save(cell, run.keys[cell], result)
-        taken += monotonic() - begin
-        expected += costs[done].setup_s + rounds * costs[done].round_s
+    clock = _Clock(monotonic() + 60 * run.config.minutes)
+    waiting = list(zip(todo, costs, strict=True))
+    for last_chance in (False, True):
+        left, waiting = waiting, []
+        for place, (cell, cost) in enumerate(left):
+            rest = [scaled(other, clock.drift) for _, other in left[place:]]
+            share = share_out(rest, clock.left(), run.config.least_rounds, run.config.most_rounds)[0]
+            if not share.rounds and (not last_chance or clock.left() <= 0):
+                need = rest[0].setup_s + (rest[0].rounds or run.config.least_rounds) * rest[0].round_s
+                why = f"needs about {need:.0f} s, more than was left of --minutes {run.config.minutes:g}"
+                not_measured[cell.name] = f"{why}; the same line goes on here"
+                waiting.append((cell, cost))
+                continue
+            title = f"{len(todo) - len(left) + place + 1}/{len(todo)} {cell.name}"
+            try:
+                with clock.timing(cost) as took:
+                    result, took.rounds = _measured(cell, run, share.rounds * rest[0].round_s, clock, title)
+            except BdexportError as error:
+                not_measured[cell.name] = str(error)
+                continue
+            not_measured.pop(cell.name, None)
+            run.store.save(cell, run.keys[cell], result)
     return not_measured
 
 
-def _measured(cell: Cell, run: Run, cost: Cost, share: Share, ends: float, title: str) -> tuple[dict[str, Any], int]:
-    """One cell's result and its number of rounds."""
+@dataclass(eq=False)
+class _Clock:
+    """When the time is over, and how much longer than expected the cells have taken so far (``drift``)."""
+
+    ends: float
+    expected: float = 0.0
+    taken: float = 0.0
+    rounds: int = 0
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.ends - monotonic()
+
+    @property
+    def drift(self) -> float:
+        """Above 1: slower than expected."""
+        return self.taken / self.expected if self.expected > 0 else 1.0
+
+    @contextmanager
+    def timing(self, cost: Cost) -> Iterator[_Clock]:
+        """Around one cell, whose ``rounds`` are set inside."""
+        begin = monotonic()
+        yield self
+        self.taken += monotonic() - begin
+        self.expected += cost.setup_s + self.rounds * cost.round_s
+
+
+def _measured(cell: Cell, run: Run, seconds: float, clock: _Clock, title: str) -> tuple[dict[str, Any], int]:
+    """One cell's result, measured for ``seconds`` at most but for the least rounds, and its number of rounds."""
     config, chosen = run.config, run.networks[cell]
     torch.set_num_threads(cell.threads)
     with quiet_progress() as bar:
@@ -201,12 +246,12 @@ def _measured(cell: Cell, run: Run, cost: Cost, share: Share, ends: float, title
         found = field_of(cell, chosen, given, config, run.work, _building(bar))
         with found.stack:
             round_s = found.round_seconds(config, cell.threads)
-            if config.least_rounds * round_s > LATE * max(0.0, ends - monotonic()):
+            if config.least_rounds * round_s > LATE * max(0.0, clock.left()):
                 need = f"{config.least_rounds} rounds of {round_s:.1f} s"
                 raise BdexportError(f"{need} are more than was left of --minutes {config.minutes:g}")
             rounds = measure(
                 {one.name: one.step for one in found.contestants},
-                share.rounds * cost.round_s,
+                seconds,
                 least=config.least_rounds,
                 most=config.most_rounds,
                 warm_calls=found.warm_calls(config),

@@ -131,8 +131,8 @@ def test_a_pilot_counts_only_under_its_key(tmp_path: Path) -> None:
     cell, cost = Cell("resnet32", "sweep", 1, 1), Cost(2.0, 0.5, "pilot")
     pilots = Pilots(tmp_path)
     assert pilots.load(cell, {"a": 1}) is None
-    pilots.save(cell, {"a": 1}, cost)
-    assert pilots.load(cell, {"a": 1}) == cost
+    pilots.save(cell, {"a": 1}, cost, 0.25)
+    assert pilots.load(cell, {"a": 1}) == (cost, 0.25)
     assert pilots.load(cell, {"a": 2}) is None
     (tmp_path / "pilots" / f"{cell.name}.json").write_text("{")
     assert pilots.load(cell, {"a": 1}) is None
