@@ -158,9 +158,8 @@ def share_out(costs: Sequence[Cost], seconds: float, least: int, most: int) -> l
             spent += given
         left -= spent
         growing = [index for index in growing if rounds[index] < most - 1e-6]
+    whole = {index: int(number + 1e-6) for index, number in rounds.items()}
     return [
-        Share(int(rounds[index]), cost.setup_s + int(rounds[index]) * cost.round_s)
-        if index in rounds
-        else Share(0, 0.0)
+        Share(whole[index], cost.setup_s + whole[index] * cost.round_s) if index in whole else Share(0, 0.0)
         for index, cost in enumerate(costs)
     ]

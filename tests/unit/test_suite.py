@@ -118,7 +118,7 @@ def test_sharing_never_exceeds_the_time_nor_the_most_rounds() -> None:
         costs = [Cost(float(rng.uniform(0, 5)), float(rng.lognormal(0, 2)), "pilot") for _ in range(8)]
         seconds = float(rng.uniform(0, 500))
         shares = share_out(costs, seconds, 5, 100)
-        assert sum(share.seconds for share in shares) <= seconds + 1e-6
+        assert sum(share.seconds for share in shares) <= seconds + 1e-3
         measured = sorted(
             (cost.round_s, -share.rounds) for cost, share in zip(costs, shares, strict=True) if share.rounds
         )
