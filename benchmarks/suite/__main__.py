@@ -23,7 +23,8 @@ def main() -> None:
     # What torch.compile makes when the suite is prepared is found again when it measures.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(arguments.work.resolve() / "inductor"))
     from bdexport.errors import BdexportError
-    from benchmarks.suite.suite import prepare, run_suite, show_plan
+    from benchmarks.suite.preparing import prepare, show_plan
+    from benchmarks.suite.suite import run_suite
 
     try:
         if arguments.plan:

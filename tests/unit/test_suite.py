@@ -14,7 +14,7 @@ import torch
 from bundles import assert_close, pixels, some_masks, torch_logits
 from tiny import tiny_checkpoint, tiny_checkpoint_file, tiny_model
 
-from benchmarks.suite import contestants, suite
+from benchmarks.suite import contestants, preparing, run, suite
 from benchmarks.suite.__main__ import _parser, config_of, public_command
 from benchmarks.suite.estimate import Pilots, estimated, plan_table
 from benchmarks.suite.footprint import footprints
@@ -281,7 +281,7 @@ def test_the_command_in_a_result_names_no_folder() -> None:
 @pytest.fixture
 def one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of one backend: the others' own tests are elsewhere."""
-    for module in (contestants, suite):
+    for module in (contestants, preparing, run):
         monkeypatch.setattr(module, "variants", lambda: [("onnxruntime", "fp32")])
 
 
@@ -290,7 +290,7 @@ def test_a_run_measures_a_cell_and_the_next_run_finds_it(
 ) -> None:
     """Oracle: invariants of the result; and the second run leaves the cell's file as it is, and gives the same."""
     cell = Cell("resnet32", "trained", 1, 1)
-    monkeypatch.setattr(suite, "cells", lambda _config: [cell])
+    monkeypatch.setattr(run, "cells", lambda _config: [cell])
     checkpoint = tiny_checkpoint_file(tmp_path / "tiny.safetensors")
     config = replace(TINY, checkpoints={"resnet32": str(checkpoint)})
     first = suite.run_suite(config, tmp_path / "out", tmp_path / "work")
@@ -324,6 +324,33 @@ def test_a_run_measures_a_cell_and_the_next_run_finds_it(
     assert saved["cells"] == first["cells"]
 
 
+def test_what_was_prepared_is_what_the_plan_and_the_run_count_on(
+    tmp_path: Path, one_backend: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: preparing measures nothing but leaves bundle and pilot; the run builds nothing; fresh forgets them."""
+    cell = Cell("resnet32", "random", 8, 1)
+    monkeypatch.setattr(run, "cells", lambda _config: [cell])
+    checkpoint = tiny_checkpoint_file(tmp_path / "tiny.safetensors")
+    config = replace(TINY, checkpoints={"resnet32": str(checkpoint)}, kinds=("bdexport", "onnxruntime"))
+    out, work = tmp_path / "out", tmp_path / "work"
+    preparing.prepare(config, out, work)
+    said = capsys.readouterr().err
+    assert "pilot" in said
+    assert not list((out / "cells").glob("*"))
+    (manifest,) = work.glob("resnet32-*/manifest.json")
+    built = manifest.stat().st_mtime_ns
+    preparing.show_plan(config, out, work)
+    assert "1 cells, at least 2 rounds" in capsys.readouterr().err
+    result = suite.run_suite(config, out, work)["cells"][0]
+    assert manifest.stat().st_mtime_ns == built
+    names = {one["name"] for one in result["contestants"]}
+    assert "PyTorch eager, full" not in names
+    # none of the random masks has an engine of its own
+    assert {one["executor"] for one in result["contestants"]} == {None, "chain"}
+    preparing.prepare(config, tmp_path / "other", work, fresh=True)
+    assert manifest.stat().st_mtime_ns > built
+
+
 def test_no_time_left_is_said_and_nothing_is_lost(tmp_path: Path, one_backend: None) -> None:
     """Oracle: every cell of the plan is named as not measured."""
     config = replace(TINY, minutes=0.0, checkpoints={"resnet32": str(tiny_checkpoint_file(tmp_path / "t.safetensors"))})
@@ -344,6 +371,50 @@ def test_footprints_are_of_processes_of_their_own(tmp_path: Path) -> None:
         assert 0 < one["rss_imported"] <= one["rss_loaded"] * 1.01
         assert one["peak"] >= one["rss_run"] * 0.95
     assert found["ratio"]["rss_run"] == pytest.approx(found["bundle"]["rss_run"] / found["full"]["rss_run"])
+
+
+def test_the_page_has_one_table_with_a_column_for_each_batch() -> None:
+    """Oracle: two cells by hand: an entry for each, a dash for who is missing, the best full network in bold."""
+    interval = {"value": 2.0, "low": 1.5, "high": 2.5, "means": 2.0}
+
+    def cell(batch: int, *contestants: dict[str, Any]) -> dict[str, Any]:
+        about = {"model": "resnet32", "usage": "trained", "batch": batch, "threads": 1}
+        checkpoint = {"name": "zoo:r", "sha256": "0"}
+        return {
+            "cell": about,
+            "checkpoint": checkpoint,
+            "num_blocks": 15,
+            "rounds": 7,
+            "contestants": list(contestants),
+            "missing": {"torch.compile": "no compiler"},
+        }
+
+    full: dict[str, Any] = {"name": "F", "group": "full", "ms": {"p50": 2.0}, "speedup_over": {}}
+    own: dict[str, Any] = {
+        "name": "D",
+        "group": "dynamic",
+        "ms": {"p50": 1.0},
+        "speedup_over": {"best_full": interval},
+        "efficiency": interval | {"fused_images": 1.0},
+        "auto": "faster",
+        "blocks": {"mean": 7.0, "std": 1.0},
+    }
+    policy = {"name": "E, policy", "engine": "E", "group": "policy", "ms": {"p50": 0.1}, "share": {"of_full": interval}}
+    machine = {"cpu": "cpu", "cores": 2}
+    data = {"machine": machine, "versions": {"torch": "2"}, "date": "d", "command": "c", "not_measured": {"x": "late"}}
+    page = markdown(data | {"cells": [cell(8, full), cell(1, full, own, policy)]})
+    assert "| who | batch 1 | batch 8 |" in page
+    assert "| F | **2.000 ms** | **2.000 ms** |" in page
+    assert "| D (auto) | 1.000 ms, 2.00 x [1.50, 2.50], eff. 2.00 [1.50, 2.50] | - |" in page
+    assert "| E | 0.100 ms, 200.0 % [150.0, 250.0] of full | - |" in page
+    assert page.count("no compiler") == 1
+    assert "- x: late" in page
+
+
+def test_texts_of_a_result_name_no_folder_of_the_machine(tmp_path: Path) -> None:
+    """Oracle: the same texts without the folder, at any depth."""
+    found = suite.without_places({"a": [f"{tmp_path}/b-1: damaged"], "c": 1}, tmp_path)
+    assert found == {"a": ["b-1: damaged"], "c": 1}
 
 
 def test_points_of_a_sweep_are_lines_by_executor() -> None:
