@@ -34,6 +34,7 @@ def prepare(config: SuiteConfig, out: Path, work: Path, fresh: bool = False) -> 
         _forget(work)
     run = Run(config, out, work)
     todo = [cell for cell in run.todo() if run.pilots.load(cell, run.keys[cell]) is None]
+    said: set[tuple[str, str]] = set()
     for number, cell in enumerate(todo):
         title = f"{number + 1}/{len(todo)} {cell.name}"
         err_console.print(f"{title}: preparing")
@@ -46,7 +47,9 @@ def prepare(config: SuiteConfig, out: Path, work: Path, fresh: bool = False) -> 
                 continue
         run.pilots.save(cell, run.keys[cell], cost, eager_s)
         for name, why in missing.items():
-            err_console.print(f"  without {name}: {why}", soft_wrap=True)
+            if (name, why) not in said:
+                err_console.print(f"  without {name}: {why}", soft_wrap=True)
+        said |= set(missing.items())
     todo = run.todo()
     run.plan(todo, [run.cost(cell) for cell in todo])
 
