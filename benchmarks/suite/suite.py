@@ -17,7 +17,7 @@ from bdexport.cli.stages import quiet_progress, updates
 from bdexport.errors import BdexportError
 from bdexport.files import check_writable, write_json, write_text
 from benchmarks.suite.contestants import field_of, pause_s
-from benchmarks.suite.estimate import FOOTPRINT_REPEATS, scaled
+from benchmarks.suite.estimate import FOOTPRINT_REPEATS, PREPARED, scaled
 from benchmarks.suite.measuring import measure
 from benchmarks.suite.networks import inputs
 from benchmarks.suite.plan import Cell, Cost, SuiteConfig, share_out
@@ -90,7 +90,7 @@ def _measure_cells(run: Run) -> dict[str, str]:
             title = f"{len(todo) - len(left) + place + 1}/{len(todo)} {cell.name}"
             try:
                 with clock.timing(cost) as took:
-                    result, took.rounds = _measured(cell, run, share.rounds * rest[0].round_s, clock, title)
+                    result, took.rounds = _measured(cell, run, rest[1:], clock, title)
             except BdexportError as error:
                 not_measured[cell.name] = str(error)
                 continue
@@ -126,8 +126,11 @@ class _Clock:
         self.expected += cost.setup_s + self.rounds * cost.round_s
 
 
-def _measured(cell: Cell, run: Run, seconds: float, clock: _Clock, title: str) -> tuple[dict[str, Any], int]:
-    """One cell's result, measured for ``seconds`` at most but for the least rounds, and its number of rounds."""
+def _measured(cell: Cell, run: Run, others: list[Cost], clock: _Clock, title: str) -> tuple[dict[str, Any], int]:
+    """One cell's result and its number of rounds; ``others``: what the cells after it need.
+
+    Once it is set up, a round's time is known, and shares are drawn with that.
+    """
     config, chosen = run.config, run.networks[cell]
     torch.set_num_threads(cell.threads)
     with quiet_progress() as bar:
@@ -141,9 +144,11 @@ def _measured(cell: Cell, run: Run, seconds: float, clock: _Clock, title: str) -
             if config.least_rounds * round_s > LATE * max(0.0, clock.left()):
                 need = f"{config.least_rounds} rounds of {round_s:.1f} s"
                 raise BdexportError(f"{need} are more than was left of --minutes {config.minutes:g}")
+            costs = [Cost(0.0, round_s, PREPARED), *others]
+            share = share_out(costs, clock.left(), config.least_rounds, config.most_rounds)[0]
             rounds = measure(
                 {one.name: one.step for one in found.contestants},
-                seconds,
+                share.seconds,
                 least=config.least_rounds,
                 most=config.most_rounds,
                 warm_calls=found.warm_calls(config),

@@ -66,7 +66,8 @@ def _model(model: str, threads: int, cells: Cells) -> list[str]:
 def _usual(cells: Cells) -> list[str]:
     first = cells[0]
     rounds = ", ".join(f"{cell['rounds']} rounds at batch {cell['cell']['batch']}" for cell in cells)
-    about = f"{USAGE[first['cell']['usage']]} ({first['checkpoint']['name']}): {_blocks(first)}; {rounds}."
+    most = max(cells, key=lambda cell: int(cell["rounds"] * cell["cell"]["batch"]))  # saw the most images
+    about = f"{USAGE[first['cell']['usage']]} ({first['checkpoint']['name']}): {_blocks(most)}; {rounds}."
     if first["checkpoint"]["name"] == "random weights":
         about += f" {RANDOM_INT8}"
     heads = [f"batch {cell['cell']['batch']}" for cell in cells]
