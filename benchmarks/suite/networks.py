@@ -34,7 +34,7 @@ NOT_MEASURED = ("torch", "null")  # the reference of verification, and declared 
 BRANCH_SCALE = 0.3  # of a random block's branch: activations stay of one order through 54 blocks, as in trained ones
 # Of each number of kept blocks: with ten numbers, no more than fused paths are built by default. At 224 x 224 loading
 # that many engines would take longer than measuring them.
-SWEEP_MASKS, LARGE_SWEEP_MASKS = 3, 1
+SWEEP_MASKS, LARGE_SWEEP_MASKS = 2, 1
 Images = NDArray[np.float32]
 
 

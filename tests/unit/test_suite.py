@@ -351,6 +351,22 @@ def test_what_was_prepared_is_what_the_plan_and_the_run_count_on(
     assert manifest.stat().st_mtime_ns > built
 
 
+def test_a_cell_that_seemed_not_to_fit_is_tried_when_the_others_are_done(
+    tmp_path: Path, one_backend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a pilot of 10^6 s a round, as a busy machine might leave one, in a minute: the cell is measured."""
+    cell = Cell("resnet32", "random", 1, 1)
+    monkeypatch.setattr(run, "cells", lambda _config: [cell])
+    checkpoint = tiny_checkpoint_file(tmp_path / "tiny.safetensors")
+    config = replace(TINY, checkpoints={"resnet32": str(checkpoint)}, kinds=("onnxruntime",))
+    prepared = run.Run(config, tmp_path / "out", tmp_path / "work")
+    prepared.pilots.save(cell, prepared.keys[cell], Cost(0.0, 1e6, "pilot"), 1e-3)
+    assert prepared.cost(cell).round_s > 60
+    found = suite.run_suite(config, tmp_path / "out", tmp_path / "work")
+    assert [one["cell"]["usage"] for one in found["cells"]] == ["random"]
+    assert found["not_measured"] == {}
+
+
 def test_no_time_left_is_said_and_nothing_is_lost(tmp_path: Path, one_backend: None) -> None:
     """Oracle: every cell of the plan is named as not measured."""
     config = replace(TINY, minutes=0.0, checkpoints={"resnet32": str(tiny_checkpoint_file(tmp_path / "t.safetensors"))})
