@@ -20,7 +20,7 @@ from bdexport.bundle import Bundle, open_bundle
 from bdexport.calibrate import CalibrationRequest
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from bdexport.checkpoint.reading import checkpoint_file
-from bdexport.config import BuildConfig
+from bdexport.config import BuildConfig, VerifyConfig
 from bdexport.dataset import load_dataset
 from bdexport.errors import BdexportError
 from bdexport.files import sha256_file
@@ -35,6 +35,8 @@ BRANCH_SCALE = 0.3  # of a random block's branch: activations stay of one order 
 # Of each number of kept blocks: with ten numbers, no more than fused paths are built by default. At 224 x 224 loading
 # that many engines would take longer than measuring them.
 SWEEP_MASKS, LARGE_SWEEP_MASKS = 2, 1
+# Of random weights a bundle is verified on fewer images and masks: at 224 x 224 the default takes minutes for each.
+RANDOM_VERIFY = VerifyConfig(images=2, random_masks=20, frequent_masks=5)
 Images = NDArray[np.float32]
 
 
@@ -151,6 +153,7 @@ def bundle(
         overwrite=True,
         cache_dir=work / "cache",
         calibration=calibration() if calibration is not None and precision == "int8" else None,
+        verify=None if chosen.trained else RANDOM_VERIFY,
         progress=progress,
     )
 
