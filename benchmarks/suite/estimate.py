@@ -18,7 +18,7 @@ from bdexport.cli.console import to_plain
 from bdexport.files import write_json
 from bdexport.json_text import MalformedError, parse_json
 from benchmarks.suite.networks import Network
-from benchmarks.suite.plan import Cell, Cost, Share, SuiteConfig
+from benchmarks.suite.plan import Cell, Cost, Share, SuiteConfig, least_rounds
 
 FOOTPRINT_REPEATS = 3
 PILOT_IMAGES = 8  # of a larger batch; times go with the images beyond it
@@ -114,11 +114,12 @@ def plan_table(cells: Sequence[Cell], costs: Sequence[Cost], shares: Sequence[Sh
         lines.append(
             f"{cell.name:32} {cost.setup_s:7.1f}s {cost.round_s:8.3f}s {rounds:>7} {share.seconds:7.0f}s  {cost.source}"
         )
-    least = sum(cost.setup_s + (cost.rounds or config.least_rounds) * cost.round_s for cost in costs)
+    both = zip(cells, costs, strict=True)
+    least = sum(cost.setup_s + (cost.rounds or least_rounds(cell, config)) * cost.round_s for cell, cost in both)
     given = sum(share.seconds for share in shares)
     out = [cell.name for cell, share in zip(cells, shares, strict=True) if not share.rounds]
     lines.append(
-        f"{len(cells)} cells, at least {config.least_rounds} rounds of each: {least / 60:.1f} minutes; "
+        f"{len(cells)} cells, with the least rounds of each: {least / 60:.1f} minutes; "
         f"of {config.minutes:g} minutes, {given / 60:.1f} are given out"
     )
     if out:

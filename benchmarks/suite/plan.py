@@ -24,6 +24,7 @@ KINDS = {
     "cuda": "on a GPU: PyTorch's CUDA graphs and ONNX Runtime's CUDA provider, full",
     "bdexport": "bdexport with every backend, precision and executor",
 }
+SINGLE_IMAGE_ROUNDS = 20  # times the least number of rounds, at batch 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SuiteConfig:
     images: int = 200  # that the trained cells draw from
     masks: int = 32  # random masks of each number of kept blocks
     calibration_images: int = 128  # int8's scales are gathered on
-    least_rounds: int = 5  # of every cell; one that cannot have as many in the time that is left is not measured
+    least_rounds: int = 5  # of every cell, see least_rounds(); one that cannot have as many is not measured
     most_rounds: int = 1000
     warm_calls: int = 1  # before the timed call of a turn: its own weights in the caches, as where it alone runs ..
     warm_below_s: float = 0.05  # .. where a call is shorter; in a longer one, loading them is a small part
@@ -112,6 +113,13 @@ def _usage(config: SuiteConfig, model: str, kind: str) -> Usage:
     return "sweep" if kind == "sweep" else "footprint"
 
 
+def least_rounds(cell: Cell, config: SuiteConfig) -> int:
+    """Of one cell: short calls vary more, and single images matter most, so that smaller batches have more of them."""
+    if cell.usage == "sweep":
+        return 2 * config.least_rounds
+    return config.least_rounds * max(1, SINGLE_IMAGE_ROUNDS // cell.batch)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a cell needs, in s: ``setup_s`` once, ``round_s`` for everybody's turn; ``rounds`` where they are fixed.
@@ -133,26 +141,26 @@ class Share:
     seconds: float  # setting up included
 
 
-def share_out(costs: Sequence[Cost], seconds: float, least: int, most: int) -> list[Share]:
+def share_out(costs: Sequence[Cost], seconds: float, least: Sequence[int], most: int) -> list[Share]:
     """How many rounds each cell gets within ``seconds``.
 
-    In order, each cell gets the ``least`` number if that fits in what is left. What remains goes to all of those, in
+    In order, each cell gets its ``least`` number if that fits in what is left. What remains goes to all of those, in
     rounds that are proportional to 1 / sqrt(a round's seconds), up to ``most``: for the time that is spent, this makes
     the sum of the cells' variances smallest.
     """
     left, chosen = seconds, []
     for index, cost in enumerate(costs):
-        need = cost.setup_s + (cost.rounds or least) * cost.round_s
+        need = cost.setup_s + (cost.rounds or least[index]) * cost.round_s
         if need <= left:
             left -= need
             chosen.append(index)
-    rounds = {index: float(costs[index].rounds or least) for index in chosen}
+    rounds = {index: float(costs[index].rounds or least[index]) for index in chosen}
     growing = [index for index in chosen if costs[index].rounds is None]
     while growing and left > 1e-6:
         weights = {index: max(costs[index].round_s, 1e-6) ** 0.5 for index in growing}
         total, spent = sum(weights.values()), 0.0
         for index, weight in weights.items():
-            room = (most - rounds[index]) * max(costs[index].round_s, 1e-6)
+            room = max(0.0, most - rounds[index]) * max(costs[index].round_s, 1e-6)
             given = min(left * weight / total, room)
             rounds[index] += given / max(costs[index].round_s, 1e-6)
             spent += given

@@ -14,7 +14,7 @@ from benchmarks.suite.contestants import bundle_of
 from benchmarks.suite.estimate import Eager, Pilots, eager_seconds, estimated, plan_table, scaled
 from benchmarks.suite.footprint import footprints
 from benchmarks.suite.networks import Network, network, variants
-from benchmarks.suite.plan import Cell, Cost, SuiteConfig, cells, share_out
+from benchmarks.suite.plan import Cell, Cost, SuiteConfig, cells, least_rounds, share_out
 from benchmarks.suite.results import CELL_SCHEMA
 from benchmarks.suite.store import Store
 
@@ -54,7 +54,8 @@ class Run:
     def plan(self, todo: list[Cell], costs: list[Cost]) -> None:
         """Print what is to come."""
         config = self.config
-        shares = share_out(costs, 60 * config.minutes, config.least_rounds, config.most_rounds)
+        least = [least_rounds(cell, config) for cell in todo]
+        shares = share_out(costs, 60 * config.minutes, least, config.most_rounds)
         for line in plan_table(todo, costs, shares, config):
             err_console.print(line, soft_wrap=True)
 

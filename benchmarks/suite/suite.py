@@ -20,7 +20,7 @@ from benchmarks.suite.contestants import field_of, pause_s
 from benchmarks.suite.estimate import FOOTPRINT_REPEATS, PREPARED, scaled
 from benchmarks.suite.measuring import measure
 from benchmarks.suite.networks import inputs
-from benchmarks.suite.plan import Cell, Cost, SuiteConfig, share_out
+from benchmarks.suite.plan import Cell, Cost, SuiteConfig, least_rounds, share_out
 from benchmarks.suite.results import cell_result
 from benchmarks.suite.run import Run, building, cell_footprint
 from benchmarks.suite.tables import markdown
@@ -80,9 +80,10 @@ def _measure_cells(run: Run) -> dict[str, str]:
         left, waiting = waiting, []
         for place, (cell, cost) in enumerate(left):
             rest = [scaled(other, clock.drift) for _, other in left[place:]]
-            share = share_out(rest, clock.left(), run.config.least_rounds, run.config.most_rounds)[0]
+            least = [least_rounds(other, run.config) for other, _ in left[place:]]
+            share = share_out(rest, clock.left(), least, run.config.most_rounds)[0]
             if not share.rounds and (not last_chance or clock.left() <= 0):
-                need = rest[0].setup_s + (rest[0].rounds or run.config.least_rounds) * rest[0].round_s
+                need = rest[0].setup_s + (rest[0].rounds or least[0]) * rest[0].round_s
                 why = f"needs about {need:.0f} s, more than was left of --minutes {run.config.minutes:g}"
                 not_measured[cell.name] = f"{why}; the same line goes on here"
                 waiting.append((cell, cost))
@@ -90,7 +91,7 @@ def _measure_cells(run: Run) -> dict[str, str]:
             title = f"{len(todo) - len(left) + place + 1}/{len(todo)} {cell.name}"
             try:
                 with clock.timing(cost) as took:
-                    result, took.rounds = _measured(cell, run, rest[1:], clock, title)
+                    result, took.rounds = _measured(cell, run, (rest[1:], least), clock, title)
             except BdexportError as error:
                 not_measured[cell.name] = str(error)
                 continue
@@ -126,8 +127,10 @@ class _Clock:
         self.expected += cost.setup_s + self.rounds * cost.round_s
 
 
-def _measured(cell: Cell, run: Run, others: list[Cost], clock: _Clock, title: str) -> tuple[dict[str, Any], int]:
-    """One cell's result and its number of rounds; ``others``: what the cells after it need.
+def _measured(
+    cell: Cell, run: Run, needs: tuple[list[Cost], list[int]], clock: _Clock, title: str
+) -> tuple[dict[str, Any], int]:
+    """One cell's result and its number of rounds; ``needs``: costs of the cells after it, least rounds from it on.
 
     Once it is set up, a round's time is known, and shares are drawn with that.
     """
@@ -141,15 +144,16 @@ def _measured(cell: Cell, run: Run, others: list[Cost], clock: _Clock, title: st
         found = field_of(cell, chosen, given, config, run.work, building(bar))
         with found.stack:
             round_s = found.round_seconds(config, cell.threads)
-            if config.least_rounds * round_s > LATE * max(0.0, clock.left()):
-                need = f"{config.least_rounds} rounds of {round_s:.1f} s"
+            others, least = needs
+            if least[0] * round_s > LATE * max(0.0, clock.left()):
+                need = f"{least[0]} rounds of {round_s:.1f} s"
                 raise BdexportError(f"{need} are more than was left of --minutes {config.minutes:g}")
             costs = [Cost(0.0, round_s, PREPARED), *others]
-            share = share_out(costs, clock.left(), config.least_rounds, config.most_rounds)[0]
+            share = share_out(costs, clock.left(), least, config.most_rounds)[0]
             rounds = measure(
                 {one.name: one.step for one in found.contestants},
                 share.seconds,
-                least=config.least_rounds,
+                least=least[0],
                 most=config.most_rounds,
                 warm_calls=found.warm_calls(config),
                 pause_s=pause_s(config, cell.threads),

@@ -21,7 +21,7 @@ from benchmarks.suite.footprint import footprints
 from benchmarks.suite.graphs import graph_with_ifs
 from benchmarks.suite.measuring import call_seconds, measure
 from benchmarks.suite.networks import network, random_masks, sweep_masks
-from benchmarks.suite.plan import Cell, Cost, SuiteConfig, cells, share_out
+from benchmarks.suite.plan import Cell, Cost, SuiteConfig, cells, least_rounds, share_out
 from benchmarks.suite.results import lines_of
 from benchmarks.suite.statistics import efficiency, ratio, straight_line, summary
 from benchmarks.suite.store import Store
@@ -96,17 +96,25 @@ def test_cells_are_left_out_where_nothing_needs_them() -> None:
 def test_every_cell_gets_the_least_rounds_and_the_rest_is_shared_out() -> None:
     """Oracle: by hand: 100 s for rounds of 1 and 4 s; 5 of each take 25; of the other 75, a third goes to the first."""
     quick, slow = Cost(0.0, 1.0, "pilot"), Cost(0.0, 4.0, "pilot")
-    first, second = share_out([quick, slow], 100.0, 5, 1000)
+    first, second = share_out([quick, slow], 100.0, [5, 5], 1000)
     assert (first.rounds, second.rounds) == (5 + 25, 5 + 12)
     assert first.seconds + second.seconds <= 100.0
+
+
+def test_smaller_batches_have_more_rounds_at_least() -> None:
+    """Oracle: the numbers that benchmarks/README.md states."""
+    config = SuiteConfig()
+    found = [least_rounds(Cell("resnet32", "random", batch, 1), config) for batch in (1, 8, 64, 256)]
+    assert found == [100, 10, 5, 5]
+    assert least_rounds(Cell("resnet32", "sweep", 1, 1), config) == 10
 
 
 def test_what_does_not_fit_gets_nothing_and_the_others_do() -> None:
     """Oracle: by hand: 20 s hold 5 rounds of 1 s and 3 of 2 s (fixed), and not those of 10 s between them."""
     costs = [Cost(1.0, 1.0, "pilot"), Cost(0.0, 10.0, "pilot"), Cost(0.0, 2.0, "pilot", rounds=3)]
-    shares = share_out(costs, 20.0, 5, 10)
+    shares = share_out(costs, 20.0, [5, 5, 5], 10)
     assert [share.rounds for share in shares] == [10, 0, 3]
-    assert [share.rounds for share in share_out(costs, -1.0, 5, 10)] == [0, 0, 0]
+    assert [share.rounds for share in share_out(costs, -1.0, [5, 5, 5], 10)] == [0, 0, 0]
     table = plan_table([Cell("resnet32", "random", batch, 1) for batch in (1, 8, 64)], costs, shares, TINY)
     assert "no time for resnet32-random-b8-t1" in table[-1]
 
@@ -117,7 +125,7 @@ def test_sharing_never_exceeds_the_time_nor_the_most_rounds() -> None:
     for _ in range(50):
         costs = [Cost(float(rng.uniform(0, 5)), float(rng.lognormal(0, 2)), "pilot") for _ in range(8)]
         seconds = float(rng.uniform(0, 500))
-        shares = share_out(costs, seconds, 5, 100)
+        shares = share_out(costs, seconds, 8 * [5], 100)
         assert sum(share.seconds for share in shares) <= seconds + 1e-3
         measured = sorted(
             (cost.round_s, -share.rounds) for cost, share in zip(costs, shares, strict=True) if share.rounds
@@ -340,7 +348,7 @@ def test_what_was_prepared_is_what_the_plan_and_the_run_count_on(
     (manifest,) = work.glob("resnet32-*/manifest.json")
     built = manifest.stat().st_mtime_ns
     preparing.show_plan(config, out, work)
-    assert "1 cells, at least 2 rounds" in capsys.readouterr().err
+    assert "1 cells, with the least rounds" in capsys.readouterr().err
     result = suite.run_suite(config, out, work)["cells"][0]
     assert manifest.stat().st_mtime_ns == built
     names = {one["name"] for one in result["contestants"]}
