@@ -18,7 +18,7 @@ from bdexport.cli.console import to_plain
 from bdexport.files import write_json
 from bdexport.json_text import MalformedError, parse_json
 from benchmarks.suite.networks import Network
-from benchmarks.suite.plan import Cell, Cost, Share, SuiteConfig, least_rounds
+from benchmarks.suite.plan import IMAGENET_MODELS, Cell, Cost, Share, SuiteConfig, least_rounds
 
 FOOTPRINT_REPEATS = 3
 PILOT_IMAGES = 8  # of a larger batch; times go with the images beyond it
@@ -26,7 +26,8 @@ PILOT_S = 0.5
 FIELD_SHARE = 0.27  # mean time of a contestant, of PyTorch's eager full network at batch 1 (results of 2026-11-25)
 ENGINES, FULL_BASELINES = 5, 6  # backends and precisions of ours on a CPU; engines of others
 SETUP_S = {"trained": 6.0, "random": 6.0, "sweep": 12.0, "footprint": 0.0}  # ResNet-32's ..
-SETUP_CALLS = {"trained": 60, "random": 60, "sweep": 1500, "footprint": 0}  # .. and so many of those calls more
+SETUP_CALLS = {"trained": 60, "random": 60, "sweep": 1500, "footprint": 0}  # .. and so many of those calls more ..
+LARGE_SETUP = 8  # .. over this at 224 x 224: fewer engines, and compiling does not grow with the image
 FOOTPRINT_S = 2.5  # of one process
 Eager = dict[tuple[str, int, int], float]  # s of one call of PyTorch's full network by model, images, threads
 PREPARED, ESTIMATED = "pilot", "estimate"
@@ -78,7 +79,8 @@ def estimated(cell: Cell, network: Network, config: SuiteConfig, known: Eager) -
     eager = eager_seconds(cell.batch, cell, network, known)
     single = eager_seconds(1, cell, network, known)
     warm = 1 + (config.warm_calls if FIELD_SHARE * eager < config.warm_below_s else 0)
-    setup = SETUP_S[cell.usage] + SETUP_CALLS[cell.usage] * single + 2 * contestants * FIELD_SHARE * eager
+    calls = SETUP_CALLS[cell.usage] // (LARGE_SETUP if cell.model in IMAGENET_MODELS else 1)
+    setup = SETUP_S[cell.usage] + calls * single + 2 * contestants * FIELD_SHARE * eager
     return Cost(setup, contestants * warm * FIELD_SHARE * eager, ESTIMATED)
 
 

@@ -24,7 +24,7 @@ KINDS = {
     "cuda": "on a GPU: PyTorch's CUDA graphs and ONNX Runtime's CUDA provider, full",
     "bdexport": "bdexport with every backend, precision and executor",
 }
-SINGLE_IMAGE_ROUNDS = 20  # times the least number of rounds, at batch 1
+SINGLE_IMAGE_ROUNDS, LARGE_IMAGE_ROUNDS = 20, 4  # times the least number of rounds at batch 1; at 224 x 224
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def least_rounds(cell: Cell, config: SuiteConfig) -> int:
     """Of one cell: short calls vary more, and single images matter most, so that smaller batches have more of them."""
     if cell.usage == "sweep":
         return 2 * config.least_rounds
-    return config.least_rounds * max(1, SINGLE_IMAGE_ROUNDS // cell.batch)
+    times = LARGE_IMAGE_ROUNDS if cell.model in IMAGENET_MODELS else SINGLE_IMAGE_ROUNDS
+    return config.least_rounds * max(1, times // cell.batch)
 
 
 @dataclass(frozen=True)

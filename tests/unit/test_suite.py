@@ -107,6 +107,7 @@ def test_smaller_batches_have_more_rounds_at_least() -> None:
     found = [least_rounds(Cell("resnet32", "random", batch, 1), config) for batch in (1, 8, 64, 256)]
     assert found == [100, 10, 5, 5]
     assert least_rounds(Cell("resnet32", "sweep", 1, 1), config) == 10
+    assert [least_rounds(Cell("resnet50", "random", batch, 1), config) for batch in (1, 8)] == [20, 5]
 
 
 def test_what_does_not_fit_gets_nothing_and_the_others_do() -> None:
