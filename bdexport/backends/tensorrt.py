@@ -52,7 +52,7 @@ class TensorRTBackend:
         try:
             gpu = _gpu()
         except BackendError as error:
-            return Availability(False, f"{installed.reason} is installed; {error.what}", error.remedy)
+            return Availability(False, f"{installed.reason} is installed; {error.reason}", error.remedy)
         return Availability(True, f"{installed.reason} on {gpu.name}, compute capability {gpu.compute_capability}")
 
     def can_build(self) -> Availability:
@@ -66,7 +66,7 @@ class TensorRTBackend:
         try:
             api = load_api(flavour)
         except BackendError as error:
-            return Availability(False, str(error), error.remedy)
+            return Availability(False, error.reason, error.remedy)
         except Exception as error:  # its libraries are loaded by hand: what is missing comes as one exception or other
             reason = " ".join(str(error).split())
             return Availability(False, f"{flavour.module} cannot be imported: {reason}", flavour.install)

@@ -499,7 +499,22 @@ def test_another_major_version_is_refused(backend: TensorRTForRTXBackend) -> Non
 
     found = Old().available()
     assert not found.ok
-    assert re.search(r"got 1\..*, expected 10\.x or 11\.x", found.reason)
+    assert re.search(r"got 1\..*, expected 10\.x or 11\.x$", found.reason)  # the remedy comes after it, once
+    assert found.remedy == 'pip install "bdexport[tensorrt]"'
+
+
+def test_a_driver_that_is_too_old_is_named_with_both_versions(
+    backend: TensorRTForRTXBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: what opening CUDA says there, in the reason for which the backend is not available."""
+
+    def old() -> None:
+        raise BackendError("cuda: driver too old", got="11.8", expected="CUDA 12.0 or newer", remedy="update it")
+
+    monkeypatch.setattr(tensorrt_module, "_gpu", old)
+    found = backend.available()
+    assert found.reason.endswith("cuda: driver too old: got 11.8, expected CUDA 12.0 or newer")
+    assert found.remedy == "update it"
 
 
 # ---- where it cannot run ------------------------------------------------------------------------------------------
@@ -540,6 +555,46 @@ def test_a_missing_package_is_named() -> None:
         for found in (backend.available(), backend.can_build()):
             if not found.ok and "not installed" in found.reason and "cuda" not in found.reason:
                 assert found.remedy == f'pip install "bdexport[{name}]"'
+
+
+def test_what_a_session_asks_of_tensorrt_is_there(api: Api) -> None:
+    """Oracle: the package's own signatures, as its bindings write them into docstrings; the run time needs a driver."""
+    trt = api.module
+    for path, *arguments in (
+        ("IExecutionContext.set_device_memory", "memory", "size"),
+        ("IExecutionContext.set_input_shape", "name", "shape"),
+        ("IExecutionContext.set_tensor_address", "name", "memory"),
+        ("IExecutionContext.execute_async_v3", "stream_handle"),
+        ("ICudaEngine.create_execution_context", "strategy"),
+        ("ICudaEngine.create_execution_context", "runtime_config"),
+        ("ICudaEngine.create_runtime_config",),
+        ("ICudaEngine.create_engine_inspector",),
+        ("ICudaEngine.get_tensor_name", "index"),
+        ("ICudaEngine.get_tensor_shape", "name"),
+        ("ICudaEngine.get_tensor_dtype", "name"),
+        ("EngineInspector.get_engine_information", "format"),
+        ("IRuntimeConfig.set_execution_context_allocation_strategy", "strategy"),
+        ("IRuntimeConfig.create_runtime_cache",),
+        ("IRuntimeConfig.set_runtime_cache", "cache"),
+        ("IRuntimeCache.serialize",),
+        ("IRuntimeCache.deserialize", "blob"),
+        ("Runtime.deserialize_cuda_engine", "serialized_engine"),
+        ("Runtime.get_engine_validity", "buffer"),
+    ):
+        owner, _, name = path.partition(".")
+        text = getattr(getattr(trt, owner), name).__doc__
+        forms = [re.findall(r"(?:^|, )(\w+): ", form)[1:] for form in re.findall(rf"{name}\((self: .*)\) ->", text)]
+        assert arguments in forms, f"{path}: {forms}"
+    for path in (
+        *("ICudaEngine.device_memory_size_v2", "ICudaEngine.num_io_tensors"),
+        *("IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", "IRuntimeConfig.cuda_graph_strategy"),
+        *("Runtime.engine_header_size", "Runtime.engine_host_code_allowed", "CudaGraphStrategy.DISABLED"),
+        *("ExecutionContextAllocationStrategy.USER_MANAGED", "LayerInformationFormat.JSON"),
+        *("DynamicShapesKernelSpecializationStrategy.EAGER", "DynamicShapesKernelSpecializationStrategy.LAZY"),
+        *("EngineInvalidityDiagnostics.UNSUPPORTED_CC", "DataType.FLOAT"),
+    ):
+        owner, _, name = path.partition(".")
+        assert hasattr(getattr(trt, owner), name), path
 
 
 # ---- engine files -------------------------------------------------------------------------------------------------
