@@ -59,6 +59,15 @@ class TensorRTBackend:
         """TensorRT times kernels on the GPU that they are for; TensorRT for RTX builds anywhere."""
         return self._installed() if self.flavour.rtx else self.available()
 
+    def can_run(self, options: BuildOptions) -> Availability:
+        """Whether they are for the GPU that is here: TensorRT for RTX builds for others as well."""
+        here, targets = self.available(), options.tensorrt.compute_capabilities
+        if not here.ok or not targets or _gpu().compute_capability in targets:
+            return here
+        gpu = _gpu()
+        reason = f"they are for compute capability {', '.join(targets)}; {gpu.name} has {gpu.compute_capability}"
+        return Availability(False, reason)
+
     def _installed(self) -> Availability:
         flavour = self.flavour
         if importlib.util.find_spec(flavour.module) is None:

@@ -534,6 +534,20 @@ def test_without_a_gpu_it_builds_and_says_that_nothing_was_verified(bundle: Buil
     assert description.layers is not None
 
 
+def test_engines_for_another_gpu_are_built_and_not_verified(
+    backend: TensorRTForRTXBackend, cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the note names both sides; a machine whose GPU is no target builds what one without any GPU builds."""
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    built = build(tmp_path / "other", cache)
+    reason = "they are for compute capability 8.0, 12.0; NVIDIA H200 has 9.0"
+    assert any("not verified" in note and reason in note for note in built.notes)
+    assert built.manifest.verification is None
+    targets = BuildOptions(tensorrt=replace(TARGETS, compute_capabilities=("8.0", "9.0")))
+    assert backend.can_run(targets).ok
+    assert backend.can_run(BuildOptions()).ok
+
+
 def test_without_a_gpu_it_does_not_run_and_says_why(bundle: BuiltBundle) -> None:
     """Oracle: reason and remedy, by whatever asks for the engines."""
     available = get_builder(NAME).available()
