@@ -46,9 +46,9 @@ def cuda(driver: DriverWithoutGpu) -> Iterator[BindingsCuda]:
 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch, repository: Path) -> Any:
-    """The module benchmarks/gpu_probe.py."""
+    """The module benchmarks/gpu_probe_driver.py."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    yield importlib.import_module("gpu_probe")
+    yield importlib.import_module("gpu_probe_driver")
     for name in [name for name in sys.modules if name.startswith("gpu_") and name != "gpu_report"]:
         monkeypatch.delitem(sys.modules, name)
 
