@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -458,7 +460,7 @@ class StandIn(TensorRTBackend):
 
 @pytest.fixture
 def stand_in(backend: TensorRTForRTXBackend, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    monkeypatch.setattr(tensorrt_common, "OLDEST_MAJOR", 1)
+    monkeypatch.setattr(tensorrt_common, "OLDEST", (1, 0))
     monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     return StandIn()
 
@@ -499,8 +501,27 @@ def test_another_major_version_is_refused(backend: TensorRTForRTXBackend) -> Non
 
     found = Old().available()
     assert not found.ok
-    assert re.search(r"got 1\..*, expected 10\.x or 11\.x$", found.reason)  # the remedy comes after it, once
+    assert re.search(
+        r"got 1\..*, expected 10\.3 or newer, up to 11\.x$", found.reason
+    )  # the remedy comes after it, once
     assert found.remedy == 'pip install "bdexport[tensorrt]"'
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("8.6.1", False), ("10.0.1", False), ("10.3.0", True), ("11.4.0.9", True), ("12.0.0", False)]
+)
+def test_versions_that_are_known(monkeypatch: pytest.MonkeyPatch, version: str, known: bool) -> None:
+    """Oracle: the extra's bounds in pyproject.toml; what lies outside is refused before anything is called."""
+    name = f"tensorrt_{version.replace('.', '_')}"
+    levels = {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2}
+    module = SimpleNamespace(__version__=version, ILogger=type("ILogger", (), levels))
+    monkeypatch.setitem(sys.modules, name, module)
+    flavour = Flavour("tensorrt", name, "TensorRT")
+    if known:
+        assert load_api(flavour).version == version
+        return
+    with pytest.raises(BackendError, match=re.escape(f"got {version}, expected 10.3 or newer, up to 11.x")):
+        load_api(flavour)
 
 
 def test_a_driver_that_is_too_old_is_named_with_both_versions(
