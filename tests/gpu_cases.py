@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundles import calibration_images
+from bundles import make_bundle
 from contract_cases import NETWORKS
-from tiny import tiny_checkpoint
 
 import bdexport
 from bdexport.backends import BACKENDS, backend_class, get_backend
-from bdexport.backends.base import Backend
-from bdexport.build import bundle_from_model
 from bdexport.bundle import Bundle
-from bdexport.config import BuildConfig, FusedConfig
 from bdexport.errors import BdexportError
 from bdexport.models.pair import BlockDropNet
 from bdexport.runtime import Orchestrator
@@ -26,10 +22,12 @@ SHARES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.06, "int8": 0.25, "fp8": 0.25}
 MAX_BATCH = 16
 
 
-CALIBRATED = ("int8", "fp8")  # precisions that need scales
-CASES = [(backend, precision) for backend in GPU_BACKENDS for precision in backend_class(backend).precisions]
-# Parts on random values: scales are for values that occur, and the build has verified the parts on those.
-UNSCALED_CASES = [case for case in CASES if case[1] not in CALIBRATED]
+def precisions(backend: str) -> tuple[str, ...]:
+    """Those of the backend that need no calibration: random networks have no images to calibrate with."""
+    return tuple(name for name in backend_class(backend).precisions if name not in ("int8", "fp8"))
+
+
+CASES = [(backend, precision) for backend in GPU_BACKENDS for precision in precisions(backend)]
 
 
 def network(name: str) -> BlockDropNet:
@@ -44,21 +42,11 @@ def bundle_of(
     key = (backend, name, precision)
     if key not in known:
         try:
-            known[key] = _built(folder, network(name), get_backend(backend), precision)
+            get_backend(backend)
+            known[key] = make_bundle(folder / "bundle", network(name), backend, MAX_BATCH, precision)
         except BdexportError as error:
             pytest.skip(f"{backend} {precision}: {error}")
     return known[key]
-
-
-def _built(folder: Path, model: BlockDropNet, backend: Backend, precision: str) -> Bundle:
-    """The bundle, and what the build has verified on this GPU; scales come from random images."""
-    built = bundle_from_model(
-        *(model, tiny_checkpoint(model), folder / "bundle", backend),
-        config=BuildConfig(backend.name, precision, MAX_BATCH, fused=FusedConfig(measure=False)),
-        checkpoint_sha256="0" * 64,
-        calibration=calibration_images(folder) if precision in CALIBRATED else None,
-    )
-    return Bundle(built.path, built.manifest)
 
 
 def opened(bundle: Bundle, executor: str = "chain", stream: object = None) -> Orchestrator:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import assert_close, pixels, rows, some_masks, torch_logits
-from gpu_cases import CASES, EXECUTORS, GPU_BACKENDS, SHARES, UNSCALED_CASES, bundle_of, network, opened
+from gpu_cases import CASES, EXECUTORS, GPU_BACKENDS, SHARES, bundle_of, network, opened
 from torch.utils.dlpack import from_dlpack
 
 import bdexport
@@ -40,7 +40,7 @@ def sleep() -> None:
 
 
 @pytest.mark.parametrize("name", ["narrow", "wide", "bottleneck"])
-@pytest.mark.parametrize(("backend", "precision"), UNSCALED_CASES)
+@pytest.mark.parametrize(("backend", "precision"), CASES)
 def test_parts_compute_what_the_model_does(
     bundles: Known, tmp_path: Path, backend: str, precision: str, name: str
 ) -> None:
