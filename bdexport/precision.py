@@ -2,11 +2,12 @@
 
     fp16, bf16   every weight and activation in that type; input and output stay float32, with casts inside the part
     int8         Q/DQ nodes around convolutions and linear layers (static ranges from :mod:`bdexport.calibrate`),
-                 symmetric: int8 activations with one scale per tensor, int8 weights with one per output channel
+                 symmetric: int8 activations with one scale per tensor, int8 weights with one per output channel;
+                 for ONNX Runtime uint8 activations with a zero point, at the layers' outputs as well
 
 The residual stream between parts is float32 in every precision, and in int8 the shortcut and its addition too: it is
-what all blocks add to, each rounding of it stays to the end, and it is no convolution's time. docs/precisions.md has
-what was measured.
+what all blocks add to, each rounding of it stays to the end, and it is no convolution's time. Only what multiplies
+reads rounded copies of it. docs/precisions.md has what was measured.
 
 FP16 is ONNX Runtime's own converter; Q/DQ is its static quantiser. No converter to BF16 fits (NVIDIA's AutoCast has it
 but asks for other versions of onnx and onnxruntime than these, and for CuPy): BF16 is the FP16 graph with the type
@@ -36,9 +37,10 @@ BF16_OPSET = 22  # the first in which convolutions and pooling are defined for B
 
 # What a backend converts to inside, from a hint: it gets the float32 graph.
 BY_HINT = {"openvino": (BF16,)}
-# ONNX Runtime's CPU kernels multiply integers only where a convolution's output is quantised as well. The others fuse
-# what follows a convolution with it, and take the output as it is.
-QUANTISED_OUTPUTS = ("onnxruntime",)
+# ONNX Runtime's CPU kernels multiply integers only where a convolution's output is quantised as well. They take uint8
+# activations: int8 ones are converted, but not where two convolutions read them (a transition's input), which are left
+# in float then. The other backends fuse what follows a convolution with it, and take the output as it is.
+INTEGER_KERNELS = ("onnxruntime",)
 REASONS = {
     ("onnxruntime", FP16): "its CPU kernels convert to FP32 and compute in that",
     ("onnxruntime", BF16): "it has no CPU kernels for BF16 convolutions",
@@ -76,7 +78,7 @@ def typed_graphs(
         model = onnx.load(graph)
         if precision == INT8:
             assert scales is not None
-            model = int8_graph(part, model, scales.ranges.get(part), outputs=backend in QUANTISED_OUTPUTS)
+            model = int8_graph(part, model, scales.ranges.get(part), kernels=backend in INTEGER_KERNELS)
         else:
             model = half_graph(part, model, precision)
         typed[part] = folder / f"{part}.onnx"
@@ -139,13 +141,15 @@ def _exchange_type(model: onnx.ModelProto, weights: Mapping[str, Any]) -> None:
 
 
 def int8_graph(
-    part: str, model: onnx.ModelProto, ranges: Mapping[str, Any] | None, *, outputs: bool = False
+    part: str, model: onnx.ModelProto, ranges: Mapping[str, Any] | None, *, kernels: bool = False
 ) -> onnx.ModelProto:
-    """The graph with Q/DQ nodes at the inputs of convolutions and linear layers, ``outputs``: at their outputs too.
+    """The graph with Q/DQ nodes at the inputs of convolutions and linear layers.
 
-    ``ranges`` are what :func:`bdexport.calibrate.calibrated` has for the part. Zero points are 0,
-    weights carry a Q/DQ pair and biases stay float32: the form that TensorRT takes. A part without a layer that
-    multiplies comes back as it is. Raises :class:`BuildError` naming part, node and operator that cannot be quantised.
+    ``ranges`` are what :func:`bdexport.calibrate.calibrated` has for the part. Zero points are 0, weights carry a Q/DQ
+    pair and biases stay float32: the form that TensorRT takes. ``kernels``: the form of :data:`INTEGER_KERNELS`: uint8
+    activations with a zero point, outputs quantised too, after their ReLU where nothing else reads them. A part without
+    a layer that multiplies comes back as it is. Raises :class:`BuildError` naming part, node and operator that cannot
+    be quantised.
     """
     layers = _layers(part, model)
     if not layers:
@@ -159,12 +163,12 @@ def int8_graph(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     options: dict[str, Any] = {
-        "ActivationSymmetric": True,
+        "ActivationSymmetric": not kernels,
         "WeightSymmetric": True,
         "AddQDQPairToWeight": True,
         "QuantizeBias": False,
     }
-    if not outputs:
+    if not kernels:
         options["OpTypesToExcludeOutputQuantization"] = list(QUANTISED)
     source = marked(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -177,16 +181,63 @@ def int8_graph(
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTISED),
             per_channel=True,
-            activation_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8 if kernels else QuantType.QInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
             calibration_cache_path=cache,
             extra_options=options,
         )
         quantised = onnx.load(target)
+    _restore_stream(quantised)
     onnx.helper.set_model_props(quantised, {entry.key: entry.value for entry in model.metadata_props})
     _check_quantised(part, quantised)
     return quantised
+
+
+def _restore_stream(model: onnx.ModelProto) -> None:
+    """What does not multiply reads the stream itself again: the quantiser hands a tensor's rounded copy to all readers.
+
+    A shortcut with a rounded copy would round what all later blocks add to, once per block. Copies of outputs stay,
+    since they are what integer kernels write, but for those that a ReLU alone reads whose output is quantised itself.
+    """
+    graph = model.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    original: dict[str, str] = {}  # rounded copy -> what it is a copy of
+    for node in graph.node:
+        source = makers.get(node.input[0])
+        if node.op_type == "DequantizeLinear" and source is not None and source.op_type == "QuantizeLinear":
+            original[node.output[0]] = source.input[0]
+    others = [node for node in graph.node if node.op_type not in (*QUANTISED, "QuantizeLinear", "DequantizeLinear")]
+    for node in others:
+        for index, name in enumerate(node.input):
+            maker = makers.get(original.get(name, ""))
+            if name in original and (maker is None or maker.op_type not in QUANTISED):
+                node.input[index] = original[name]
+    for node in others:
+        name = node.input[0]
+        alone = node.op_type == "Relu" and name in original and _readers(graph, name) == ["Relu"]
+        if alone and _readers(graph, node.output[0]) == ["QuantizeLinear"]:
+            node.input[0] = original[name]
+    _drop_unread(graph)
+
+
+def _readers(graph: onnx.GraphProto, tensor: str) -> list[str]:
+    """Operators of the nodes that read a tensor."""
+    return [node.op_type for node in graph.node if tensor in node.input]
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove Q/DQ pairs that nothing reads any more, and their constants."""
+    ends = {value.name for value in graph.output}
+    while True:
+        read = {name for node in graph.node for name in node.input} | ends
+        idle = [node for node in graph.node if node.output[0] not in read]
+        if not idle:
+            break
+        for node in idle:
+            graph.node.remove(node)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
 
 
 def marked(model: onnx.ModelProto) -> onnx.ModelProto:
