@@ -156,7 +156,7 @@ def bundle_from_model(
         fusing = Fusing(Bundle(staging, manifest), backend, config.fused, counted, report)
         manifest = fusing.with_mapping(fusing.with_paths())
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
-        verification = _verified(Bundle(staging, manifest), model, backend, notes, report, judged, verify)
+        verification = _verified(Bundle(staging, manifest), model, backend, options, notes, report, judged, verify)
         manifest = replace(fusing.with_executor(manifest), verification=verification)
         write_manifest(staging, manifest)
         notes += fusing.notes
@@ -367,6 +367,7 @@ def _verified(
     bundle: Bundle,
     model: BlockDropNet,
     backend: Backend,
+    options: BuildOptions,
     notes: list[str],
     report: Progress,
     judged: Dataset | None,
@@ -376,7 +377,7 @@ def _verified(
     if not backend.computes:
         notes.append(f"not verified: backend {backend.name} computes nothing")
         return None
-    here = backend.available()
+    here = backend.can_run(options)
     if not here.ok:
         notes.append(f"not verified: the engines cannot run here ({here.reason}); run `bdexport verify` where they can")
         return None

@@ -29,7 +29,7 @@ from bdexport.fused import (
 from bdexport.mask_map import RULES, MaskMapper
 from bdexport.parts import Masks
 from bdexport.quantise import QuantisationTable
-from bdexport.verify import random_images
+from bdexport.verify_comparison import random_images
 
 NOT_COUNTED = "no fused paths: the checkpoint counts no masks in its policy statistics"
 NOT_COUNTED_REMEDY = "pass --dataset and --data, whose validation split is used"

@@ -150,6 +150,9 @@ class Backend(Protocol):
     def can_build(self) -> Availability:
         """Can engines be built in this process, whether or not they run here? Never raises."""
 
+    def can_run(self, options: BuildOptions) -> Availability:
+        """Can engines that are built with ``options`` run in this process? Never raises."""
+
     def resolved(self, options: BuildOptions) -> BuildOptions:
         """``options`` with what they leave open. Raises UsageError for one that this backend cannot honour."""
 
@@ -176,6 +179,10 @@ class BuildsWhereItRuns:
 
     def can_build(self: Backend) -> Availability:
         """See :meth:`Backend.can_build`."""
+        return self.available()
+
+    def can_run(self: Backend, options: BuildOptions) -> Availability:
+        """See :meth:`Backend.can_run`."""
         return self.available()
 
     def resolved(self: Backend, options: BuildOptions) -> BuildOptions:

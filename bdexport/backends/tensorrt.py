@@ -52,12 +52,21 @@ class TensorRTBackend:
         try:
             gpu = _gpu()
         except BackendError as error:
-            return Availability(False, f"{installed.reason} is installed; {error.what}", error.remedy)
+            return Availability(False, f"{installed.reason} is installed; {error.reason}", error.remedy)
         return Availability(True, f"{installed.reason} on {gpu.name}, compute capability {gpu.compute_capability}")
 
     def can_build(self) -> Availability:
         """TensorRT times kernels on the GPU that they are for; TensorRT for RTX builds anywhere."""
         return self._installed() if self.flavour.rtx else self.available()
+
+    def can_run(self, options: BuildOptions) -> Availability:
+        """Whether they are for the GPU that is here: TensorRT for RTX builds for others as well."""
+        here, targets = self.available(), options.tensorrt.compute_capabilities
+        if not here.ok or not targets or _gpu().compute_capability in targets:
+            return here
+        gpu = _gpu()
+        reason = f"they are for compute capability {', '.join(targets)}; {gpu.name} has {gpu.compute_capability}"
+        return Availability(False, reason)
 
     def _installed(self) -> Availability:
         flavour = self.flavour
@@ -66,7 +75,7 @@ class TensorRTBackend:
         try:
             api = load_api(flavour)
         except BackendError as error:
-            return Availability(False, str(error), error.remedy)
+            return Availability(False, error.reason, error.remedy)
         except Exception as error:  # its libraries are loaded by hand: what is missing comes as one exception or other
             reason = " ".join(str(error).split())
             return Availability(False, f"{flavour.module} cannot be imported: {reason}", flavour.install)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -458,7 +460,7 @@ class StandIn(TensorRTBackend):
 
 @pytest.fixture
 def stand_in(backend: TensorRTForRTXBackend, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    monkeypatch.setattr(tensorrt_common, "OLDEST_MAJOR", 1)
+    monkeypatch.setattr(tensorrt_common, "OLDEST", (1, 0))
     monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     return StandIn()
 
@@ -499,7 +501,41 @@ def test_another_major_version_is_refused(backend: TensorRTForRTXBackend) -> Non
 
     found = Old().available()
     assert not found.ok
-    assert re.search(r"got 1\..*, expected 10\.x or 11\.x", found.reason)
+    assert re.search(
+        r"got 1\..*, expected 10\.3 or newer, up to 11\.x$", found.reason
+    )  # the remedy comes after it, once
+    assert found.remedy == 'pip install "bdexport[tensorrt]"'
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("8.6.1", False), ("10.0.1", False), ("10.3.0", True), ("11.4.0.9", True), ("12.0.0", False)]
+)
+def test_versions_that_are_known(monkeypatch: pytest.MonkeyPatch, version: str, known: bool) -> None:
+    """Oracle: the extra's bounds in pyproject.toml; what lies outside is refused before anything is called."""
+    name = f"tensorrt_{version.replace('.', '_')}"
+    levels = {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2}
+    module = SimpleNamespace(__version__=version, ILogger=type("ILogger", (), levels))
+    monkeypatch.setitem(sys.modules, name, module)
+    flavour = Flavour("tensorrt", name, "TensorRT")
+    if known:
+        assert load_api(flavour).version == version
+        return
+    with pytest.raises(BackendError, match=re.escape(f"got {version}, expected 10.3 or newer, up to 11.x")):
+        load_api(flavour)
+
+
+def test_a_driver_that_is_too_old_is_named_with_both_versions(
+    backend: TensorRTForRTXBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: what opening CUDA says there, in the reason for which the backend is not available."""
+
+    def old() -> None:
+        raise BackendError("cuda: driver too old", got="11.8", expected="CUDA 12.0 or newer", remedy="update it")
+
+    monkeypatch.setattr(tensorrt_module, "_gpu", old)
+    found = backend.available()
+    assert found.reason.endswith("cuda: driver too old: got 11.8, expected CUDA 12.0 or newer")
+    assert found.remedy == "update it"
 
 
 # ---- where it cannot run ------------------------------------------------------------------------------------------
@@ -517,6 +553,20 @@ def test_without_a_gpu_it_builds_and_says_that_nothing_was_verified(bundle: Buil
     assert any("not verified" in note and "bdexport verify" in note for note in bundle.notes)
     assert layers is None
     assert description.layers is not None
+
+
+def test_engines_for_another_gpu_are_built_and_not_verified(
+    backend: TensorRTForRTXBackend, cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the note names both sides; a machine whose GPU is no target builds what one without any GPU builds."""
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    built = build(tmp_path / "other", cache)
+    reason = "they are for compute capability 8.0, 12.0; NVIDIA H200 has 9.0"
+    assert any("not verified" in note and reason in note for note in built.notes)
+    assert built.manifest.verification is None
+    targets = BuildOptions(tensorrt=replace(TARGETS, compute_capabilities=("8.0", "9.0")))
+    assert backend.can_run(targets).ok
+    assert backend.can_run(BuildOptions()).ok
 
 
 def test_without_a_gpu_it_does_not_run_and_says_why(bundle: BuiltBundle) -> None:
@@ -540,6 +590,46 @@ def test_a_missing_package_is_named() -> None:
         for found in (backend.available(), backend.can_build()):
             if not found.ok and "not installed" in found.reason and "cuda" not in found.reason:
                 assert found.remedy == f'pip install "bdexport[{name}]"'
+
+
+def test_what_a_session_asks_of_tensorrt_is_there(api: Api) -> None:
+    """Oracle: the package's own signatures, as its bindings write them into docstrings; the run time needs a driver."""
+    trt = api.module
+    for path, *arguments in (
+        ("IExecutionContext.set_device_memory", "memory", "size"),
+        ("IExecutionContext.set_input_shape", "name", "shape"),
+        ("IExecutionContext.set_tensor_address", "name", "memory"),
+        ("IExecutionContext.execute_async_v3", "stream_handle"),
+        ("ICudaEngine.create_execution_context", "strategy"),
+        ("ICudaEngine.create_execution_context", "runtime_config"),
+        ("ICudaEngine.create_runtime_config",),
+        ("ICudaEngine.create_engine_inspector",),
+        ("ICudaEngine.get_tensor_name", "index"),
+        ("ICudaEngine.get_tensor_shape", "name"),
+        ("ICudaEngine.get_tensor_dtype", "name"),
+        ("EngineInspector.get_engine_information", "format"),
+        ("IRuntimeConfig.set_execution_context_allocation_strategy", "strategy"),
+        ("IRuntimeConfig.create_runtime_cache",),
+        ("IRuntimeConfig.set_runtime_cache", "cache"),
+        ("IRuntimeCache.serialize",),
+        ("IRuntimeCache.deserialize", "blob"),
+        ("Runtime.deserialize_cuda_engine", "serialized_engine"),
+        ("Runtime.get_engine_validity", "buffer"),
+    ):
+        owner, _, name = path.partition(".")
+        text = getattr(getattr(trt, owner), name).__doc__
+        forms = [re.findall(r"(?:^|, )(\w+): ", form)[1:] for form in re.findall(rf"{name}\((self: .*)\) ->", text)]
+        assert arguments in forms, f"{path}: {forms}"
+    for path in (
+        *("ICudaEngine.device_memory_size_v2", "ICudaEngine.num_io_tensors"),
+        *("IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", "IRuntimeConfig.cuda_graph_strategy"),
+        *("Runtime.engine_header_size", "Runtime.engine_host_code_allowed", "CudaGraphStrategy.DISABLED"),
+        *("ExecutionContextAllocationStrategy.USER_MANAGED", "LayerInformationFormat.JSON"),
+        *("DynamicShapesKernelSpecializationStrategy.EAGER", "DynamicShapesKernelSpecializationStrategy.LAZY"),
+        *("EngineInvalidityDiagnostics.UNSUPPORTED_CC", "DataType.FLOAT"),
+    ):
+        owner, _, name = path.partition(".")
+        assert hasattr(getattr(trt, owner), name), path
 
 
 # ---- engine files -------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_the_shares_are_the_best_there_are(seed: int, budget: float, monkeypatch
 def test_a_score_gains_only_by_what_it_knows() -> None:
     """Oracle: by construction the cheap level is right on the first half alone, the dear one everywhere."""
     images = 2000
-    hard = np.arange(images) % 2 * 1.0
+    hard = (np.arange(images) % 2).astype(np.float64)
     hard = np.random.default_rng(0).permutation(hard)
     correct = np.stack([hard == 0, np.ones(images, bool)])
     blocks = np.array([1, 3])
