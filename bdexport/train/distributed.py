@@ -61,6 +61,11 @@ class World:
         """Whether this process writes and prints."""
         return self.rank == 0
 
+    @property
+    def places(self) -> slice:
+        """Where the images that this process sees stand in a whole batch."""
+        return slice(self.rank, None, self.size)
+
     def mine(self, rows: Tensor, dim: int = 0) -> Tensor:
         """The shard of a whole batch that this process sees: every ``size``-th row from ``rank`` on.
 
@@ -68,7 +73,7 @@ class World:
         """
         if self.size == 1:
             return rows
-        return rows[(slice(None),) * dim + (slice(self.rank, None, self.size),)]
+        return rows[(slice(None),) * dim + (self.places,)]
 
     def rand(self, shape: tuple[int, ...], generator: torch.Generator, rows: int = 0) -> Tensor:
         """Uniform numbers, float32, of ``shape`` for this shard; dimension ``rows`` counts its images.

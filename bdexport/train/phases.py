@@ -76,6 +76,12 @@ class Setting:
         """A whole number from ``low`` to ``high`` - 1 for each of the images that this process sees."""
         return self.world.randint(low, high, images, self.generator)
 
+    def fixed_strategy(self) -> tuple[str, Strategy]:
+        """The title and the masks of :attr:`fixed_mask`, for the images that this process sees."""
+        assert self.fixed_mask is not None  # the phase that needs it has begun
+        config = self.config
+        return fixed_strategy(self.fixed_mask, config.fixed.kept, config.seed, self.model, self.world.places)
+
     def autocast(self) -> torch.autocast:
         """bf16 where the run uses it."""
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
@@ -341,10 +347,7 @@ class FinetuneFixed(Phase):
         return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def strategy(self) -> Strategy:
-        setting = self.setting
-        assert setting.fixed_mask is not None
-        seed = setting.config.seed
-        return fixed_strategy(setting.fixed_mask, setting.config.fixed.kept, seed, setting.model)[1]
+        return self.setting.fixed_strategy()[1]
 
     def step(self, batch: Batch) -> dict[str, float]:
         images, labels, _ = batch

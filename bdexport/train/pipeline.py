@@ -407,8 +407,7 @@ def _settle_budget(config: TrainConfig, setting: Setting, data: TrainingData, re
 
 
 def _fixed_result(request: TrainRequest, config: TrainConfig, setting: Setting, data: TrainingData) -> dict[str, Any]:
-    assert setting.fixed_mask is not None
-    title, strategy = fixed_strategy(setting.fixed_mask, config.fixed.kept, config.seed, setting.model)
+    title, strategy = setting.fixed_strategy()
     outcome = validation_outcome(setting, data.validation, strategy)
     flops = count_flops(setting.model, request.preprocess.size)
     return {

@@ -67,7 +67,7 @@ def _cases() -> dict[str, Case]:
         cases |= {f"{estimator} curriculum": (config, curriculum), f"{estimator} finetune": (config, finetune)}
     cases["marginal finetune with levels"] = (_estimating("marginal", level_share=0.25), FinetuneMargins)
     cases["nested finetune of a head with levels"] = (_estimating("nested", level_share=0.25, learns="head"), Finetune)
-    for mask in ("first-k", "search"):
+    for mask in ("first-k", "random-k", "search"):
         cases[f"fixed {mask}"] = (_method("fixed", fixed=FixedConfig(mask, kept=2, search_images=64)), FinetuneFixed)
     for estimator in ("self_critical", "leave_one_out"):
         config = _method("sequential", policy=_estimating(estimator).policy)
