@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
+from bdexport.errors import DivergedError
 from bdexport.retarget import shift_for
 from bdexport.train import nested
 from bdexport.train.data import Batch, TrainingData
@@ -65,6 +66,8 @@ def tie_levels(last: nn.Linear, levels: list[int], order: list[int]) -> None:
 
 class MarginalPhase(PolicyPhase):
     """What learning on the frozen network and finetuning share."""
+
+    explores = False  # levels are run for their own sake, whatever the policy would do
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -127,7 +130,10 @@ class MarginalPhase(PolicyPhase):
             setting.world.average_gradients(p for group in optimiser.param_groups for p in group["params"])
             optimiser.step()
             total += critic_loss.item()
-        return total / setting.config.policy.lessons
+        mean = setting.world.mean(torch.tensor(total / setting.config.policy.lessons))  # all processes must judge alike
+        if not torch.isfinite(mean):
+            raise DivergedError(f"{self.name}: the critic's loss is {mean.item()}", remedy=self.calmer("policy"))
+        return mean.item()
 
     @torch.no_grad()
     def _settle_price(self, logits: Tensor) -> None:

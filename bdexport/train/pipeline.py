@@ -24,9 +24,10 @@ from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.preprocess import Preprocess
 from bdexport.retarget import policy_logits, retarget
+from bdexport.train.advice import against_one_mask
 from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
 from bdexport.train.distributed import ALONE, World, check_batches
-from bdexport.train.loop import Reporter, good_model, restore, run_phases, static_warning, validation_outcome
+from bdexport.train.loop import Reporter, good_model, restore, run_phases, validation_outcome
 from bdexport.train.memory import check_memory, memory_explained, memory_plan
 from bdexport.train.methods import phases_of
 from bdexport.train.phases import Phase, Setting, levels_from_text
@@ -385,7 +386,7 @@ def _decided_result(
     settled = _settle_batch_norm(config, setting, data, reporter)
     outcome = validation_outcome(setting, data.validation, None)
     if outcome.unique_masks == 1 and config.method in ("blockdrop", "sequential"):
-        reporter.note(f"warning: {static_warning(setting)}")
+        reporter.note(f"warning: {against_one_mask(config)}")
     figures = outcome.to_json(count_flops(setting.model, request.preprocess.size), with_policy=gates is None)
     decided = {"policy": figures} if gates is None else {"gates": {"kind": gates.spec.kind, **figures}}
     result["validation"] = settled | decided
