@@ -32,7 +32,10 @@ def config_of(estimator: Estimator, target: float | None) -> TrainConfig:
     [(name, target) for name in get_args(Estimator) for target in (None, 7.0) if (name, target) != ("marginal", None)],
 )
 def test_gamma_is_named_where_it_decides(estimator: Estimator, target: float | None, keeps: bool) -> None:
-    """Oracle: the losses: with a budget, or with values for logits, gamma does not set the mean usage; marginal needs a budget."""
+    """Oracle: the losses: with a budget, or with values for logits, gamma does not set the mean usage.
+
+    Marginal without a budget is refused.
+    """
     config = config_of(estimator, target)
     text = against_collapse(config, keeps)
     assert ("--gamma" in text) == (target is None)
