@@ -69,11 +69,13 @@ def _cases() -> dict[str, Case]:
     cases["nested finetune of a head with levels"] = (_estimating("nested", level_share=0.25, learns="head"), Finetune)
     for mask in ("first-k", "random-k", "search"):
         cases[f"fixed {mask}"] = (_method("fixed", fixed=FixedConfig(mask, kept=2, search_images=64)), FinetuneFixed)
-    for estimator in ("self_critical", "leave_one_out"):
+    walking: tuple[Estimator, ...] = ("self_critical", "leave_one_out")
+    for estimator in walking:
         config = _method("sequential", policy=_estimating(estimator).policy)
         cases[f"sequential {estimator} curriculum"] = (config, SequentialCurriculum)
         cases[f"sequential {estimator} finetune"] = (config, SequentialFinetune)
-    for method in ("act", "sact"):
+    halting: tuple[Method, ...] = ("act", "sact")
+    for method in halting:
         cases[method] = (_method(method, halting=HaltingConfig(initial_logit=-0.5)), FinetuneHalting)
     return cases
 
@@ -128,6 +130,8 @@ def learned(case: Case, world: World, steps: int = STEPS) -> Learned:
         figures = phase.step(batch)
     modules = {"model": setting.model, "classifier": setting.classifier, "critic": setting.critic}
     learned = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
+    if steps == 0:
+        return learned
     means = world.mean(torch.tensor([*figures.values(), setting.price], dtype=torch.float64))
     outcome = validation_outcome(setting, data.validation, phase.strategy())
     return learned | {"figures": means, "masks": torch.tensor(outcome.masks), "remembered": _memory(setting)}
