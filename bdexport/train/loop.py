@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bdexport.errors import DivergedError, TrainingError
 from bdexport.evaluate import Outcome, Strategy, run_decided, run_masks
 from bdexport.models.pair import BlockDropNet
+from bdexport.train.advice import against_collapse, against_one_mask
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.distributed import World
 from bdexport.train.events import EventLog
@@ -132,7 +133,7 @@ def _check_weights(phase: Phase) -> None:
     """The last step of an epoch can spoil the weights without a loss that shows it: they must not be saved as good."""
     for name, tensor in phase.setting.model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise DivergedError(f"{phase.name}: {name} is not finite", remedy=phase.calmer())
+            raise DivergedError(f"{phase.name}: {name} is not finite", remedy=phase.calmer(name.partition(".")[0]))
 
 
 def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, Any]:
@@ -217,16 +218,11 @@ def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None
     num_blocks = phase.setting.num_blocks
     rows = [row for row in state.history if row["phase"] == phase.name][-COLLAPSED_EPOCHS:]
     means = [row["validation"]["blocks_used"]["mean"] for row in rows]
-    config = phase.setting.config.policy
-    has_budget = config.target_blocks is not None
-    for extreme, what, way in ((num_blocks, "keeps", "lower"), (0, "drops", "raise")):
+    for extreme, what in ((num_blocks, "keeps"), (0, "drops")):
         if means[-1] != extreme:
             continue
         text = f"the policy {what} every block for every image"
-        if config.estimator == "marginal":  # gamma is no part of it, the budget alone sets the price of a block
-            remedy = f"choose a --target-blocks further from {extreme}, or lower policy_learning_rate of the phase"
-        else:
-            remedy = f"{way} --gamma" + (", or learn for more epochs" if has_budget else " or set --target-blocks")
+        remedy = against_collapse(phase.setting.config, keeps=extreme > 0)
         if len(rows) == COLLAPSED_EPOCHS and set(means) == {extreme}:
             raise DivergedError(f"{text}: it has collapsed", remedy=remedy)
         reporter.note(f"warning: {text}; {remedy} if it stays so")
@@ -239,26 +235,11 @@ def _keep_diverse(phase: Phase, state: RunState, reporter: Reporter) -> None:
     if not (phase.decisive and isinstance(phase, PolicyPhase) and rows):
         return
     if rows[-1]["validation"]["unique_masks"] == 1 and rows[-1]["validation"]["blocks_used"]["mean"] > 0:
-        rows[-1]["reopened"] = True
-        reporter.note(f"warning: {static_warning(phase.setting)}; exploration is raised from here on")
+        opens = "; exploration is raised from here on" if phase.explores else ""
+        rows[-1]["reopened"] = phase.explores
+        reporter.note(f"warning: {against_one_mask(phase.setting.config)}{opens}")
     if any(row.get("reopened") for row in rows) and not phase.reopened:
         phase.reopen()
-
-
-STATIC_WARNING = (
-    "the policy gives every image the same mask, which is a pruned network, not BlockDrop: the network has learned "
-    "that mask alone, so that no other one pays, or the budget leaves no choice; --preset marginal, a longer "
-    "curriculum or another --target-blocks help"
-)
-STATIC_GATES_WARNING = (
-    "the gates give every image the same mask, which is a pruned network, not BlockDrop-seq: the network has learned "
-    "that mask alone, so that no other one pays; a longer curriculum or a higher --set curriculum.learning_rate help"
-)
-
-
-def static_warning(setting: Setting) -> str:
-    """What to say of one mask for all images."""
-    return STATIC_WARNING if setting.model.gates is None else STATIC_GATES_WARNING
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.parts import mask_to_text
-from bdexport.train import gumbel, nested, rollout
+from bdexport.train import advice, gumbel, nested, rollout
 from bdexport.train.data import Batch, DeviceImages, TrainingData
 from bdexport.train.distributed import ALONE, World
 from bdexport.train.reward import budget_loss, leave_one_out_advantage, reward
@@ -76,6 +76,12 @@ class Setting:
         """A whole number from ``low`` to ``high`` - 1 for each of the images that this process sees."""
         return self.world.randint(low, high, images, self.generator)
 
+    def fixed_strategy(self) -> tuple[str, Strategy]:
+        """The title and the masks of :attr:`fixed_mask`, for the images that this process sees."""
+        assert self.fixed_mask is not None  # the phase that needs it has begun
+        config = self.config
+        return fixed_strategy(self.fixed_mask, config.fixed.kept, config.seed, self.model, self.world.places)
+
     def autocast(self) -> torch.autocast:
         """bf16 where the run uses it."""
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
@@ -85,6 +91,7 @@ class Phase:
     """Common parts of all phases."""
 
     name = ""
+    settings = ""  # the group that its learning rates come from, where that is not called like the phase
     epochs = 0
     batch = 128
     share = 1.0
@@ -149,12 +156,9 @@ class Phase:
         for optimiser in self.optimisers:
             optimiser.step()
 
-    def calmer(self) -> str:
-        """What to change when the phase has diverged."""
-        group = getattr(self.setting.config, self.name, None)
-        rates = [] if group is None else [field.name for field in fields(group) if field.name.endswith("learning_rate")]
-        lower = f"--set {self.name}.{rates[0]}={getattr(group, rates[0]) / 3:.2g}" if rates else "a lower learning rate"
-        return f"in another --out, try {lower}, or --precision fp32"
+    def calmer(self, part: str = "network") -> str:
+        """What to change when ``part`` (network, policy or gates) has diverged."""
+        return advice.calmer(self.setting.config, self.settings or self.name, part, self.setting.bf16)
 
     def _classification_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy plus, with a teacher, the softened KL divergence (Hinton et al., 2015)."""
@@ -310,6 +314,7 @@ class FinetuneFixed(Phase):
     """The network learns under masks that do not depend on the image (method ``fixed``)."""
 
     name = "finetune_fixed"
+    settings = "finetune"
     decisive = True
 
     def __init__(self, setting: Setting) -> None:
@@ -341,10 +346,7 @@ class FinetuneFixed(Phase):
         return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def strategy(self) -> Strategy:
-        setting = self.setting
-        assert setting.fixed_mask is not None
-        seed = setting.config.seed
-        return fixed_strategy(setting.fixed_mask, setting.config.fixed.kept, seed, setting.model)[1]
+        return self.setting.fixed_strategy()[1]
 
     def step(self, batch: Batch) -> dict[str, float]:
         images, labels, _ = batch
@@ -372,6 +374,7 @@ class PolicyPhase(Phase):
     """What curriculum and finetuning share: sampling masks and the policy gradient."""
 
     uses_policy = True
+    explores = True  # exploration can be raised
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

@@ -24,9 +24,10 @@ from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.preprocess import Preprocess
 from bdexport.retarget import policy_logits, retarget
+from bdexport.train.advice import against_one_mask
 from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
 from bdexport.train.distributed import ALONE, World, check_batches
-from bdexport.train.loop import Reporter, good_model, restore, run_phases, static_warning, validation_outcome
+from bdexport.train.loop import Reporter, good_model, restore, run_phases, validation_outcome
 from bdexport.train.memory import check_memory, memory_explained, memory_plan
 from bdexport.train.methods import phases_of
 from bdexport.train.phases import Phase, Setting, levels_from_text
@@ -221,6 +222,11 @@ def _goes_on(request: TrainRequest, config: TrainConfig) -> bool:
     return kept is not None
 
 
+def _decides(request: TrainRequest, config: TrainConfig) -> bool:
+    """Whether what the run makes decides about blocks, by a policy or by gates."""
+    return config.method != "fixed" and not request.base_only
+
+
 def _policy_spec(request: TrainRequest, config: TrainConfig) -> PolicySpec:
     """The policy of the checkpoint that training starts from, or the paper's, with its input pooled as configured."""
     kept = _kept_policy(request)
@@ -355,8 +361,7 @@ def _finish(
     training = _record(request, config, state, complete=True)
     if setting.world.size > 1:
         training["processes"] = setting.world.size
-    has_policy = config.method == "blockdrop" and not request.base_only
-    decides = has_policy or model.gates is not None
+    decides = _decides(request, config)
     if decides:
         training |= _decided_result(request, config, setting, data, reporter)
     elif config.method == "fixed":
@@ -367,6 +372,7 @@ def _finish(
 
     def write() -> None:
         save_checkpoint(request.out / MODEL_FILE, checkpoint)
+        (request.out / LAST_GOOD_FILE).unlink(missing_ok=True)  # of a run that went on with another batch after all
         state.finished = True
         save_state(request.out, state)
 
@@ -385,7 +391,7 @@ def _decided_result(
     settled = _settle_batch_norm(config, setting, data, reporter)
     outcome = validation_outcome(setting, data.validation, None)
     if outcome.unique_masks == 1 and config.method in ("blockdrop", "sequential"):
-        reporter.note(f"warning: {static_warning(setting)}")
+        reporter.note(f"warning: {against_one_mask(config)}")
     figures = outcome.to_json(count_flops(setting.model, request.preprocess.size), with_policy=gates is None)
     decided = {"policy": figures} if gates is None else {"gates": {"kind": gates.spec.kind, **figures}}
     result["validation"] = settled | decided
@@ -407,17 +413,20 @@ def _settle_budget(config: TrainConfig, setting: Setting, data: TrainingData, re
 
 
 def _fixed_result(request: TrainRequest, config: TrainConfig, setting: Setting, data: TrainingData) -> dict[str, Any]:
-    assert setting.fixed_mask is not None
-    title, strategy = fixed_strategy(setting.fixed_mask, config.fixed.kept, config.seed, setting.model)
+    title, strategy = setting.fixed_strategy()
     outcome = validation_outcome(setting, data.validation, strategy)
     flops = count_flops(setting.model, request.preprocess.size)
-    return {
-        "fixed_mask": {"mask": setting.fixed_mask, "kept": config.fixed.kept},
+    return _fixed_mask(config, setting) | {
         "validation": {
             "full_accuracy": validation_outcome(setting, data.validation, keep_all(setting.num_blocks)).accuracy,
             "fixed": {title: outcome.to_json(flops, with_policy=False)},
         },
     }
+
+
+def _fixed_mask(config: TrainConfig, setting: Setting) -> dict[str, Any]:
+    """What ``evaluate`` and ``report`` take as the mask that the network is for."""
+    return {"fixed_mask": {"mask": setting.fixed_mask, "kept": config.fixed.kept}}
 
 
 def _record(request: TrainRequest, config: TrainConfig, state: RunState, complete: bool) -> dict[str, Any]:
@@ -467,7 +476,11 @@ def _with_last_good(
         kept = "no model before it is worth keeping"
     else:
         training = _record(request, config, state, complete=False) | {"stopped": error.what, "epoch": best.figures}
-        checkpoint = _checkpoint(request, setting.model, best.weights, training, decides=best.has_policy)
+        if setting.fixed_mask is not None:
+            training |= _fixed_mask(config, setting)
+        # What came with the base was trained before.
+        decides = best.has_policy or (_decides(request, config) and _goes_on(request, config))
+        checkpoint = _checkpoint(request, setting.model, best.weights, training, decides)
         path = request.out / LAST_GOOD_FILE
         setting.world.once(lambda: save_checkpoint(path, checkpoint))
         kept = f"the last good model ({best.figures['phase']} {best.figures['epoch']}) is {path}"
