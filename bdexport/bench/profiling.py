@@ -202,10 +202,16 @@ class TimedFusedSession(TimedSession):
 
     def __init__(self, session: FusedSession, manifest: Manifest) -> None:
         super().__init__(cast(Session, session))
-        self.fused, self.fused_seconds, self._run_fused = session.fused, session.fused_seconds, session.run_fused
+        self.fused, self.prepare_fused, self._run_fused = session.fused, session.prepare_fused, session.run_fused
+        self._of_paths = session
         assert manifest.fused is not None  # or the session would have no fused paths
         paths = manifest.fused.part_paths(manifest.transitions)
         self._masks = {path: fused.mask for path, fused in zip(paths, manifest.fused.paths, strict=True)}
+
+    @property
+    def fused_seconds(self) -> float:
+        """See :attr:`bdexport.backends.base.FusedSession.fused_seconds`."""
+        return self._of_paths.fused_seconds
 
     def run_fused(self, path: tuple[str, ...], x: Tensor) -> Tensor:
         """See :meth:`bdexport.backends.base.FusedSession.run_fused`."""
@@ -293,7 +299,7 @@ class _Sides:
         self._as_run = orchestrator
         self._part_by_part = Orchestrator(bundle, PartByPart(session), Chain.name)
         self.chain = _Profiled(bundle, TimedSession(session), Chain.name)
-        paths = _fused_session(orchestrator)
+        self._paths = paths = _fused_session(orchestrator)
         timed = None if paths is None else TimedFusedSession(paths, bundle.manifest)
         self.fused = None if timed is None else _Profiled(bundle, timed, Fused.name)
         self.as_run_ms: list[float] = []
@@ -317,7 +323,8 @@ class _Sides:
     def _warm_up_paths(self, images: Image) -> None:
         """Every fused path once, also those that the warm-up's images do not take."""
         manifest = self._as_run.manifest
-        if self.fused is not None and manifest.fused is not None:
+        if self._paths is not None and self.fused is not None and manifest.fused is not None:
+            self._paths.prepare_fused(len(images))
             for mask in manifest.fused.masks(manifest.num_blocks):
                 self.fused.run(images, masks=np.tile(mask, (len(images), 1)))
 
