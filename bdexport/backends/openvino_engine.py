@@ -37,6 +37,7 @@ FIELDS = ("schema", "part", "precision", "requirements")  # of part.json, all of
 REQUIREMENTS = "RUNTIME_REQUIREMENTS"  # OpenVINO's property of a compiled model: release and instruction set
 ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal files
 REBUILD = "rebuild it: bdexport build CHECKPOINT --backend openvino --out BUNDLE"
+PIECE_BYTES = 1 << 16  # read at a time
 # What a zip reader raises for a damaged file: a flipped bit may claim a password, a compression or a later version.
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, NotImplementedError, ValueError)
 
@@ -76,10 +77,9 @@ def requirements_here() -> str:
 class SourceModel:
     """A part in OpenVINO's own form, parsed when it is first needed: for larger batches and for fused paths."""
 
-    def __init__(self, part: str, path: Path, entry: PartEntry, xml: bytes, weights: bytes) -> None:
+    def __init__(self, part: str, path: Path, entry: PartEntry, xml: bytes, weights: Any) -> None:
         self._part, self._path, self._entry, self._xml = part, path, entry, xml
-        # OpenVINO's own copy, which models and what is compiled from them share and keep alive.
-        self._weights = tensor_of(weights)
+        self._weights = weights  # a tensor, which models and what is compiled from them share and keep alive
         self._model: Any = None
         self._parsing = threading.Lock()
 
@@ -101,37 +101,32 @@ class SourceModel:
 
 @dataclass(frozen=True, eq=False)
 class EngineFile:
-    """What an engine file holds. ``requirements``: what the blob belongs to."""
+    """What an engine file holds. ``blob``: a tensor of bytes; ``requirements``: what it belongs to."""
 
     source: SourceModel
-    blob: bytes
+    blob: Any
     requirements: str
 
 
 def read_engine(part: str, path: Path, entry: PartEntry, precision: str) -> EngineFile:
     """Raises BackendError for a file that is damaged, or of another part, precision or format."""
     members = _members(part, path)
-    about = _description(part, path, members[DESCRIPTION])
+    about = _description(part, path, bytes(members[DESCRIPTION].data))
     for key, expected in (("schema", SCHEMA), ("part", part), ("precision", precision)):
         if about[key] != expected:
             what = f"{part} [openvino]: {path} is an engine of another {'format' if key == 'schema' else key}"
             raise BackendError(what, got=shown(about[key]), expected=shown(expected), remedy=REBUILD)
-    source = SourceModel(part, path, entry, members[XML], members[WEIGHTS])
+    source = SourceModel(part, path, entry, bytes(members[XML].data), members[WEIGHTS])
     return EngineFile(source, members[BLOB], about["requirements"])
 
 
-def imported(part: str, path: Path, entry: PartEntry, blob: bytes, config: dict[str, Any]) -> Any:
+def imported(part: str, path: Path, entry: PartEntry, blob: Any, config: dict[str, Any]) -> Any:
     """The compiled model of a blob that fits :func:`requirements_here`. Raises BackendError."""
     with Reported(part, f"cannot load {path}: {BLOB}", REBUILD):
         # From a tensor, not from bytes: the model then uses the weights where they are.
-        compiled = core().import_model(tensor_of(blob), "CPU", config)
+        compiled = core().import_model(blob, "CPU", config)
     check_shapes(part, path, compiled, entry)
     return compiled
-
-
-def tensor_of(data: bytes) -> Any:
-    """A copy that OpenVINO owns."""
-    return import_openvino().Tensor(np.frombuffer(data, np.uint8))
 
 
 def check_shapes(part: str, path: Path, model: Any, entry: PartEntry) -> None:
@@ -143,14 +138,14 @@ def check_shapes(part: str, path: Path, model: Any, entry: PartEntry) -> None:
             raise BackendError(what, got=shapes, expected=[spec.shape], remedy=REBUILD)
 
 
-def _members(part: str, path: Path) -> dict[str, bytes]:
-    """The members' bytes, each by its checksum what was written."""
+def _members(part: str, path: Path) -> dict[str, Any]:
+    """The members as tensors of bytes, each by its checksum what was written."""
     expected = f"a zip of {', '.join(MEMBERS)}"
     try:
         with zipfile.ZipFile(path) as packed:
             missing = [name for name in MEMBERS if name not in packed.namelist()]
             if not missing:
-                return {name: packed.read(name) for name in MEMBERS}
+                return {name: _member(packed, name) for name in MEMBERS}
             got = f"no {' and no '.join(missing)}"
     except OSError as error:
         what = f"{part} [openvino]: cannot read {path}"
@@ -160,6 +155,22 @@ def _members(part: str, path: Path) -> dict[str, bytes]:
         got = f"{path.stat().st_size} bytes that are none, or not as they were written"
         raise BackendError(what, got=got, expected=expected, remedy=REBUILD) from error
     raise BackendError(f"{part} [openvino]: {path} is no engine", got=got, expected=expected, remedy=REBUILD)
+
+
+def _member(packed: zipfile.ZipFile, name: str) -> Any:
+    """Read in pieces into memory that OpenVINO owns: what whole copies leave behind is not given back to the system."""
+    size = packed.getinfo(name).file_size
+    if size > Path(str(packed.filename)).stat().st_size:
+        raise EOFError(f"{name} is larger than its file")
+    tensor = import_openvino().Tensor(import_openvino().Type.u8, [size])
+    begin = 0
+    with packed.open(name) as member:
+        while piece := member.read(PIECE_BYTES):
+            tensor.data[begin : begin + len(piece)] = np.frombuffer(piece, np.uint8)
+            begin += len(piece)
+    if begin != size:
+        raise EOFError(f"{name} ends early")
+    return tensor
 
 
 def _description(part: str, path: Path, data: bytes) -> dict[str, str]:

@@ -127,7 +127,7 @@ def test_emulated_bf16_is_refused(bf16_bundle: Bundle) -> None:
     )
     last = done.stderr.splitlines()[-1]
     assert "BackendError" in last
-    assert "bf16 would be emulated here" in last or "cannot load" in last
+    assert "bf16 would be emulated here" in last or "cannot compile" in last
 
 
 def test_kernels_that_stand_in_are_named() -> None:
@@ -166,7 +166,7 @@ def test_a_damaged_engine_is_named(bundle: Bundle, tmp_path: Path, damage: str) 
     elif damage.startswith("other"):
         shutil.copy(broken.engine("block_00"), engine)
         if damage == "other shape":
-            _repack(broken.engine("block_00"), engine, part="block_01")
+            _repack(broken.engine("block_00"), engine, {}, {"part": "block_01"})
     else:
         _repack(engine, engine, {"compiled.blob": b"no blob"})
     with pytest.raises(BackendError, match=rf"block_01 \[openvino\]: .*{REBUILD}"):
@@ -235,7 +235,7 @@ def test_flipped_and_cut_engines_are_refused_in_our_words(bundle: Bundle, tmp_pa
             assert text.endswith(REBUILD)
             assert not any(word in text for word in ("codec", "zipfile", "Error", "struct", "b'", "0x"))
         else:  # a date or an attribute, which say nothing
-            assert read.blob in whole
+            assert bytes(read.blob.data) in whole
             assert read.requirements.encode() in whole
     assert refused > 0.8 * len(cases)
 
@@ -351,20 +351,35 @@ def test_eight_threads_on_paths_that_are_being_compiled(fused_bundle: Bundle) ->
 
 
 def test_two_threads_are_one_pool(fused_bundle: Bundle) -> None:
-    """Oracle: the kernel's list of this process's threads: more compiled models make no more of them."""
+    """Oracle: the kernel's count of processor time by thread: whatever number of models ran, two threads computed.
+
+    Every compiled model brings threads of its own, which wait for asynchronous calls that nobody makes.
+    """
     code = f"""
-import os, numpy, bdexport
+import os, numpy, time, bdexport
+def ticks():
+    found = {{}}
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{{task}}/stat") as file:
+            found[task] = sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+    return found
 loaded = bdexport.load({str(fused_bundle.path)!r}, executor="fused", threads=2)
-image = numpy.zeros((1, *loaded.manifest.preprocess.size, 3), numpy.uint8)
-loaded(image)
-loaded.full(image)
-before = len(os.listdir("/proc/self/task"))
-loaded.prepare(4)
-print(before, len(os.listdir("/proc/self/task")))
+image = numpy.zeros((64, *loaded.manifest.preprocess.size, 3), numpy.uint8)
+masks = [[[bool(number & bit) for bit in (4, 2, 1)]] * 64 for number in range(8)]
+for mask in masks:
+    loaded(image, masks=mask)
+before, until = ticks(), time.process_time() + 2
+while time.process_time() < until:
+    for mask in masks:
+        loaded(image, masks=mask)
+spent = [count - before.get(task, 0) for task, count in ticks().items()]
+print(len(spent), sum(count > sum(spent) / 50 for count in spent), sum(spent))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    assert after <= before + 1, (before, after)
+    threads, computing, ticks = map(int, done.stdout.split())
+    assert ticks > 100
+    assert threads > 10
+    assert computing <= 2
 
 
 def test_telemetry_is_kept_out() -> None:
