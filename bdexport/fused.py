@@ -1,7 +1,8 @@
 """Fused paths: the masks that occur most, each to be run as one engine. Which they are, and how a manifest names them.
 
 They have no files of their own: the backend links the parts' engines when the bundle is opened or a path is first
-called, so that weights are on the disk once. The mask that keeps every block is not among them: its engine is ``full``, which every bundle has.
+called, so that weights are on the disk once. The mask that keeps every block is not among them: its engine is ``full``,
+which every bundle has.
 Shared by the build half and the run-time half; numpy only.
 """
 
