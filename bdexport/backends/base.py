@@ -130,7 +130,10 @@ class FusedSession(Protocol):
 
     @property
     def fused_seconds(self) -> float:
-        """How long linking and loading them took."""
+        """How long linking, compiling and loading them took so far; some backends do it when one is first called."""
+
+    def prepare_fused(self, batch: int = 1) -> None:
+        """Link, compile and load every one of them for batches of this size, unless it has been done."""
 
     def run_fused(self, path: tuple[str, ...], x: Tensor) -> Tensor:
         """The network's input -> logits, fresh, by the path's own engine."""

@@ -168,7 +168,7 @@ class _Sides:
         self._as_run = orchestrator
         self._part_by_part = Orchestrator(bundle, PartByPart(session), Chain.name)
         self.chain = _Profiled(bundle, TimedSession(session), Chain.name)
-        paths = _fused_session(orchestrator)
+        self._paths = paths = _fused_session(orchestrator)
         timed = None if paths is None else TimedFusedSession(paths, bundle.manifest)
         self.fused = None if timed is None else _Profiled(bundle, timed, Fused.name)
         self.as_run_ms: list[float] = []
@@ -192,7 +192,8 @@ class _Sides:
     def _warm_up_paths(self, images: Image) -> None:
         """Every fused path once, also those that the warm-up's images do not take."""
         manifest = self._as_run.manifest
-        if self.fused is not None and manifest.fused is not None:
+        if self._paths is not None and self.fused is not None and manifest.fused is not None:
+            self._paths.prepare_fused(len(images))
             for mask in manifest.fused.masks(manifest.num_blocks):
                 self.fused.run(images, masks=np.tile(mask, (len(images), 1)))
 

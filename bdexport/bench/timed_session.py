@@ -135,10 +135,16 @@ class TimedFusedSession(TimedSession):
 
     def __init__(self, session: FusedSession, manifest: Manifest) -> None:
         super().__init__(cast(Session, session))
-        self.fused, self.fused_seconds, self._run_fused = session.fused, session.fused_seconds, session.run_fused
+        self.fused, self.prepare_fused, self._run_fused = session.fused, session.prepare_fused, session.run_fused
+        self._of_paths = session
         assert manifest.fused is not None  # or the session would have no fused paths
         paths = manifest.fused.part_paths(manifest.transitions)
         self._masks = {path: fused.mask for path, fused in zip(paths, manifest.fused.paths, strict=True)}
+
+    @property
+    def fused_seconds(self) -> float:
+        """See :attr:`bdexport.backends.base.FusedSession.fused_seconds`."""
+        return self._of_paths.fused_seconds
 
     def run_fused(self, path: tuple[str, ...], x: Tensor) -> Tensor:
         """See :meth:`bdexport.backends.base.FusedSession.run_fused`."""

@@ -246,6 +246,6 @@ def _summary(bundle: BuiltBundle, result: dict[str, Any]) -> str:
     fused, costs = bundle.manifest.fused, bundle.fusing
     if fused is not None and costs is not None:
         sizes = ", ".join(f"{when} {size_text(costs[key])}" for when, key in SIZES.items())
-        lines += f"\n{shares_text(fused)}; linked in {costs['seconds']:.2f} s when it is opened; size: {sizes}"
+        lines += f"\n{shares_text(fused)}; made ready in {costs['seconds']:.2f} s; size: {sizes}"
     executor = result["executor"]
     return f"{lines}\nexecutor {executor['choice']}: {executor['reason']}"

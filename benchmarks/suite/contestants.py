@@ -116,6 +116,7 @@ def _add_bundle(
     try:
         opened = bundle(network, backend, precision, work, progress)
         default = found.stack.enter_context(_load(opened, cell.threads))
+        default.prepare(cell.batch)
     except BdexportError as error:
         found.missing[engine] = str(error)
         return
