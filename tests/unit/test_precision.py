@@ -18,8 +18,9 @@ from bdexport.calibrate import part_ranges
 from bdexport.config import BuildConfig
 from bdexport.errors import BuildError, UsageError
 from bdexport.export import export_parts
-from bdexport.precision import half_graph, int8_graph, typed_graphs
+from bdexport.precision import half_graph, typed_graphs
 from bdexport.preprocess import Preprocess
+from bdexport.qdq import int8_graph
 
 Array = NDArray[np.float32]
 BLOCK = "block_01"
