@@ -2,7 +2,7 @@
 
     int8    symmetric: activations with one scale per tensor, weights with one per output channel; for ONNX Runtime
             uint8 activations with a zero point, at the layers' outputs as well
-    fp8     E4M3, symmetric, the same scales in its range: the largest value becomes 448
+    fp8     E4M3, symmetric, the same scales in its range: the largest value becomes 448; convolutions only
 
 Q/DQ is ONNX Runtime's static quantiser. Its FP8 derives scales from distributions that it gathers itself, and has one
 per tensor of weights: FP8 is the INT8 graph with the type exchanged, since only the type differs, not where nodes must
@@ -25,6 +25,7 @@ from bdexport.backends.onnxruntime_common import import_onnxruntime
 from bdexport.calibrate import QUANTISED, QUANTISER_MARK, write_ranges
 from bdexport.errors import BuildError
 
+FP8_OPERATORS = ("Conv",)  # linear layers take no time, and round a mask's logits to 4 significant bits
 FP8_OPSET, FP8_IR_VERSION = 19, 9  # the first in which Q/DQ nodes are defined for FP8
 INT8_LARGEST, FP8_LARGEST = 127.0, 448.0
 # ONNX Runtime's CPU kernels multiply integers only where a convolution's output is quantised as well. They take uint8
@@ -38,9 +39,13 @@ FLOAT_OPERATORS = frozenset(
 
 
 def int8_graph(
-    part: str, model: onnx.ModelProto, ranges: Mapping[str, Any] | None, kernels: bool = False
+    part: str,
+    model: onnx.ModelProto,
+    ranges: Mapping[str, Any] | None,
+    kernels: bool = False,
+    operators: tuple[str, ...] = QUANTISED,
 ) -> onnx.ModelProto:
-    """The graph with Q/DQ nodes at the inputs of convolutions and linear layers.
+    """The graph with Q/DQ nodes at the inputs of convolutions and linear layers, or of fewer ``operators``.
 
     ``ranges`` are what :func:`bdexport.calibrate.calibrated` has for the part. Zero points are 0, weights carry a Q/DQ
     pair and biases stay float32: the form that TensorRT takes. ``kernels``: the form of :data:`INTEGER_KERNELS`: uint8
@@ -48,7 +53,7 @@ def int8_graph(
     a layer that multiplies comes back as it is. Raises :class:`BuildError` naming part, node and operator that cannot
     be quantised.
     """
-    layers = _layers(part, model)
+    layers = _layers(part, model, operators)
     if not layers:
         return model
     missing = [name for node in layers for name in (node.input[0], node.output[0]) if name not in (ranges or {})]
@@ -66,7 +71,7 @@ def int8_graph(
         "QuantizeBias": False,
     }
     if not kernels:
-        options["OpTypesToExcludeOutputQuantization"] = list(QUANTISED)
+        options["OpTypesToExcludeOutputQuantization"] = list(operators)
     source = marked(model)
     with tempfile.TemporaryDirectory() as folder:
         target, cache = Path(folder, f"{part}.onnx"), Path(folder, "ranges.json")
@@ -76,7 +81,7 @@ def int8_graph(
             target,
             None,
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTISED),
+            op_types_to_quantize=list(operators),
             per_channel=True,
             activation_type=QuantType.QUInt8 if kernels else QuantType.QInt8,
             weight_type=QuantType.QInt8,
@@ -87,17 +92,17 @@ def int8_graph(
         quantised = onnx.load(target)
     _restore_stream(quantised)
     onnx.helper.set_model_props(quantised, {entry.key: entry.value for entry in model.metadata_props})
-    _check_quantised(part, quantised)
+    _check_quantised(part, quantised, operators)
     return quantised
 
 
 def fp8_graph(part: str, model: onnx.ModelProto, ranges: Mapping[str, Any] | None) -> onnx.ModelProto:
-    """The graph as :func:`int8_graph` has it, with E4M3 in place of int8: weights and inputs of what multiplies.
+    """The graph as :func:`int8_graph` has it, with E4M3 in place of int8: weights and inputs of convolutions.
 
     Raises as :func:`int8_graph`.
     """
-    quantised = int8_graph(part, model, ranges)
-    if quantised is model:  # nothing multiplies
+    quantised = int8_graph(part, model, ranges, operators=FP8_OPERATORS)
+    if quantised is model:  # nothing to quantise
         return model
     converted = onnx.version_converter.convert_version(quantised, FP8_OPSET)
     converted.ir_version = FP8_IR_VERSION
@@ -169,27 +174,27 @@ def marked(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _layers(part: str, model: onnx.ModelProto) -> list[onnx.NodeProto]:
+def _layers(part: str, model: onnx.ModelProto, operators: tuple[str, ...]) -> list[onnx.NodeProto]:
     """The nodes that are to be quantised."""
     weights = {tensor.name for tensor in model.graph.initializer}
     layers = []
     for node in model.graph.node:
         where = f"{part}: node {node.name or node.output[0]} ({node.op_type}) cannot be quantised"
-        if node.op_type in QUANTISED:
+        if node.op_type in operators:
             if node.input[1] not in weights:
                 raise BuildError(where, got=f"weights {node.input[1]} that are computed", expected="constants")
             layers.append(node)
-        elif node.op_type not in FLOAT_OPERATORS:
+        elif node.op_type not in FLOAT_OPERATORS and node.op_type not in QUANTISED:
             expected = f"one of {', '.join((*QUANTISED, *sorted(FLOAT_OPERATORS)))}"
             raise BuildError(where, expected=expected, remedy="build with another precision")
     return layers
 
 
-def _check_quantised(part: str, model: onnx.ModelProto) -> None:
+def _check_quantised(part: str, model: onnx.ModelProto, operators: tuple[str, ...]) -> None:
     """The quantiser leaves out what it cannot do, silently."""
     makers = {output: node.op_type for node in model.graph.node for output in node.output}
     for node in model.graph.node:
-        if node.op_type in QUANTISED and any(makers.get(name) != "DequantizeLinear" for name in node.input[:2]):
+        if node.op_type in operators and any(makers.get(name) != "DequantizeLinear" for name in node.input[:2]):
             raise BuildError(
                 f"{part}: node {node.name or node.output[0]} ({node.op_type}) cannot be quantised",
                 remedy="build with another precision",
