@@ -261,6 +261,29 @@ def test_a_whole_network_in_fp8(backend: TensorRTForRTXBackend, tmp_path: Path) 
     assert made.manifest.compute_capability == "8.9, 12.0, 12.1"
 
 
+def test_one_calibration_serves_int8_and_fp8(
+    backend: TensorRTForRTXBackend,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Oracle: the files; refused without scales, and on a CPU backend with the remedy."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BDEXPORT_CACHE", str(tmp_path / "cache"))
+    checkpoint = str(tiny_checkpoint_file(tmp_path / "tiny.safetensors"))
+    line = ["build", checkpoint, "--backend", NAME, "--compute-capability", "12.0", "--precision"]
+    assert main([*line, "fp8", "--out", "fp8"]) == 2
+    assert "int8 and fp8 need scales" in capsys.readouterr().err
+    data = str(calibration_images(tmp_path).data)
+    assert main(["calibrate", checkpoint, "--dataset", "folder", "--data", data, "--images", "9"]) == 0
+    for precision in ("int8", "fp8"):
+        assert main([*line, precision, "--out", precision]) == 0
+        assert open_bundle(tmp_path / precision).manifest.precision == precision
+    capsys.readouterr()
+    assert main(["build", checkpoint, "--precision", "fp8", "--out", "cpu"]) == 2
+    assert "build with --precision int8, or with --backend tensorrt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("targets", [("8.0",), ("12.0", "7.5")])
 def test_a_target_without_fp8_is_refused_before_any_work(
     backend: TensorRTForRTXBackend, tmp_path: Path, targets: tuple[str, ...]
