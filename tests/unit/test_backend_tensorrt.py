@@ -556,6 +556,14 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(stand_in: StandIn, tmp_path: P
         assert description.layers == "the engine does not load on the machine that built it"
 
 
+def test_tensorrt_has_no_fp8_on_a_gpu_without_it(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: an A100 (8.0) has none, a Hopper GPU (9.0) has it."""
+    with pytest.raises(UsageError, match=r"backend tensorrt: the GPU has no FP8: got 8\.0, expected 8\.9 or newer"):
+        stand_in.resolved(BuildOptions("fp8"))
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    assert stand_in.resolved(BuildOptions("fp8")).tensorrt.compute_capabilities == ("9.0",)
+
+
 def test_tensorrt_has_no_other_targets(stand_in: StandIn) -> None:
     """Oracle: the remedy names the backend that has them, and the levels that TensorRT knows."""
     with pytest.raises(UsageError, match="tensorrt-rtx builds for others"):
