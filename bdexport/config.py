@@ -12,6 +12,7 @@ Estimator = Literal["self_critical", "leave_one_out", "nested", "gumbel", "margi
 Method = Literal["blockdrop", "fixed", "sequential", "act", "sact"]
 RewardKind = Literal["correct", "probability"]
 Optimiser = Literal["sgd", "adam"]
+CALIBRATED = ("int8", "fp8")  # precisions that need scales, from ``bdexport calibrate``
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,7 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Which images INT8's scales are gathered from, and where lists and scales are kept."""
+    """Which images the scales of INT8 and FP8 are gathered from, and where lists and scales are kept."""
 
     images: int = 512
     split: str = "train"
@@ -393,8 +394,8 @@ class Tolerance:
 
     ``part``: of one part's largest value, that largest value's share. ``logits``: of the logits of a whole path, per
     :attr:`VerifyConfig.logit_scale` of their largest value, and never less than this. ``of_mean``: it is the mean
-    difference that is held, as a share of the mean value: int8 cuts off what lies outside its calibrated range, so that
-    the largest difference on other images has no bound.
+    difference that is held, as a share of the mean value: int8 and fp8 cut off what lies outside the
+    calibrated range, so that the largest difference on other images has no bound.
     """
 
     part: float
@@ -422,6 +423,7 @@ class VerifyConfig:
             # FP16 has 11: 0.05 %.
             "fp16": Tolerance(part=0.004, logits=0.1),
             "int8": Tolerance(part=0.1, logits=0.25, of_mean=True),
+            "fp8": Tolerance(part=0.1, logits=0.25, of_mean=True),
         }
     )
 

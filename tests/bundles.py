@@ -27,13 +27,21 @@ def make_bundle(
     backend: str | Backend = "onnxruntime",
     max_batch: int | None = None,
     precision: str = BuildConfig.precision,
+    calibration: CalibrationRequest | None = None,
 ) -> Bundle:
-    """Build ``model``'s bundle at ``folder``, without a cache."""
+    """Build ``model``'s bundle at ``folder``, without a cache; ``calibration``: for a precision that needs scales."""
     chosen = get_backend(backend) if isinstance(backend, str) else backend
     unmeasured = FusedConfig(measure=False)
     config = BuildConfig(backend=chosen.name, max_batch=max_batch, precision=precision, fused=unmeasured)
     built = bundle_from_model(
-        model, tiny_checkpoint(model), folder, chosen, config=config, checkpoint_sha256="0" * 64, overwrite=True
+        model,
+        tiny_checkpoint(model),
+        folder,
+        chosen,
+        config=config,
+        checkpoint_sha256="0" * 64,
+        overwrite=True,
+        calibration=calibration,
     )
     return Bundle(built.path, built.manifest)
 

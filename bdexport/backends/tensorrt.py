@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bdexport.bundle import Bundle
     from bdexport.models.pair import BlockDropNet
 
+FP8 = "fp8"
 ENGINE_FORMAT = "1"  # of what is in an engine file; part of every cache key, so raise it when building changes
 
 
@@ -38,7 +39,7 @@ class TensorRTBackend:
     """Builds and opens engines for TensorRT."""
 
     name = "tensorrt"
-    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")  # all of them are in the graph
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", FP8)  # all of them are in the graph
     engine_suffix = ".engine"
     computes = True
     default_device = "cuda"
@@ -90,8 +91,11 @@ class TensorRTBackend:
         return f"{platform.system()} {platform.machine()}".lower() if self.flavour.rtx else _gpu().name
 
     def resolved(self, options: BuildOptions) -> BuildOptions:
-        """The largest batch and, for TensorRT, the GPU filled in. Raises UsageError as ``check_settings``."""
-        from bdexport.backends.tensorrt_build import check_settings
+        """The largest batch and, for TensorRT, the GPU filled in; in FP8, the targets that have it.
+
+        Raises UsageError as ``check_settings``, and for FP8 on a GPU without it.
+        """
+        from bdexport.backends.tensorrt_build import check_settings, with_fp8_targets
 
         settings = options.tensorrt
         most = settings.max_batch if options.max_batch is None else options.max_batch
@@ -100,6 +104,8 @@ class TensorRTBackend:
         check_settings(self._api(), settings, most)
         if not self.flavour.rtx:
             settings = replace(settings, compute_capabilities=(_gpu().compute_capability,))
+        if options.precision == FP8:
+            settings = with_fp8_targets(self._api(), settings)
         return replace(options, max_batch=most, tensorrt=settings)
 
     def build_part(

@@ -35,6 +35,7 @@ from bdexport.preprocess import Preprocess
 PREPROCESS = Preprocess(SIZE)
 SHORTCUTS: tuple[Shortcut, ...] = ("option_a", "avgpool", "conv")
 BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx")
+CASES = [*((backend, "int8") for backend in BACKENDS), ("tensorrt-rtx", "fp8")]
 PASSING = ("Pad", "Slice", "AveragePool", "Relu")  # between a block's input and its addition
 COPYING = ("QuantizeLinear", "DequantizeLinear", "Transpose")  # between a tensor and a rounded copy of it
 
@@ -78,12 +79,12 @@ def rounded_stream(graph: onnx.GraphProto) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "precision"), CASES)
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_additions_read_the_stream_itself(shortcut: Shortcut, backend: str, tmp_path: Path) -> None:
+def test_additions_read_the_stream_itself(shortcut: Shortcut, backend: str, precision: str, tmp_path: Path) -> None:
     """Oracle: the graph that the backend gets: blocks, transitions, the policy and ``full``."""
     graphs, scales = exported(tiny_model(shortcut=shortcut, stages=(2, 2)), tmp_path)
-    typed = typed_graphs(graphs, "int8", backend, tmp_path / "typed", scales)
+    typed = typed_graphs(graphs, precision, backend, tmp_path / "typed", scales)
     for part, path in typed.items():
         graph = onnx.load(path).graph
         assert rounded_stream(graph) == [], part
