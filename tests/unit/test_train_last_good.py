@@ -13,7 +13,8 @@ from bdexport.architecture import ResNetSpec
 from bdexport.checkpoint import load_checkpoint
 from bdexport.config import Estimator, FinetuneConfig, FixedConfig, Method, PretrainConfig, TrainConfig
 from bdexport.errors import DivergedError
-from bdexport.train.pipeline import TrainRequest, train
+from bdexport.train.pipeline import train
+from bdexport.train.request import TrainRequest
 from bdexport.train.state import LAST_GOOD_FILE, STATE_FILE, load_state
 
 SHORT = replace(
