@@ -20,7 +20,8 @@ from bdexport.cuda import open_cuda
 from bdexport.errors import BdexportError, InputError, UsageError
 from bdexport.partition import part_module
 from bdexport.parts import FULL, POLICY, STEM
-from bdexport.verify import kept_samples, require, verify_against_model
+from bdexport.verify import require, verify_against_model
+from bdexport.verify_comparison import kept_samples
 
 Known = dict[tuple[str, str, str], Bundle]
 BATCH = 7
