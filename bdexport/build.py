@@ -26,7 +26,7 @@ from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle
 from bdexport.calibrate import CalibrationRequest, Scales, scales_for
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
-from bdexport.config import BuildConfig, VerifyConfig
+from bdexport.config import CALIBRATED, BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError, UsageError
@@ -36,7 +36,7 @@ from bdexport.fusing import Fusing, check_fusing, check_size
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
-from bdexport.precision import INT8, check_offered, typed_graphs
+from bdexport.precision import check_offered, typed_graphs
 from bdexport.samples import CALIBRATION
 from bdexport.verify import require, verify_against_model
 from bdexport.verify_accuracy import accuracy_text, require_accuracy
@@ -85,7 +85,7 @@ def build_bundle(
 
     ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
     ``cache_dir``: the engine cache, default as :func:`bdexport.files.default_cache_folder`. ``calibration``:
-    where int8 takes its scales from. ``counted``: images on which masks are counted and executors measured, best a
+    where int8 and fp8 take scales from. ``counted``: images on which masks are counted and executors measured, best a
     validation split; None: the masks that the checkpoint's policy statistics count, and random images. ``judged``:
     images on which accuracy is held against torch's.
 
@@ -156,7 +156,7 @@ def bundle_from_model(
         fusing = Fusing(Bundle(staging, manifest), backend, config.fused, counted, report)
         manifest = fusing.with_mapping(fusing.with_paths())
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
-        verification = _verified(Bundle(staging, manifest), model, backend, notes, report, judged, verify)
+        verification = _verified(Bundle(staging, manifest), model, backend, options, notes, report, judged, verify)
         manifest = replace(fusing.with_executor(manifest), verification=verification)
         write_manifest(staging, manifest)
         notes += fusing.notes
@@ -199,8 +199,8 @@ def _scales(
     calibration: CalibrationRequest | None,
     report: Progress,
 ) -> Scales | None:
-    """What int8 needs, None for every other precision."""
-    if config.precision != INT8:
+    """What a calibrated precision needs, None for every other."""
+    if config.precision not in CALIBRATED:
         return None
     request = calibration or CalibrationRequest()
     names = checkpoint.class_names
@@ -367,6 +367,7 @@ def _verified(
     bundle: Bundle,
     model: BlockDropNet,
     backend: Backend,
+    options: BuildOptions,
     notes: list[str],
     report: Progress,
     judged: Dataset | None,
@@ -376,7 +377,7 @@ def _verified(
     if not backend.computes:
         notes.append(f"not verified: backend {backend.name} computes nothing")
         return None
-    here = backend.available()
+    here = backend.can_run(options)
     if not here.ok:
         notes.append(f"not verified: the engines cannot run here ({here.reason}); run `bdexport verify` where they can")
         return None

@@ -13,7 +13,7 @@ from bdexport.parts import FULL, HEAD, POLICY, STEM, block_part, mask_from_text,
 from bdexport.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from bdexport.bundle import Manifest
+    from bdexport.manifest import Manifest
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly (RFC 8259, section 6), and a float holds

@@ -1,4 +1,4 @@
-"""Ranges of activations for INT8, gathered along the paths that the policy really takes, and where they are kept.
+"""Ranges of activations for INT8 and FP8, gathered along the paths that the policy takes, and where they are kept.
 
     a list     which images: JSON, made to be committed (``calibration/NAME.json``)
     a cache    what the network makes of them: ranges by part and tensor, keyed by content (``calibration/*.cache``)
@@ -99,7 +99,7 @@ def scales_for(
         found = _newest(folder, network)
         if found is None:
             raise UsageError(
-                "int8 needs scales, and none are kept for this network",
+                "int8 and fp8 need scales, and none are kept for this network",
                 remedy="run `bdexport calibrate CKPT --dataset D --data DIR`, or pass --dataset D --data DIR to build",
             )
         return found, None

@@ -1,4 +1,4 @@
-"""A calibration list: which images of a data set INT8's scales are gathered from. Small, and made to be committed.
+"""A calibration list: which images of a data set scales (INT8, FP8) are gathered from. Small, and made to be committed.
 
     {"schema": .., "dataset": "cifar10", "split": "train", "shape": [32, 32, 3], "rows": [..],
      "files": null, "sha256": ..}

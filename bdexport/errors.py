@@ -30,16 +30,16 @@ class BdexportError(Exception):
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, remedy: str | None = None) -> None:
         self.what, self.got, self.expected, self.remedy = what, got, expected, remedy
-        super().__init__(self._text())
+        super().__init__(self.reason if remedy is None else f"{self.reason}; {remedy}")
 
-    def _text(self) -> str:
+    @property
+    def reason(self) -> str:
+        """The text without the remedy, for a message that has the remedy at its own end."""
         text = self.what
         if self.got is not None:
             text += f": got {self.got}"
         if self.expected is not None:
             text += f", expected {self.expected}"
-        if self.remedy is not None:
-            text += f"; {self.remedy}"
         return text
 
 

@@ -139,13 +139,21 @@ def distribute_k_mask(num_blocks: int, kept: int, stages: tuple[int, ...]) -> Ma
     return np.concatenate([np.arange(size) < count for size, count in zip(stages, quota, strict=True)])
 
 
-def random_k(num_blocks: int, kept: int, seed: int) -> Strategy:
-    """RandomK: for each image, ``kept`` blocks drawn without replacement."""
+EVERY_IMAGE = slice(0, None, 1)
+
+
+def random_k(num_blocks: int, kept: int, seed: int, places: slice = EVERY_IMAGE) -> Strategy:
+    """RandomK: for each image, ``kept`` blocks drawn without replacement.
+
+    ``places``: of n processes that each see every n-th image, ``slice(rank, None, n)``: each draws for all images, so
+    that an image has the same mask whoever sees it.
+    """
     _checked(kept, num_blocks)
     generator = torch.Generator().manual_seed(seed)
 
     def strategy(images: Tensor) -> Tensor:
-        order = torch.rand(len(images), num_blocks, generator=generator).argsort(dim=1)
+        draws = torch.rand(len(images) * places.step, num_blocks, generator=generator)[places]
+        order = draws.argsort(dim=1)
         return (order < kept).to(images.device)
 
     return strategy
@@ -196,8 +204,13 @@ def evaluate_model(
     return result
 
 
-def fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) -> tuple[str, Strategy]:
-    """A title and the masks for ``first-k``, ``random-k``, ``distribute-k`` (``kept`` blocks) or a text of 0 and 1."""
+def fixed_strategy(
+    name: str, kept: int | None, seed: int, model: BlockDropNet, places: slice = EVERY_IMAGE
+) -> tuple[str, Strategy]:
+    """A title and the masks for ``first-k``, ``random-k``, ``distribute-k`` (``kept`` blocks) or a text of 0 and 1.
+
+    ``places``: see :func:`random_k`.
+    """
     num_blocks, stages = len(model.network.blocks), model.network.spec.stages
     if name and not set(name) - {"0", "1"}:
         if len(name) != num_blocks:
@@ -216,7 +229,7 @@ def fixed_strategy(name: str, kept: int | None, seed: int, model: BlockDropNet) 
         return title, same_mask(first_k_mask(num_blocks, kept))
     if name == "distribute-k":
         return title, same_mask(distribute_k_mask(num_blocks, kept, stages))
-    return title, random_k(num_blocks, kept, seed)
+    return title, random_k(num_blocks, kept, seed, places)
 
 
 def _plain(number: Any) -> int | float:

@@ -1,7 +1,8 @@
 """Fused paths: the masks that occur most, each to be run as one engine. Which they are, and how a manifest names them.
 
-They have no files of their own: the backend links the parts' engines when the bundle is opened, so that weights are on
-the disk once. The mask that keeps every block is not among them: its engine is ``full``, which every bundle has.
+They have no files of their own: the backend links the parts' engines when the bundle is opened or a path is first
+called, so that weights are on the disk once. The mask that keeps every block is not among them: its engine is ``full``,
+which every bundle has.
 Shared by the build half and the run-time half; numpy only.
 """
 
@@ -17,8 +18,8 @@ from bdexport.bundle_checks import Reader, rule_error
 from bdexport.errors import InputError
 from bdexport.parts import Masks, frequent_masks, mask_from_text, path_parts
 
-LINKED = "linked"  # how a path is stored: from the parts' engines, when the bundle is opened
-MOST_FUSED = 256  # beyond it, opening a bundle takes seconds
+LINKED = "linked"  # how a path is stored: made from the parts' engines
+MOST_FUSED = 256  # beyond it, making them ready takes seconds
 
 
 @dataclass(frozen=True)

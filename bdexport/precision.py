@@ -1,21 +1,19 @@
 """A part's ONNX graph in another precision: what strongly typed backends compute is written in the graph.
 
     fp16, bf16   every weight and activation in that type; input and output stay float32, with casts inside the part
-    int8         Q/DQ nodes around convolutions and linear layers (static ranges from :mod:`bdexport.calibrate`),
-                 symmetric: int8 activations with one scale per tensor, int8 weights with one per output channel
+    int8, fp8    Q/DQ nodes around convolutions and linear layers: :mod:`bdexport.qdq`
 
-The residual stream between parts is float32 in every precision, and in int8 the shortcut and its addition too: it is
-what all blocks add to, each rounding of it stays to the end, and it is no convolution's time. docs/precisions.md has
-what was measured.
+The residual stream between parts is float32 in every precision, and in int8 and fp8 the shortcut and its addition too:
+it is what all blocks add to, each rounding of it stays to the end, and it is no convolution's time. Only what
+multiplies reads rounded copies of it. docs/precisions.md has what was measured.
 
-FP16 is ONNX Runtime's own converter; Q/DQ is its static quantiser. No converter to BF16 fits (NVIDIA's AutoCast has it
-but asks for other versions of onnx and onnxruntime than these, and for CuPy): BF16 is the FP16 graph with the type
-exchanged and the weights rounded again from float32, since only the type differs, not where casts must stand.
+FP16 is ONNX Runtime's own converter. No converter to BF16 fits (NVIDIA's AutoCast has it but asks for other versions of
+onnx and onnxruntime than these, and for CuPy): BF16 is the FP16 graph with the type exchanged and the weights rounded
+again from float32, since only the type differs, not where casts must stand.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,28 +24,26 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from bdexport.backends.onnxruntime_common import import_onnxruntime
-from bdexport.calibrate import QUANTISED, QUANTISER_MARK, Scales, write_ranges
+from bdexport.calibrate import Scales
+from bdexport.config import CALIBRATED
 from bdexport.errors import BuildError, UsageError
 from bdexport.files import write_bytes
+from bdexport.qdq import INTEGER_KERNELS, fp8_graph, int8_graph
 
-FP32, FP16, BF16, INT8 = "fp32", "fp16", "bf16", "int8"
-PRECISIONS = (FP32, FP16, BF16, INT8)
+FP32, FP16, BF16, INT8, FP8 = "fp32", "fp16", "bf16", "int8", "fp8"
+PRECISIONS = (FP32, FP16, BF16, INT8, FP8)
 BF16_OPSET = 22  # the first in which convolutions and pooling are defined for BF16
 
 # What a backend converts to inside, from a hint: it gets the float32 graph.
 BY_HINT = {"openvino": (BF16,)}
-# ONNX Runtime's CPU kernels multiply integers only where a convolution's output is quantised as well. The others fuse
-# what follows a convolution with it, and take the output as it is.
-QUANTISED_OUTPUTS = ("onnxruntime",)
+NO_FP8 = "no CPU multiplies FP8; build with --precision int8, or with --backend tensorrt or tensorrt-rtx"
 REASONS = {
     ("onnxruntime", FP16): "its CPU kernels convert to FP32 and compute in that",
     ("onnxruntime", BF16): "it has no CPU kernels for BF16 convolutions",
     ("openvino", FP16): "its CPU plugin has FP16 only where the processor has AMX-FP16, and lists none otherwise",
+    ("onnxruntime", FP8): NO_FP8,
+    ("openvino", FP8): NO_FP8,
 }
-# Operators without weights, which stay in floating point; any other that is not QUANTISED must not go unnoticed.
-FLOAT_OPERATORS = frozenset(
-    ("Relu", "Add", "Sigmoid", "AveragePool", "MaxPool", "GlobalAveragePool", "Pad", "Slice", "Flatten", "Identity")
-)
 
 
 def check_offered(backend: str, precision: str, offered: tuple[str, ...]) -> None:
@@ -67,21 +63,30 @@ def typed_graphs(
 ) -> dict[str, Path]:
     """What ``backend`` builds engines from: ``graphs`` (float32, by part) themselves, or converted ones in ``folder``.
 
-    ``scales`` are needed for int8. Raises :class:`BuildError` naming part, node and operator.
+    ``scales`` are needed for :data:`bdexport.config.CALIBRATED`. Raises :class:`BuildError` naming part, node
+    and operator.
     """
     if precision == FP32 or precision in BY_HINT.get(backend, ()):
         return dict(graphs)
     typed: dict[str, Path] = {}
     for part, graph in graphs.items():
         model = onnx.load(graph)
-        if precision == INT8:
+        if precision in CALIBRATED:
             assert scales is not None
-            model = int8_graph(part, model, scales.ranges.get(part), outputs=backend in QUANTISED_OUTPUTS)
+            model = _calibrated(part, model, precision, backend, scales.ranges.get(part))
         else:
             model = half_graph(part, model, precision)
         typed[part] = folder / f"{part}.onnx"
         write_bytes(typed[part], model.SerializeToString(deterministic=True))
     return typed
+
+
+def _calibrated(
+    part: str, model: onnx.ModelProto, precision: str, backend: str, ranges: Mapping[str, Any] | None
+) -> onnx.ModelProto:
+    if precision == FP8:
+        return fp8_graph(part, model, ranges)
+    return int8_graph(part, model, ranges, kernels=backend in INTEGER_KERNELS)
 
 
 # ---- floating point ---------------------------------------------------------------------------------------------
@@ -133,93 +138,3 @@ def _exchange_type(model: onnx.ModelProto, weights: Mapping[str, Any]) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
                 attribute.i = TensorProto.BFLOAT16
-
-
-# ---- integers -----------------------------------------------------------------------------------------------------
-
-
-def int8_graph(
-    part: str, model: onnx.ModelProto, ranges: Mapping[str, Any] | None, *, outputs: bool = False
-) -> onnx.ModelProto:
-    """The graph with Q/DQ nodes at the inputs of convolutions and linear layers, ``outputs``: at their outputs too.
-
-    ``ranges`` are what :func:`bdexport.calibrate.calibrated` has for the part. Zero points are 0,
-    weights carry a Q/DQ pair and biases stay float32: the form that TensorRT takes. A part without a layer that
-    multiplies comes back as it is. Raises :class:`BuildError` naming part, node and operator that cannot be quantised.
-    """
-    layers = _layers(part, model)
-    if not layers:
-        return model
-    missing = [name for node in layers for name in (node.input[0], node.output[0]) if name not in (ranges or {})]
-    if missing:
-        remedy = "calibrate again"
-        raise BuildError(f"{part}: no calibrated range", got=missing[0], expected="one per tensor", remedy=remedy)
-    assert ranges is not None
-    import_onnxruntime()
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-    options: dict[str, Any] = {
-        "ActivationSymmetric": True,
-        "WeightSymmetric": True,
-        "AddQDQPairToWeight": True,
-        "QuantizeBias": False,
-    }
-    if not outputs:
-        options["OpTypesToExcludeOutputQuantization"] = list(QUANTISED)
-    source = marked(model)
-    with tempfile.TemporaryDirectory() as folder:
-        target, cache = Path(folder, f"{part}.onnx"), Path(folder, "ranges.json")
-        write_ranges(cache, ranges)
-        quantize_static(
-            source,
-            target,
-            None,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTISED),
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            calibration_cache_path=cache,
-            extra_options=options,
-        )
-        quantised = onnx.load(target)
-    onnx.helper.set_model_props(quantised, {entry.key: entry.value for entry in model.metadata_props})
-    _check_quantised(part, quantised)
-    return quantised
-
-
-def marked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that says it is prepared: the quantiser otherwise recommends, on stderr, what export has done already."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    entry = copy.metadata_props.add()
-    entry.key, entry.value = QUANTISER_MARK
-    return copy
-
-
-def _layers(part: str, model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes that are to be quantised."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    layers = []
-    for node in model.graph.node:
-        where = f"{part}: node {node.name or node.output[0]} ({node.op_type}) cannot be quantised"
-        if node.op_type in QUANTISED:
-            if node.input[1] not in weights:
-                raise BuildError(where, got=f"weights {node.input[1]} that are computed", expected="constants")
-            layers.append(node)
-        elif node.op_type not in FLOAT_OPERATORS:
-            expected = f"one of {', '.join((*QUANTISED, *sorted(FLOAT_OPERATORS)))}"
-            raise BuildError(where, expected=expected, remedy="build with another precision")
-    return layers
-
-
-def _check_quantised(part: str, model: onnx.ModelProto) -> None:
-    """The quantiser leaves out what it cannot do, silently."""
-    makers = {output: node.op_type for node in model.graph.node for output in node.output}
-    for node in model.graph.node:
-        if node.op_type in QUANTISED and any(makers.get(name) != "DequantizeLinear" for name in node.input[:2]):
-            raise BuildError(
-                f"{part}: node {node.name or node.output[0]} ({node.op_type}) cannot be quantised",
-                remedy="build with another precision",
-            )

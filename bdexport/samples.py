@@ -1,4 +1,4 @@
-"""A few images inside a JSON document: what an int8 bundle is verified on, since its scales hold for such images."""
+"""A few images inside a JSON document: what int8 and fp8 bundles are verified on, since scales hold for such images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bdexport.bundle_checks import REBUILD
 from bdexport.errors import BundleError
 from bdexport.json_text import json_kind, shown
 
-CALIBRATION = "calibration"  # in a manifest's extra: what int8's scales were gathered from
+CALIBRATION = "calibration"  # in a manifest's extra: what scales were gathered from
 MOST_IMAGES, MOST_BYTES = 16, 200_000  # one image of 224x224 has 150,528 bytes
 
 

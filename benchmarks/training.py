@@ -3,7 +3,7 @@
     python benchmarks/training.py [--arch resnet32] [--batch 256] [--threads 2] [--device cpu] [--precision bf16]
                                   [--keep 0.5] [--rounds 5] [--steps 4] [--json FILE]
 
-The steps are those of ``bdexport train --preset cpu`` (bdexport/train/phases.py), augmentation included, on random
+The steps are those of ``bdexport train --preset cpu`` (bdexport/train/phases/), augmentation included, on random
 images; time does not depend on what they show. ``--keep`` is the share of blocks that the policy's samples keep. Each
 phase has a copy of the network; phases take turns, ``--steps`` steps each, after a turn that is not counted. The speed
 is the median over the rounds. ``FLOPs`` are those of the convolutions and matrix products that a step really runs,

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tiny import SIZE, tiny_checkpoint
 
 from bdexport.backends import get_backend
 from bdexport.backends.base import Backend
 from bdexport.build import bundle_from_model
 from bdexport.bundle import Bundle
-from bdexport.config import BuildConfig, FusedConfig
+from bdexport.calibrate import CalibrationRequest
+from bdexport.config import BuildConfig, CalibrationConfig, FusedConfig
 from bdexport.models.pair import BlockDropNet
 from bdexport.parts import Masks
 
@@ -25,15 +27,33 @@ def make_bundle(
     backend: str | Backend = "onnxruntime",
     max_batch: int | None = None,
     precision: str = BuildConfig.precision,
+    calibration: CalibrationRequest | None = None,
 ) -> Bundle:
-    """Build ``model``'s bundle at ``folder``, without a cache."""
+    """Build ``model``'s bundle at ``folder``, without a cache; ``calibration``: for a precision that needs scales."""
     chosen = get_backend(backend) if isinstance(backend, str) else backend
     unmeasured = FusedConfig(measure=False)
     config = BuildConfig(backend=chosen.name, max_batch=max_batch, precision=precision, fused=unmeasured)
     built = bundle_from_model(
-        model, tiny_checkpoint(model), folder, chosen, config=config, checkpoint_sha256="0" * 64, overwrite=True
+        model,
+        tiny_checkpoint(model),
+        folder,
+        chosen,
+        config=config,
+        checkpoint_sha256="0" * 64,
+        overwrite=True,
+        calibration=calibration,
     )
     return Bundle(built.path, built.manifest)
+
+
+def calibration_images(folder: Path, count: int = 24) -> CalibrationRequest:
+    """Random images of the tiny networks' three classes in ``folder``, to gather scales on."""
+    for index, image in enumerate(pixels(count)):
+        path = folder / "images" / ("cat", "dog", "newt")[index % 3] / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    config = CalibrationConfig(images=count, folder=str(folder / "scales"))
+    return CalibrationRequest(config, "folder", folder / "images")
 
 
 def pixels(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:

@@ -159,7 +159,10 @@ def test_links_and_paths_exist(readme: str, repository: Path) -> None:
     lines = tree[tree.index("```text\n") + 8 :].split("```")[0].splitlines()
     assert links
     for link in links:
-        assert (repository / link).exists(), link
+        path, _, heading = link.partition("#")
+        assert (repository / path).exists(), link
+        titles = re.findall(r"^#+ (.+)$", (repository / path).read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
     for line in lines:
         inside = "bdexport/" if line.startswith("    ") else ""
         for name in re.findall(r"\w+(?:/|\.py)", line.split("  ")[2] if inside else line.split(" ")[0]):

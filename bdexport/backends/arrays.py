@@ -60,7 +60,7 @@ def closed_error(backend: str) -> UsageError:
 def no_device_error(backend: str, device: str, known: str) -> BackendError:
     """What a backend raises for a device that it does not have here."""
     return BackendError(
-        f"backend {backend}: no such device", got=repr(device), expected=known, remedy="pass device=None"
+        f"backend {backend}: no such device", got=repr(device), expected=known, remedy="leave --device (device=...) out"
     )
 
 

@@ -130,7 +130,10 @@ class FusedSession(Protocol):
 
     @property
     def fused_seconds(self) -> float:
-        """How long linking and loading them took."""
+        """How long linking, compiling and loading them took so far; some backends do it when one is first called."""
+
+    def prepare_fused(self, batch: int = 1) -> None:
+        """Link, compile and load every one of them for batches of this size, unless it has been done."""
 
     def run_fused(self, path: tuple[str, ...], x: Tensor) -> Tensor:
         """The network's input -> logits, fresh, by the path's own engine."""
@@ -149,6 +152,9 @@ class Backend(Protocol):
 
     def can_build(self) -> Availability:
         """Can engines be built in this process, whether or not they run here? Never raises."""
+
+    def can_run(self, options: BuildOptions) -> Availability:
+        """Can engines that are built with ``options`` run in this process? Never raises."""
 
     def resolved(self, options: BuildOptions) -> BuildOptions:
         """``options`` with what they leave open. Raises UsageError for one that this backend cannot honour."""
@@ -176,6 +182,10 @@ class BuildsWhereItRuns:
 
     def can_build(self: Backend) -> Availability:
         """See :meth:`Backend.can_build`."""
+        return self.available()
+
+    def can_run(self: Backend, options: BuildOptions) -> Availability:
+        """See :meth:`Backend.can_run`."""
         return self.available()
 
     def resolved(self: Backend, options: BuildOptions) -> BuildOptions:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bdexport.backends.arrays import closed_error, row_span
 from bdexport.backends.base import Rows
+from bdexport.backends.device_memory import FLOAT, DeviceTensor, StaticBlock, StaticBuffers, nobody
 from bdexport.cuda.arena import ALIGNMENT, Arena, Block, Staging
 from bdexport.cuda.base import Cuda, DeviceBuffer, Graph, Stream
 from bdexport.cuda.exchange import DeviceArray, adopt, is_device_array
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from bdexport.bundle import Manifest
 
 Array = NDArray[Any]
-FLOAT = np.dtype(np.float32)
 
 
 class DeviceEngine(Protocol):
@@ -48,33 +48,6 @@ class DeviceEngine(Protocol):
 
     def close(self) -> None:
         """Free the engine; nothing of it is queued any more."""
-
-
-class DeviceTensor:
-    """float32 ``shape`` (batch first) at ``pointer``; keeps its memory, or whose memory it is, alive."""
-
-    __slots__ = ("__weakref__", "memory", "pointer", "shape")
-
-    def __init__(self, pointer: int, shape: tuple[int, ...], memory: object) -> None:
-        self.pointer, self.shape, self.memory = pointer, shape, memory
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def dtype(self) -> np.dtype[np.float32]:
-        """float32."""
-        return FLOAT
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one image."""
-        return math.prod(self.shape[1:]) * FLOAT.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the batch."""
-        return self.shape[0] * self.row_bytes
 
 
 class DeviceSession:
@@ -104,7 +77,7 @@ class DeviceSession:
         self._engines = dict(engines)
         self._arena, self._staging = Arena(cuda), Staging(cuda)
         self._scratch: DeviceBuffer | None = None
-        self._static: dict[int, _StaticBuffers] = {}
+        self._static: dict[int, StaticBuffers] = {}
         self._graphs: set[CapturedPath] = set()
         self._lock = threading.RLock()
         self._stream = made
@@ -166,7 +139,7 @@ class DeviceSession:
         """
         with self._lock:
             stream = self._open_stream()
-            if isinstance(tensor.memory, _StaticBlock):
+            if isinstance(tensor.memory, StaticBlock):
                 self._move_out(tensor.memory, stream)
             return DeviceArray(tensor.pointer, tensor.shape, tensor.memory, self._cuda, stream)
 
@@ -199,7 +172,7 @@ class DeviceSession:
             span = row_span(rows)
             if span is not None:
                 pointer = x.pointer + span.start * x.row_bytes
-                if pointer % ALIGNMENT == 0 and not isinstance(x.memory, _StaticBlock):
+                if pointer % ALIGNMENT == 0 and not isinstance(x.memory, StaticBlock):
                     return DeviceTensor(pointer, shape, x.memory)
             out = self._new(shape)
             if span is not None:
@@ -270,7 +243,7 @@ class DeviceSession:
             self._graphs.add(path)
             return path
 
-    def _enqueue_static(self, parts: Sequence[str], buffers: _StaticBuffers, batch: int, stream: Stream) -> None:
+    def _enqueue_static(self, parts: Sequence[str], buffers: StaticBuffers, batch: int, stream: Stream) -> None:
         source = buffers.input(parts[0]).block.pointer
         for step, part in enumerate(parts):
             last = step == len(parts) - 1
@@ -300,10 +273,10 @@ class DeviceSession:
         with self._lock:
             self._graphs.discard(path)
 
-    def _static_buffers(self, batch: int) -> _StaticBuffers:
+    def _static_buffers(self, batch: int) -> StaticBuffers:
         capacity = self._capacity(batch)
         if capacity not in self._static:
-            self._static[capacity] = _StaticBuffers(self._arena, self._manifest, capacity)
+            self._static[capacity] = StaticBuffers(self._arena, self._manifest, capacity)
         return self._static[capacity]
 
     def _capacity(self, batch: int) -> int:
@@ -318,14 +291,14 @@ class DeviceSession:
         block = None if buffers is None else buffers.inputs.get(shape[1:])
         return block.hold(shape) if block is not None and block.unused else self._new(shape)
 
-    def _move_out(self, static: _StaticBlock, stream: Stream) -> None:
+    def _move_out(self, static: StaticBlock, stream: Stream) -> None:
         """Whoever still uses what lies in a static block gets a copy of it: the block is about to be overwritten."""
         holder = static.holder()
         if holder is not None:
             moved = self._arena.take(holder.nbytes)
             self._cuda.copy_on_device(moved.pointer, holder.pointer, holder.nbytes, stream)
             holder.pointer, holder.memory = moved.pointer, moved
-            static.holder = _nobody
+            static.holder = nobody
 
     # ---- the rest -------------------------------------------------------------------------------------------------
 
@@ -396,10 +369,10 @@ class CapturedPath:
     """A path of one batch size as a graph on static buffers."""
 
     def __init__(
-        self, session: DeviceSession, parts: tuple[str, ...], batch: int, buffers: _StaticBuffers, graph: Graph
+        self, session: DeviceSession, parts: tuple[str, ...], batch: int, buffers: StaticBuffers, graph: Graph
     ) -> None:
         self.parts, self.batch = parts, batch
-        self.buffers: _StaticBuffers | None = buffers
+        self.buffers: StaticBuffers | None = buffers
         self._session, self._graph = weakref.ref(session), graph
 
     def run(self, x: DeviceTensor) -> DeviceTensor:
@@ -416,58 +389,6 @@ class CapturedPath:
         session = self._session()
         if session is not None:
             session.forget(self)
-
-
-class _StaticBlock:
-    """Memory that graphs read or write. ``holder()``: the tensor, if it is still in use, that lies there now."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.holder: Any = _nobody
-
-    @property
-    def unused(self) -> bool:
-        return self.holder() is None
-
-    def hold(self, shape: tuple[int, ...]) -> DeviceTensor:
-        """A tensor on this memory."""
-        tensor = DeviceTensor(self.block.pointer, shape, self)
-        self.holder = weakref.ref(tensor)
-        return tensor
-
-
-def _nobody() -> None:
-    return None
-
-
-class _StaticBuffers:
-    """What graphs of batches up to ``capacity`` share: an input per shape (the policy's, stem's and full's are one),
-    two sides for activations, an output per last part.
-    """
-
-    def __init__(self, arena: Arena, manifest: Manifest, capacity: int) -> None:
-        self._arena, self._manifest, self.capacity = arena, manifest, capacity
-        largest = max(math.prod(entry.output.shape) for entry in manifest.parts.values())
-        self.inputs: dict[tuple[int, ...], _StaticBlock] = {}
-        self.sides = (arena.take(self._bytes(largest)), arena.take(self._bytes(largest)))
-        self._outputs: dict[str, _StaticBlock] = {}
-
-    def input(self, part: str) -> _StaticBlock:
-        """Where a path that begins with ``part`` reads."""
-        shape = self._manifest.parts[part].input.shape
-        if shape not in self.inputs:
-            self.inputs[shape] = _StaticBlock(self._arena.take(self._bytes(math.prod(shape))))
-        return self.inputs[shape]
-
-    def output(self, part: str) -> _StaticBlock:
-        """Where a path that ends with ``part`` leaves its result."""
-        if part not in self._outputs:
-            size = math.prod(self._manifest.parts[part].output.shape)
-            self._outputs[part] = _StaticBlock(self._arena.take(self._bytes(size)))
-        return self._outputs[part]
-
-    def _bytes(self, values: int) -> int:
-        return self.capacity * values * FLOAT.itemsize
 
 
 def _version_text(version: int) -> str:

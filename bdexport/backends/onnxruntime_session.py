@@ -126,6 +126,10 @@ class OnnxRuntimeSession(ArrayRows):
         self._check_open()
         return fused[path].run(x)
 
+    def prepare_fused(self, batch: int = 1) -> None:
+        """See :meth:`bdexport.backends.base.FusedSession.prepare_fused`: it was done when the session was opened."""
+        self._check_open()
+
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.
         self._closed = True

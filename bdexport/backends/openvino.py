@@ -1,17 +1,15 @@
 """The OpenVINO backend on the CPU, in FP32, BF16 or INT8.
 
-An engine file is a stored (not compressed) zip of OpenVINO's own form of a part: ``model.xml`` and ``model.bin``, and
-``part.json``. It belongs to no processor: kernels and weights in the engine's precision are made when it is loaded.
+Engine files (:mod:`bdexport.backends.openvino_engine`) hold a part compiled and as it was before: they open fast with
+the OpenVINO and on the instruction set that they were built with, and are compiled anew elsewhere.
 How engines are run is in :mod:`bdexport.backends.openvino_session`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,18 +18,16 @@ from bdexport.backends.arrays import chosen_threads, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
 from bdexport.backends.openvino_common import (
     BF16,
-    DESCRIPTION,
+    LEAST_OPENVINO,
     PRECISIONS,
-    SCHEMA,
-    WEIGHTS,
-    XML,
     core,
     import_openvino,
     no_bf16_reason,
+    openvino_version,
 )
+from bdexport.backends.openvino_engine import WEIGHTS, XML, write_engine
 from bdexport.backends.openvino_session import OpenVinoSession
 from bdexport.errors import BackendError, BuildError
-from bdexport.files import writing
 from bdexport.parts import FULL
 
 if TYPE_CHECKING:
@@ -39,8 +35,7 @@ if TYPE_CHECKING:
     from bdexport.models.pair import BlockDropNet
 
 ENGINE_VERSION = "openvino-engine"
-ENGINE_FORMAT = "1"  # of what is in an engine file; part of every cache key, so raise it when building changes
-ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal files
+ENGINE_FORMAT = "2"  # of what is in an engine file; part of every cache key, so raise it when building changes
 FP32_REMEDY = "build with --precision fp32"
 
 
@@ -61,20 +56,24 @@ class OpenVinoBackend(BuildsWhereItRuns):
             import_openvino()
         except ImportError as error:
             return Availability(False, f"openvino cannot be imported: {error}", "reinstall openvino")
+        version = openvino_version()
+        if tuple(int(number) for number in version.split(".")[:2]) < LEAST_OPENVINO:
+            least = ".".join(map(str, LEAST_OPENVINO))
+            return Availability(False, f"openvino {version} is older than {least}", 'pip install "bdexport[openvino]"')
         return Availability(True, f"openvino is installed; bf16: {no_bf16_reason() or 'yes'}")
 
     def versions(self) -> Mapping[str, str]:
         """The release of OpenVINO, and the format of an engine file."""
-        return {"openvino": import_openvino().__version__.partition("-")[0], ENGINE_VERSION: ENGINE_FORMAT}
+        return {"openvino": openvino_version(), ENGINE_VERSION: ENGINE_FORMAT}
 
     def fingerprint(self) -> str:
-        """Engines hold nothing of one processor but are verified on its family."""
+        """The processor family: engines can be compiled anew anywhere in it, and are verified on one of it."""
         return platform.machine()
 
     def build_part(
         self, part: str, graph: Path, engine: Path, options: BuildOptions, model: BlockDropNet | None = None
     ) -> None:
-        """Convert the part. Raises BuildError naming the part, also for BF16 on a processor without units for it."""
+        """Convert and compile the part. Raises BuildError naming it, also for BF16 where there are no units for it."""
         if options.precision not in self.precisions:
             expected = ", ".join(self.precisions)
             raise BuildError(f"{part} [openvino]: precision", got=options.precision, expected=expected)
@@ -83,12 +82,12 @@ class OpenVinoBackend(BuildsWhereItRuns):
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         try:
-            self._convert(part, graph, engine)
+            self._convert(part, graph, engine, options.precision)
         except (OSError, RuntimeError, ValueError, DecodeError) as error:
             reason = " ".join(str(error).split())
             raise BuildError(f"{part} [openvino]: cannot build from {graph} ({reason})") from error
 
-    def _convert(self, part: str, graph: Path, engine: Path) -> None:
+    def _convert(self, part: str, graph: Path, engine: Path, precision: str) -> None:
         import onnx
 
         from bdexport.backends.onnx_rewrite import conv_from_pad
@@ -103,10 +102,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
             xml, weights = Path(folder, XML), Path(folder, WEIGHTS)
             import_openvino().serialize(model, str(xml), str(weights))
             members = {XML: xml.read_bytes(), WEIGHTS: weights.read_bytes()}
-        members[DESCRIPTION] = json.dumps({"schema": SCHEMA, "part": part}).encode()
-        with writing(engine) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as packed:
-            for name, data in members.items():
-                packed.writestr(zipfile.ZipInfo(name, ANY_TIME), data)
+        write_engine(part, engine, model, precision, members)
 
     def open(self, bundle: Bundle, options: RunOptions) -> OpenVinoSession:
         """Load the engines. Raises BackendError for another device, format or processor than they can run on."""

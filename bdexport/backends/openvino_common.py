@@ -9,8 +9,7 @@ from typing import Any
 from bdexport.errors import BackendError
 from bdexport.hardware import machine
 
-SCHEMA = "bdexport-openvino-engine/1"
-XML, WEIGHTS, DESCRIPTION = "model.xml", "model.bin", "part.json"  # inside an engine file
+LEAST_OPENVINO = (2026, 4)  # of pyproject.toml: earlier ones do not say what a compiled model belongs to
 FP32, BF16, INT8 = "fp32", "bf16", "int8"
 # Ours -> OpenVINO's, for whatever the graph leaves in floating point: int8 is Q/DQ in the graph.
 PRECISIONS = {FP32: "f32", BF16: "bf16", INT8: "f32"}
@@ -43,6 +42,24 @@ def core() -> Any:
     return import_openvino().Core()
 
 
+def cpu_config(precision: str, threads: int) -> dict[str, Any]:
+    """How every model is compiled and imported."""
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        # Left to itself, OpenVINO takes BF16 or FP16 where the processor has it.
+        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+        # Engines that pin their threads pin them to the same cores.
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def openvino_version() -> str:
+    """The release, without the build: ``2026.4.1``."""
+    return str(import_openvino().__version__).partition("-")[0]
+
+
 def no_bf16_reason() -> str | None:
     """Why this processor does not compute in BF16; None where it does.
 
@@ -59,8 +76,8 @@ def no_bf16_reason() -> str | None:
 class Reported:
     """Maps what OpenVINO raises, which are RuntimeErrors. A class: ``@contextmanager`` costs microseconds per call."""
 
-    def __init__(self, part: str, what: str) -> None:
-        self._part, self._what = part, what
+    def __init__(self, part: str, what: str, remedy: str | None = None) -> None:
+        self._part, self._what, self._remedy = part, what, remedy
 
     def __enter__(self) -> None:
         pass
@@ -68,4 +85,4 @@ class Reported:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
             reason = " ".join(str(error).split())[:500]
-            raise BackendError(f"{self._part} [openvino]: {self._what} ({reason})", remedy=None) from error
+            raise BackendError(f"{self._part} [openvino]: {self._what} ({reason})", remedy=self._remedy) from error

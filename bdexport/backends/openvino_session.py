@@ -6,12 +6,11 @@ precision inside a part. Giving the ends its layout through a preprocessor was s
 
 from __future__ import annotations
 
-import json
 import threading
-import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,17 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error
-from bdexport.backends.openvino_common import (
-    BF16,
-    DESCRIPTION,
-    KERNELS,
-    PRECISIONS,
-    SCHEMA,
-    WEIGHTS,
-    XML,
-    Reported,
-    core,
-    import_openvino,
+from bdexport.backends.openvino_common import BF16, KERNELS, Reported, core, cpu_config, import_openvino
+from bdexport.backends.openvino_engine import (
+    SourceModel,
+    compiled_for_one,
+    imported,
+    read_engine,
+    requirements_here,
 )
 from bdexport.errors import BackendError
 from bdexport.parts import HEAD, STEM
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
 
 ARITHMETIC = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}  # layers whose precision is reported
 EMULATED = ("undef", "ref")  # how kernels begin that stand in for units that are not there
-REBUILD = "rebuild the bundle"
 Array = NDArray[Any]
 
 
@@ -51,27 +45,28 @@ class OpenVinoSession(ArrayRows):
         self, manifest: Manifest, files: Mapping[str, Path], threads: int, note: str, fused: bool = False
     ) -> None:
         self.device, self.threads = "cpu", threads
-        precision = manifest.precision
-        self._parts = {
-            part: _Engine(
-                part, _read_engine(part, path, manifest.parts[part]), manifest.parts[part], threads, precision
-            )
-            for part, path in files.items()
-        }
+        config = cpu_config(manifest.precision, threads)
+        opened = {part: _opened(part, path, manifest, config) for part, path in files.items()}
+        self._sources = {part: source for part, (source, _) in opened.items()}
+        self._parts = {part: engine for part, (_, engine) in opened.items()}
         paths = manifest.fused.part_paths(manifest.transitions) if fused and manifest.fused is not None else []
-        began = perf_counter()
-        self._fused = {path: self._linked(path, manifest, threads) for path in paths}
-        self.fused, self.fused_seconds = frozenset(self._fused), perf_counter() - began
+        self._linking = threading.Lock()
+        # Compiled when they are first called: all of them take seconds, and many may never be.
+        self._fused = {path: self._path_engine(path, manifest, config) for path in paths}
+        self.fused = frozenset(self._fused)
         self._thread = threading.local()
         self._closed = False
         # One pool: OpenVINO's threads come from one per process, whatever the number of engines.
-        built, here = manifest.versions.get("openvino"), import_openvino().__version__.partition("-")[0]
-        self.notes: tuple[str, ...] = (note, _precision_note(precision, self._parts.values()))
-        self.notes += ("batch 1 is compiled when the bundle is opened, other batches by their first call",)
+        self.notes: tuple[str, ...] = (note, _precision_note(manifest.precision, self._parts.values()))
+        self.notes += ("batch 1 is ready when the bundle is opened, other batches are compiled by their first call",)
         if paths:
-            self.notes += (f"fused: {len(paths)} paths compiled from the parts' graphs, one model each",)
-        if built != here:
-            self.notes += (f"openvino: built with {built}, running with {here}",)
+            self.notes += (f"fused: {len(paths)} paths, each compiled from the parts' models by its first call",)
+        self.notes += _compiled_anew(self._parts.values())
+
+    @property
+    def fused_seconds(self) -> float:
+        """How long linking and compiling fused paths took so far."""
+        return sum(engine.seconds for engine in self._fused.values())
 
     def put(self, part: str, array: Array) -> Array:
         return np.ascontiguousarray(array)
@@ -105,43 +100,83 @@ class OpenVinoSession(ArrayRows):
             raise closed_error("openvino")
         return fused[path].run(x)
 
+    def prepare_fused(self, batch: int = 1) -> None:
+        """See :meth:`bdexport.backends.base.FusedSession.prepare_fused`."""
+        fused, sources = self._fused, self._sources
+        if self._closed:
+            raise closed_error("openvino")
+        for engine in fused.values():
+            engine.prepare(batch)
+        for source in sources.values():  # they are parsed again where one is needed
+            source.forget()
+
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.
         self._closed = True
-        self._parts, self._fused = {}, {}
+        self._parts, self._fused, self._sources = {}, {}, {}
 
-    def _linked(self, path: tuple[str, ...], manifest: Manifest, threads: int) -> _Engine:
+    def _path_engine(self, path: tuple[str, ...], manifest: Manifest, config: dict[str, Any]) -> _Engine:
         """The path as one model: OpenVINO optimises across what were the parts' ends."""
         entry = replace(manifest.parts[STEM], name="fused", output=manifest.parts[HEAD].output)
-        with Reported("fused", "cannot link the parts"):
-            model = _in_a_row([self._parts[part].model for part in path])
-        return _Engine("fused", model, entry, threads, manifest.precision)
+        sources = [self._sources[part] for part in path]
+        return _Engine("fused", entry, config, manifest.precision, partial(_linked, sources, self._linking))
 
 
 class _Engine:
-    """One model: compiled for single images when it is loaded, for any batch when one first comes."""
+    """One model, compiled twice at most: for single images and for any batch, each when it is first needed.
 
-    def __init__(self, part: str, model: Any, entry: PartEntry, threads: int, precision: str) -> None:
-        self.part, self.entry, self.model = part, entry, model
-        self._config = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
-            # Left to itself, OpenVINO takes BF16 or FP16 where the processor has it.
-            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
-            # Engines that pin their threads pin them to the same cores.
-            "ENABLE_CPU_PINNING": False,
-        }
-        with Reported(part, "cannot load"):
-            single = model.clone()
-            single.reshape({0: [1, *entry.input.shape]})
-            self.single = core().compile_model(single, "CPU", self._config)
-        self.kernels = _kernels(self.single)
-        if precision == BF16:
-            _check_bf16(part, self.kernels)
+    ``single``: the former, where an engine file holds it. ``compiled_anew``: what that file had been compiled for,
+    where it is not this machine.
+    """
+
+    def __init__(
+        self,
+        part: str,
+        entry: PartEntry,
+        config: dict[str, Any],
+        precision: str,
+        model: Callable[[], Any],
+        single: Any | None = None,
+        compiled_anew: str | None = None,
+    ) -> None:
+        self.part, self.entry, self.compiled_anew = part, entry, compiled_anew
+        self._model, self._config, self._precision = model, config, precision
+        self._single: Any = single
         self._any: Any = None
         self._compiling = threading.Lock()
         self._thread = threading.local()
+        self.seconds = 0.0  # spent on compiling
+        self.kernels = Counter[tuple[str, str]]() if single is None else self._checked(single)
+
+    @property
+    def single(self) -> Any:
+        """The model compiled for single images."""
+        if self._single is None:
+            with self._compiling:
+                if self._single is None:
+                    single = self._timed("cannot be compiled", lambda: compiled_for_one(self._model(), self._config))
+                    self.kernels = self._checked(single)
+                    self._single = single
+        return self._single
+
+    def prepare(self, batch: int) -> None:
+        """Compile what a batch of this size needs, and a group of one image out of it."""
+        self._single_image()
+        if batch > 1:
+            self._any_request()
+
+    def _timed(self, what: str, compiled: Callable[[], Any]) -> Any:
+        began = perf_counter()
+        with Reported(self.part, what):
+            result = compiled()
+        self.seconds += perf_counter() - began
+        return result
+
+    def _checked(self, compiled: Any) -> Counter[tuple[str, str]]:
+        kernels = _kernels(compiled)
+        if self._precision == BF16:
+            _check_bf16(self.part, kernels)
+        return kernels
 
     def run(self, x: Array) -> Array:
         """The part's output, fresh."""
@@ -165,9 +200,11 @@ class _Engine:
             return self._thread.any
         except AttributeError:
             pass
-        with self._compiling, Reported(self.part, "cannot be compiled for any batch"):
+        with self._compiling:
             if self._any is None:
-                self._any = core().compile_model(self.model, "CPU", self._config)
+                compiled = partial(core().compile_model, device_name="CPU", config=self._config)
+                self._any = self._timed("cannot be compiled for any batch", lambda: compiled(self._model()))
+        with Reported(self.part, "cannot be bound"):
             self._thread.any = self._any.create_infer_request()
         return self._thread.any
 
@@ -179,9 +216,9 @@ class _SingleImage:
         self._part = part.part
         self.x = np.zeros((1, *part.entry.input.shape), np.float32) if x is None else x
         self.y = np.zeros((1, *part.entry.output.shape), np.float32) if y is None else y
-        tensor = import_openvino().Tensor
+        tensor, single = import_openvino().Tensor, part.single
         with Reported(self._part, "cannot be bound"):
-            self._request = part.single.create_infer_request()
+            self._request = single.create_infer_request()
             self._request.set_input_tensor(tensor(self.x, shared_memory=True))
             self._request.set_output_tensor(tensor(self.y, shared_memory=True))
 
@@ -227,48 +264,32 @@ class _Path:
         return self._buffers.setdefault((shape, side), np.zeros((1, *shape), np.float32))
 
 
-# ---- reading engines ---------------------------------------------------------------------------------------------
+# ---- making engines ----------------------------------------------------------------------------------------------
 
 
-def _read_engine(part: str, path: Path, entry: PartEntry) -> Any:
-    try:
-        with zipfile.ZipFile(path) as packed:
-            description = json.loads(packed.read(DESCRIPTION))
-            xml, weights = packed.read(XML), packed.read(WEIGHTS)
-        found = description["part"] if description["schema"] == SCHEMA else description["schema"]
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise BackendError(f"{part} [openvino]: {path} is no engine ({error})", remedy=REBUILD) from error
-    if found != part:
-        raise BackendError(
-            f"{part} [openvino]: {path} is another part's engine", got=found, expected=part, remedy=REBUILD
-        )
-    with Reported(part, f"cannot load {path}"):
-        # The model keeps its weights in this memory.
-        tensor = import_openvino().Tensor(np.frombuffer(weights, np.uint8).copy())
-        model = core().read_model(xml, tensor)
-    _check_shapes(part, path, model, entry)
-    return model
+def _opened(part: str, path: Path, manifest: Manifest, config: dict[str, Any]) -> tuple[SourceModel, _Engine]:
+    """A part's engine: imported where it was compiled for what is here, compiled otherwise."""
+    entry, precision = manifest.parts[part], manifest.precision
+    file = read_engine(part, path, entry, precision)
+    if file.requirements == requirements_here():
+        single = imported(part, path, entry, file.blob, config)
+        return file.source, _Engine(part, entry, config, precision, file.source, single)
+    with Reported(part, f"cannot compile {path}"):
+        single = compiled_for_one(file.source(), config)
+    return file.source, _Engine(part, entry, config, precision, file.source, single, file.requirements)
 
 
-def _in_a_row(models: Sequence[Any]) -> Any:
+def _linked(sources: Sequence[SourceModel], linking: threading.Lock) -> Any:
     """One model that runs the given ones one after another, on the same weights in memory."""
     openvino = import_openvino()
-    clones = [model.clone() for model in models]
+    with linking:  # the parts' models are everybody's
+        clones = [source().clone() for source in sources]
     output = clones[0].get_results()[0].input_value(0)
     for model in clones[1:]:
         model.get_parameters()[0].output(0).replace(output)
         output = model.get_results()[0].input_value(0)
     result = openvino.opset13.result(output)
     return openvino.Model([result], clones[0].get_parameters(), "fused")
-
-
-def _check_shapes(part: str, path: Path, model: Any, entry: PartEntry) -> None:
-    """The manifest and the engine agree on what goes in and comes out, beyond the batch."""
-    for values, spec in ((model.inputs, entry.input), (model.outputs, entry.output)):
-        shapes = [tuple(size.get_length() for size in list(value.partial_shape)[1:]) for value in values]
-        if shapes != [spec.shape]:
-            what = f"{part} [openvino]: {path} does not have the manifest's {spec.name}"
-            raise BackendError(what, got=shapes, expected=[spec.shape], remedy=REBUILD)
 
 
 # ---- what really runs --------------------------------------------------------------------------------------------
@@ -297,3 +318,14 @@ def _precision_note(precision: str, parts: Any) -> str:
     wanted = {kernel: count for (found, kernel), count in kernels.items() if found in KERNELS[precision]}
     names = ", ".join(sorted(wanted)) or "none"
     return f"precision: {precision}, in {sum(wanted.values())} of {kernels.total()} layers that multiply ({names})"
+
+
+def _compiled_anew(parts: Iterable[_Engine]) -> tuple[str, ...]:
+    """A note where engines belong to another OpenVINO or processor: opening took the longer for it."""
+    others = [part.compiled_anew for part in parts if part.compiled_anew is not None]
+    if not others:
+        return ()
+    return (
+        f"compiled anew: {len(others)} engines were compiled for {others[0]}, and this is {requirements_here()}; "
+        "to open the bundle faster, rebuild it here: bdexport build CHECKPOINT --backend openvino --out BUNDLE",
+    )

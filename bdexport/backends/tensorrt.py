@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bdexport.bundle import Bundle
     from bdexport.models.pair import BlockDropNet
 
+FP8 = "fp8"
 ENGINE_FORMAT = "1"  # of what is in an engine file; part of every cache key, so raise it when building changes
 
 
@@ -38,7 +39,7 @@ class TensorRTBackend:
     """Builds and opens engines for TensorRT."""
 
     name = "tensorrt"
-    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")  # all of them are in the graph
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", FP8)  # all of them are in the graph
     engine_suffix = ".engine"
     computes = True
     default_device = "cuda"
@@ -52,12 +53,21 @@ class TensorRTBackend:
         try:
             gpu = _gpu()
         except BackendError as error:
-            return Availability(False, f"{installed.reason} is installed; {error.what}", error.remedy)
+            return Availability(False, f"{installed.reason} is installed; {error.reason}", error.remedy)
         return Availability(True, f"{installed.reason} on {gpu.name}, compute capability {gpu.compute_capability}")
 
     def can_build(self) -> Availability:
         """TensorRT times kernels on the GPU that they are for; TensorRT for RTX builds anywhere."""
         return self._installed() if self.flavour.rtx else self.available()
+
+    def can_run(self, options: BuildOptions) -> Availability:
+        """Whether they are for the GPU that is here: TensorRT for RTX builds for others as well."""
+        here, targets = self.available(), options.tensorrt.compute_capabilities
+        if not here.ok or not targets or _gpu().compute_capability in targets:
+            return here
+        gpu = _gpu()
+        reason = f"they are for compute capability {', '.join(targets)}; {gpu.name} has {gpu.compute_capability}"
+        return Availability(False, reason)
 
     def _installed(self) -> Availability:
         flavour = self.flavour
@@ -66,7 +76,7 @@ class TensorRTBackend:
         try:
             api = load_api(flavour)
         except BackendError as error:
-            return Availability(False, str(error), error.remedy)
+            return Availability(False, error.reason, error.remedy)
         except Exception as error:  # its libraries are loaded by hand: what is missing comes as one exception or other
             reason = " ".join(str(error).split())
             return Availability(False, f"{flavour.module} cannot be imported: {reason}", flavour.install)
@@ -81,8 +91,11 @@ class TensorRTBackend:
         return f"{platform.system()} {platform.machine()}".lower() if self.flavour.rtx else _gpu().name
 
     def resolved(self, options: BuildOptions) -> BuildOptions:
-        """The largest batch and, for TensorRT, the GPU filled in. Raises UsageError as ``check_settings``."""
-        from bdexport.backends.tensorrt_build import check_settings
+        """The largest batch and, for TensorRT, the GPU filled in; in FP8, the targets that have it.
+
+        Raises UsageError as ``check_settings``, and for FP8 on a GPU without it.
+        """
+        from bdexport.backends.tensorrt_build import check_settings, with_fp8_targets
 
         settings = options.tensorrt
         most = settings.max_batch if options.max_batch is None else options.max_batch
@@ -91,6 +104,8 @@ class TensorRTBackend:
         check_settings(self._api(), settings, most)
         if not self.flavour.rtx:
             settings = replace(settings, compute_capabilities=(_gpu().compute_capability,))
+        if options.precision == FP8:
+            settings = with_fp8_targets(self._api(), settings)
         return replace(options, max_batch=most, tensorrt=settings)
 
     def build_part(

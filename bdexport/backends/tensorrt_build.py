@@ -9,6 +9,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bdexport.files import write_bytes
 
 HARDWARE_LEVELS = {"ampere+": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 OPTIMIZATION_LEVELS = range(6)
+FIRST_WITH_FP8 = 8, 9
 _timing_lock = threading.Lock()
 
 
@@ -167,6 +169,32 @@ def _check_targets(api: Api, settings: TensorRTConfig, name: str) -> None:
             got = ", ".join(unknown or settings.compute_capabilities)
             expected = f"some of {', '.join(targets)}, each once (what {api.flavour.title} {api.version} builds for)"
             raise UsageError(f"{name}: --compute-capability", got=got, expected=expected)
+
+
+def with_fp8_targets(api: Api, settings: TensorRTConfig) -> TensorRTConfig:
+    """``settings`` for FP8, which GPUs have from 8.9 (Ada) on: where none are named, all such targets that there are.
+
+    Raises :class:`UsageError` for a target, or a GPU that engines are built on, without FP8.
+    """
+    name = api.flavour.name
+    if not settings.compute_capabilities:
+        return replace(settings, compute_capabilities=tuple(filter(_has_fp8, compute_capabilities(api))))
+    without = [text for text in settings.compute_capabilities if not _has_fp8(text)]
+    if not without:
+        return settings
+    option = "--compute-capability" if api.flavour.rtx else "the GPU"
+    known = ", ".join(filter(_has_fp8, compute_capabilities(api))) if api.flavour.rtx else "8.9 or newer"
+    raise UsageError(
+        f"backend {name}: {option} has no FP8",
+        got=", ".join(without),
+        expected=f"{known} for --precision fp8",
+        remedy="build with --precision int8 or fp16 for this GPU",
+    )
+
+
+def _has_fp8(compute_capability: str) -> bool:
+    major, minor = map(int, compute_capability.split("."))
+    return (major, minor) >= FIRST_WITH_FP8
 
 
 def compute_capabilities(api: Api) -> dict[str, Any]:

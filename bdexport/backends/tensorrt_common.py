@@ -27,7 +27,7 @@ PLAN, DESCRIPTION, LAYERS = "plan", "part.json", "layers.json"  # inside an engi
 ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal files
 KEPT_LINES = 50  # of TensorRT's log, of each thread's work
 QUOTED_CHARACTERS = 600
-OLDEST_MAJOR, NEWEST_MAJOR = 10, 11  # of the package tensorrt
+OLDEST, NEWEST_MAJOR = (10, 3), 11  # of the package tensorrt; contexts take memory of a given size from 10.1 on
 # Lines of the log that only say where in TensorRT's sources it was, or begin or end what the parser's errors say too.
 NOISE = ("Begin node", "End node", "While parsing node", "catchCudaError")
 
@@ -66,21 +66,21 @@ class Api:
 
 @lru_cache
 def load_api(flavour: Flavour) -> Api:
-    """Import it. Raises ImportError; BackendError for a major version that this package does not know."""
+    """Import it. Raises ImportError; BackendError for a version that this package does not know."""
     module = import_module(flavour.module)
-    major = _major(module.__version__)
-    if not flavour.rtx and not OLDEST_MAJOR <= major <= NEWEST_MAJOR:
+    if not flavour.rtx and not OLDEST <= _major_and_minor(module.__version__) < (NEWEST_MAJOR + 1, 0):
         raise BackendError(
             f"backend {flavour.name}: this version of TensorRT is not supported",
             got=module.__version__,
-            expected=f"{OLDEST_MAJOR}.x or {NEWEST_MAJOR}.x",
+            expected=f"{OLDEST[0]}.{OLDEST[1]} or newer, up to {NEWEST_MAJOR}.x",
             remedy=flavour.install,
         )
     return Api(flavour, module)
 
 
-def _major(version: str) -> int:
-    return int(version.partition(".")[0])
+def _major_and_minor(version: str) -> tuple[int, int]:
+    major, minor = (int(number) for number in version.split(".")[:2])
+    return major, minor
 
 
 def same_major(one: str, other: str) -> bool:

@@ -17,6 +17,7 @@ from time import perf_counter_ns
 import numpy as np
 from numpy.typing import NDArray
 
+from bdexport.backends.base import FusedSession
 from bdexport.errors import UsageError
 from bdexport.parts import Masks
 from bdexport.runtime import Orchestrator, Result
@@ -100,6 +101,8 @@ def measure_all(
     full = _Recorder(next(iter(orchestrators.values())).full)
     dynamic = {name: _Recorder(orchestrator) for name, orchestrator in orchestrators.items()}
     sides = [full, *dynamic.values()]
+    for orchestrator in orchestrators.values():
+        _prepare(orchestrator, batch)
     with without_garbage_collection():
         for number in range(warmup_batches):
             start = starts[number % len(starts)]
@@ -123,6 +126,13 @@ def measure_all(
         name: Measurement(reference, side.series(labels), batch, rounds, warmup_batches, turn, left)
         for name, side in dynamic.items()
     }
+
+
+def _prepare(orchestrator: Orchestrator, batch: int) -> None:
+    """Fused paths that the warm-up's images do not take are not to be compiled while time is taken."""
+    session = orchestrator.session
+    if isinstance(session, FusedSession):
+        session.prepare_fused(batch)
 
 
 class _Recorder:

@@ -10,8 +10,9 @@ import numpy as np
 
 from bdexport.backends import backend_class
 from bdexport.bench.measure import INPUT, Times
-from bdexport.bench.profiling import COPY, FUSED, PART, REGROUP, Alone, Call, Event, Profile, bytes_moved
+from bdexport.bench.profiling import Alone, Call, Profile, bytes_moved
 from bdexport.bench.results import latency_summary, versions
+from bdexport.bench.timed_session import COPY, FUSED, PART, REGROUP, Event
 from bdexport.bundle import Manifest, PartEntry
 from bdexport.config import ProfileConfig
 from bdexport.hardware import machine

@@ -18,7 +18,7 @@ COMMANDS = {  # in the order of the work; each is the function of that name in b
     "retarget": "Another mean number of blocks for a trained policy.",
     "prune": "Remove the weakest filters inside each block (PFEC).",
     "export": "Write a checkpoint's parts as ONNX graphs, nothing else.",
-    "calibrate": "Gather scales for INT8 along the paths really taken.",
+    "calibrate": "Gather scales for INT8 and FP8 along the paths really taken.",
     "build": "Build a bundle: graphs, engines and a manifest.",
     "inspect": "Show what is in a bundle and check every hash.",
     "verify": "Compare a bundle's parts and paths with the reference.",

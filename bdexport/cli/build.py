@@ -13,7 +13,7 @@ from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
 from bdexport.cli.options import refuse
 from bdexport.cli.stages import size_text, stages_of
-from bdexport.config import BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
+from bdexport.config import CALIBRATED, BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
 from bdexport.fused import MOST_FUSED, shares_text
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def build(
     out: Annotated[Path | None, typer.Option(help="BUNDLE folder. Default: engines/NAME of the checkpoint.")] = None,
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = DEFAULTS.backend,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16 or int8, as the backend offers.")
+        str, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as the backend offers.")
     ] = DEFAULTS.precision,
     max_batch: Annotated[
         int | None,
@@ -72,12 +72,14 @@ def build(
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="For masks, int8's scales and accuracy against torch: cifar10, .."),
+        typer.Option(help="For masks, scales (int8, fp8) and accuracy against torch: cifar10, .."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A list that `bdexport calibrate` wrote, for int8.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A list that `bdexport calibrate` wrote, for int8 or fp8.")
+    ] = None,
     calibration_images: Annotated[
-        int, typer.Option(min=1, help="Images for int8's scales where no list is given.")
+        int, typer.Option(min=1, help="Images for scales (int8, fp8) where no list is given.")
     ] = CALIBRATION.images,
     images: Annotated[
         int, typer.Option(min=1, help=f"Images of the {VERIFY.accuracy_split} split for accuracy.")
@@ -139,7 +141,7 @@ def build(
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings, tensorrt=tensorrt)
     fuses = fuses_paths(checked_backend(config))  # before a data set is read
-    _refuse_without_effect(context, dataset, calibration, scaled=precision == "int8", fuses=fuses)
+    _refuse_without_effect(context, dataset, calibration, scaled=precision in CALIBRATED, fuses=fuses)
     request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
     started = time.perf_counter()
     with progress() as bar:
@@ -173,7 +175,10 @@ def _refuse_without_effect(
     """``scaled``: the precision has scales; ``fuses``: the backend runs fused paths. Raises UsageError."""
     if not scaled:
         refuse(
-            context, ("calibration", "calibration_images"), "without scales", "pass --precision int8, or leave it out"
+            context,
+            ("calibration", "calibration_images"),
+            "without scales",
+            "pass --precision int8 or fp8, or leave it out",
         )
     if calibration is not None:
         refuse(context, ("calibration_images",), "with --calibration, which names its images")
@@ -246,6 +251,6 @@ def _summary(bundle: BuiltBundle, result: dict[str, Any]) -> str:
     fused, costs = bundle.manifest.fused, bundle.fusing
     if fused is not None and costs is not None:
         sizes = ", ".join(f"{when} {size_text(costs[key])}" for when, key in SIZES.items())
-        lines += f"\n{shares_text(fused)}; linked in {costs['seconds']:.2f} s when it is opened; size: {sizes}"
+        lines += f"\n{shares_text(fused)}; made ready in {costs['seconds']:.2f} s; size: {sizes}"
     executor = result["executor"]
     return f"{lines}\nexecutor {executor['choice']}: {executor['reason']}"

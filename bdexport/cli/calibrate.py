@@ -1,4 +1,4 @@
-"""``bdexport calibrate``: ranges of activations for INT8, along the paths that the policy takes."""
+"""``bdexport calibrate``: ranges of activations for INT8 and FP8, along the paths that the policy takes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def calibrate(
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
 ) -> None:
-    """Gather INT8's scales for every part, write the list of images and keep the scales for `build`."""
+    """Gather scales (INT8, FP8) for every part, write the list of images and keep the scales for `build`."""
     from bdexport.calibrate import CalibrationRequest
     from bdexport.calibration_list import read_list, write_list
     from bdexport.dataset import check_folder

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bdexport.architecture import Shortcut
+    from bdexport.checkpoint import Checkpoint
+    from bdexport.dataset import Dataset
 
 
 def evaluate(
@@ -46,12 +48,9 @@ def evaluate(
     import torch
 
     from bdexport.checkpoint import build_model, load_checkpoint
-    from bdexport.checkpoint.reading import checkpoint_file
     from bdexport.dataset import check_classes, load_dataset, unnamed_classes
     from bdexport.evaluate import evaluate_model
-    from bdexport.files import sha256_file
     from bdexport.models.lccl import lccl_reference
-    from bdexport.report.sources import trained_record
     from bdexport.train.data import DeviceImages
 
     references = {word: _zeros(word) for word in reference or []}
@@ -64,12 +63,7 @@ def evaluate(
     # Of a run with --method fixed: the mask that it was finetuned under, unless another is asked for.
     trained_for = found.training.get("fixed_mask")
     masks = fixed or ([] if trained_for is None else [trained_for["mask"]])
-    if all(set(name) <= {"0", "1"} for name in masks):
-        refuse(
-            context, ("kept",), "on masks that say themselves what they keep", "pass --fixed first-k, or leave it out"
-        )
-    if "random-k" not in masks:
-        refuse(context, ("seed",), "on masks that are not random", "pass --fixed random-k, or leave it out")
+    _refuse_without_effect(context, masks)
     chosen = load_dataset(dataset, data, split, limit=images)
     # Only our own form knows its classes; the names of a foreign checkpoint are a guess, and no reason to refuse data.
     check_classes(chosen, found.network.num_classes, found.class_names if found.form == "bdexport" else ())
@@ -93,21 +87,40 @@ def evaluate(
         for word, zeros in references.items():
             row = lccl_reference(model, batches(word), found.preprocess.size, zeros)
             result.setdefault("reference", {})[word] = row
-    result = {
-        "schema": "bdexport.evaluate/1",
-        "checkpoint": checkpoint,
-        "checkpoint_sha256": sha256_file(checkpoint_file(checkpoint)),
-        "architecture": found.network.name,
-        "dataset": {"name": chosen.name, "split": chosen.split, "images": len(chosen)},
-        "num_blocks": found.network.num_blocks,
-        "pruned": found.network.inner_widths is not None,
-        **trained_record(found.training),
-    } | result
+    result = _described(checkpoint, found, chosen) | result
     _print_table(result, json)
     for note in unnamed_classes(chosen, found.class_names if found.form == "bdexport" else ()):
         table_console(json).print(note, soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
+
+
+def _refuse_without_effect(context: typer.Context, masks: list[str]) -> None:
+    """Refuse options that none of the fixed masks would use. Raises UsageError."""
+    if all(set(name) <= {"0", "1"} for name in masks):
+        refuse(
+            context, ("kept",), "on masks that say themselves what they keep", "pass --fixed first-k, or leave it out"
+        )
+    if "random-k" not in masks:
+        refuse(context, ("seed",), "on masks that are not random", "pass --fixed random-k, or leave it out")
+
+
+def _described(path: Path, checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
+    """What was evaluated: the result's first keys."""
+    from bdexport.checkpoint.reading import checkpoint_file
+    from bdexport.files import sha256_file
+    from bdexport.report.sources import trained_record
+
+    return {
+        "schema": "bdexport.evaluate/1",
+        "checkpoint": path,
+        "checkpoint_sha256": sha256_file(checkpoint_file(path)),
+        "architecture": checkpoint.network.name,
+        "dataset": {"name": dataset.name, "split": dataset.split, "images": len(dataset)},
+        "num_blocks": checkpoint.network.num_blocks,
+        "pruned": checkpoint.network.inner_widths is not None,
+        **trained_record(checkpoint.training),
+    }
 
 
 def _zeros(word: str) -> float | None:

@@ -93,7 +93,7 @@ def _images(
     """uint8 (N, H, W, 3) at the network's size, and what they are."""
     from bdexport.dataset import check_classes, load_dataset
     from bdexport.errors import UsageError
-    from bdexport.verify import random_images
+    from bdexport.verify_comparison import random_images
 
     preprocess = orchestrator.manifest.preprocess
     if dataset != SYNTHETIC:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bdexport.checkpoint import Checkpoint
     from bdexport.config import TrainConfig
     from bdexport.train.distributed import World
-    from bdexport.train.pipeline import TrainRequest
+    from bdexport.train.request import TrainRequest
 
 PRESET_HELP = "Settings to start from: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()) + "."
 
@@ -223,7 +223,7 @@ def _request(
     from bdexport.architecture import resnet_spec
     from bdexport.dataset import load_dataset
     from bdexport.preprocess import Preprocess
-    from bdexport.train.pipeline import TrainRequest
+    from bdexport.train.request import TrainRequest
 
     splits = {
         split: load_dataset(dataset, data, split, validation_share=validation_share)

@@ -1,5 +1,8 @@
 """Training of BlockDrop (Wu et al., CVPR 2018): reward, rollout, curriculum, finetuning, and the loop around them.
 
+:mod:`~bdexport.train.pipeline` tells the story: a request is checked, its parts are prepared, the loop runs the phases
+(:mod:`~bdexport.train.phases`, and those of other methods beside it) and chooses, and the run is finished.
+
 Deviations from the paper and its released code, each a named setting in :mod:`bdexport.config`:
 
 * the network can first be adapted by stochastic depth (``adapt``), which the paper does not do;

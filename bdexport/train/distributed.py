@@ -11,6 +11,8 @@ averaged over the processes:
   keeps get no gradient there, which DDP can only find out by walking the graph in every step. What DDP would gain,
   communication hidden behind the backward pass, is little: a CIFAR network's gradient is 2 to 7 MB.
 * functions of a batch mean that are not linear (the budget loss): the mean is taken over the processes first.
+* what is no mean at all (the marginal estimator's price, a quantile, and the outcomes that it remembers): every process
+  gets all rows of the batch.
 
 Not averaged within a step: batch norm normalises each shard by its own statistics, as DDP does (``SyncBatchNorm``
 exists for CUDA only). The running statistics are averaged after each epoch, before the validation.
@@ -59,6 +61,11 @@ class World:
         """Whether this process writes and prints."""
         return self.rank == 0
 
+    @property
+    def places(self) -> slice:
+        """Where the images that this process sees stand in a whole batch."""
+        return slice(self.rank, None, self.size)
+
     def mine(self, rows: Tensor, dim: int = 0) -> Tensor:
         """The shard of a whole batch that this process sees: every ``size``-th row from ``rank`` on.
 
@@ -66,7 +73,7 @@ class World:
         """
         if self.size == 1:
             return rows
-        return rows[(slice(None),) * dim + (slice(self.rank, None, self.size),)]
+        return rows[(slice(None),) * dim + (self.places,)]
 
     def rand(self, shape: tuple[int, ...], generator: torch.Generator, rows: int = 0) -> Tensor:
         """Uniform numbers, float32, of ``shape`` for this shard; dimension ``rows`` counts its images.
@@ -97,6 +104,16 @@ class World:
         the whole batch: f'(mean) times the mean of the shards' derivatives.
         """
         return value if self.size == 1 else value + (self.mean(value) - value.detach())
+
+    def whole(self, shard: Tensor) -> Tensor:
+        """All rows of the batch in order, from the shards that :meth:`mine` gives, all of one length; no gradient."""
+        if self.size == 1:
+            return shard
+        own = shard.detach().contiguous()
+        shards = [torch.empty_like(own) for _ in range(self.size)]
+        with _talking():
+            dist.all_gather(shards, own)
+        return torch.stack(shards, dim=1).flatten(0, 1)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace gradients by their mean over the processes; one that no process has stays None.

@@ -21,6 +21,7 @@ class FinetuneHalting(Phase):
     """Methods ``act`` and ``sact``."""
 
     name = "finetune_halting"
+    settings = "finetune"
     decisive = True
     takes_last = True
 

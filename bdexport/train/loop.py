@@ -1,44 +1,26 @@
-"""The loop around the phases: epochs, validation, metrics, the choice of the best model, saving and resuming."""
+"""The loop around the phases: epochs, validation, metrics, saving and resuming."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bdexport.errors import DivergedError, TrainingError
 from bdexport.evaluate import Outcome, Strategy, run_decided, run_masks
 from bdexport.models.pair import BlockDropNet
+from bdexport.train.choice import choose, keep_diverse, mean_reward, stop_on_collapse
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.distributed import World
 from bdexport.train.events import EventLog
 from bdexport.train.methods import phases_of
-from bdexport.train.phases import Phase, PolicyPhase, Setting
-from bdexport.train.state import STATE_FILE, Best, RunState, Weights, generator_for, save_state
-
-COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
-BUDGET_TOLERANCE = 0.02  # of K: a model this little above the target still meets it
-
-
-class Reporter(Protocol):
-    """Where progress goes; the command line draws it, a library caller may ignore it."""
-
-    def epoch(self, title: str, steps: int) -> AbstractContextManager[Callable[[], None]]:
-        """Around one epoch; the yielded function is called after every step."""
-
-    def line(self, row: dict[str, Any]) -> None:
-        """One finished epoch."""
-
-    def note(self, text: str) -> None:
-        """A choice with its reason, or a warning."""
+from bdexport.train.phases import Phase, Setting
+from bdexport.train.reporter import Reporter
+from bdexport.train.state import STATE_FILE, RunState, generator_for, save_state, weights_of
 
 
 def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
@@ -59,22 +41,22 @@ def _run_phases(
         if phase.epochs > state.epoch:
             _enter(phase, setting, state, data, reporter)
         if state.epoch > 0:  # resumed: what ended the run by collapse ends it again
-            _stop_on_collapse(phase, state, reporter)
-            _keep_diverse(phase, state, reporter)
+            stop_on_collapse(phase, state, reporter)
+            keep_diverse(phase, state, reporter)
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
             row = _train_epoch(phase, epoch, data, reporter)
             setting.world.settle(setting.model)
             _check_weights(phase)
             row |= _validate(phase, setting, data)
-            _choose(phase, setting, state, row)
+            choose(phase, setting, state, row)
             _remember(state, setting, phase, index, epoch + 1)
             state.history.append(row)
             events.add(row, len(state.history))  # before the state: what a crash leaves in between is purged
             reporter.line(row)
-            _keep_diverse(phase, state, reporter)
+            keep_diverse(phase, state, reporter)
             setting.world.once(lambda: save_state(run, state))
-            _stop_on_collapse(phase, state, reporter)
+            stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
         _remember_weights(state, setting)
 
@@ -85,7 +67,7 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
     taught = phase.name != "pretrain" and config.distillation_weight > 0
     if not setting.teachers and taught:
         setting.teachers = [frozen_copy(setting.model)]
-        state.teacher = _weights(setting.teachers[0])
+        state.teacher = weights_of(setting.teachers[0])
     if setting.teachers and setting.teacher_logits is None and taught and config.distillation == "cached":
         mirrored = config.mirrored_teacher and data.augmentation.flip
         setting.teacher_logits = _all_logits(setting, data.train, mirrored)
@@ -132,7 +114,7 @@ def _check_weights(phase: Phase) -> None:
     """The last step of an epoch can spoil the weights without a loss that shows it: they must not be saved as good."""
     for name, tensor in phase.setting.model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise DivergedError(f"{phase.name}: {name} is not finite", remedy=phase.calmer())
+            raise DivergedError(f"{phase.name}: {name} is not finite", remedy=phase.calmer(name.partition(".")[0]))
 
 
 def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, Any]:
@@ -141,7 +123,7 @@ def _validate(phase: Phase, setting: Setting, data: TrainingData) -> dict[str, A
     return {
         "validation": {
             "accuracy": outcome.accuracy,
-            "reward": _mean_reward(outcome, setting),
+            "reward": mean_reward(outcome, setting),
             "blocks_used": {"mean": float(used.mean()), "std": float(used.std())},
             "unique_masks": outcome.unique_masks,
         }
@@ -166,35 +148,6 @@ def validation_outcome(setting: Setting, images: DeviceImages, strategy: Strateg
     return outcome
 
 
-def _mean_reward(outcome: Outcome, setting: Setting) -> float:
-    """Eqn. 3 with the configured gamma, mean over the split."""
-    usage = outcome.blocks_used / setting.num_blocks
-    penalty = setting.config.policy.wrong_prediction_penalty
-    return float(np.where(outcome.correct, 1 - usage**2, -penalty).mean())
-
-
-def _choose(phase: Phase, setting: Setting, state: RunState, row: dict[str, Any]) -> None:
-    """Keep the best finetuned model: within the block budget first, then by accuracy (without one: by reward)."""
-    if not phase.decisive:
-        return
-    figures = row["validation"]
-    target = setting.config.policy.target_blocks
-    if phase.takes_last:
-        score: tuple[float, ...] = (float(row["epoch"]),)
-    elif not phase.uses_policy:
-        score = (figures["accuracy"],)
-    elif target is None:
-        score = (figures["reward"],)
-    else:
-        excess = figures["blocks_used"]["mean"] - target - BUDGET_TOLERANCE * setting.num_blocks
-        score = (1.0, figures["accuracy"]) if excess <= 0 else (0.0, -excess)
-    if phase.uses_policy:  # a pruned network is chosen only if the run gave nothing else
-        score = (float(figures["unique_masks"] > 1), *score)
-    row["score"] = list(score)
-    if state.best is None or score > state.best.score:
-        state.best = Best(score, _weights(setting.model), {"epoch": row["epoch"], **figures})
-
-
 def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch: int) -> None:
     _remember_weights(state, setting)
     state.phase, state.epoch = index, epoch
@@ -202,89 +155,9 @@ def _remember(state: RunState, setting: Setting, phase: Phase, index: int, epoch
 
 
 def _remember_weights(state: RunState, setting: Setting) -> None:
-    state.model = _weights(setting.model)
-    state.classifier, state.critic = _weights(setting.classifier), _weights(setting.critic)
+    state.model = weights_of(setting.model)
+    state.classifier, state.critic = weights_of(setting.classifier), weights_of(setting.critic)
     state.price, state.memory = setting.price, list(setting.memory or ())
-
-
-def _stop_on_collapse(phase: Phase, state: RunState, reporter: Reporter) -> None:
-    """A policy that keeps everything saves nothing, one that keeps nothing is no network: end the run if it stays so.
-
-    One mask for all images is another matter (:func:`_keep_diverse`).
-    """
-    if not (phase.decisive and phase.uses_policy):
-        return
-    num_blocks = phase.setting.num_blocks
-    rows = [row for row in state.history if row["phase"] == phase.name][-COLLAPSED_EPOCHS:]
-    means = [row["validation"]["blocks_used"]["mean"] for row in rows]
-    config = phase.setting.config.policy
-    has_budget = config.target_blocks is not None
-    for extreme, what, way in ((num_blocks, "keeps", "lower"), (0, "drops", "raise")):
-        if means[-1] != extreme:
-            continue
-        text = f"the policy {what} every block for every image"
-        if config.estimator == "marginal":  # gamma is no part of it, the budget alone sets the price of a block
-            remedy = f"choose a --target-blocks further from {extreme}, or lower policy_learning_rate of the phase"
-        else:
-            remedy = f"{way} --gamma" + (", or learn for more epochs" if has_budget else " or set --target-blocks")
-        if len(rows) == COLLAPSED_EPOCHS and set(means) == {extreme}:
-            raise DivergedError(f"{text}: it has collapsed", remedy=remedy)
-        reporter.note(f"warning: {text}; {remedy} if it stays so")
-        return
-
-
-def _keep_diverse(phase: Phase, state: RunState, reporter: Reporter) -> None:
-    """Against one mask for all images: say so, and let the policy explore again from the next epoch on."""
-    rows = [row for row in state.history if row["phase"] == phase.name]
-    if not (phase.decisive and isinstance(phase, PolicyPhase) and rows):
-        return
-    if rows[-1]["validation"]["unique_masks"] == 1 and rows[-1]["validation"]["blocks_used"]["mean"] > 0:
-        rows[-1]["reopened"] = True
-        reporter.note(f"warning: {static_warning(phase.setting)}; exploration is raised from here on")
-    if any(row.get("reopened") for row in rows) and not phase.reopened:
-        phase.reopen()
-
-
-STATIC_WARNING = (
-    "the policy gives every image the same mask, which is a pruned network, not BlockDrop: the network has learned "
-    "that mask alone, so that no other one pays, or the budget leaves no choice; --preset marginal, a longer "
-    "curriculum or another --target-blocks help"
-)
-STATIC_GATES_WARNING = (
-    "the gates give every image the same mask, which is a pruned network, not BlockDrop-seq: the network has learned "
-    "that mask alone, so that no other one pays; a longer curriculum or a higher --set curriculum.learning_rate help"
-)
-
-
-def static_warning(setting: Setting) -> str:
-    """What to say of one mask for all images."""
-    return STATIC_WARNING if setting.model.gates is None else STATIC_GATES_WARNING
-
-
-@dataclass(frozen=True)
-class GoodModel:
-    """Weights worth keeping, and the row of the epoch that they are from."""
-
-    weights: Weights
-    figures: dict[str, Any]
-    has_policy: bool  # or gates: whatever decides has learned
-
-
-def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
-    """The best finetuned model, or before any the last epoch's; None where there is none or its policy is collapsed."""
-    if not state.history:
-        return None
-    row = state.history[-1]
-    has_policy = row["phase"] in ("curriculum", "finetune", "finetune_halting")
-    if "score" not in row:
-        return GoodModel(state.model, row, has_policy)
-    if state.best is None:
-        return None
-    # Halting stages that run every block have not collapsed: at first, they all do.
-    if row["phase"] == "finetune" and state.best.figures["blocks_used"]["mean"] in (0, num_blocks):
-        return None
-    row = next(r for r in state.history if "score" in r and r["epoch"] == state.best.figures["epoch"])
-    return GoodModel(state.best.weights, row, has_policy)
 
 
 def frozen_copy(model: BlockDropNet) -> Any:
@@ -302,10 +175,6 @@ def _all_logits(setting: Setting, images: DeviceImages, mirrored: bool) -> Tenso
             outputs = [teacher(view).float() for teacher in setting.teachers for view in views]
             logits.append(torch.stack(outputs).mean(dim=0))
     return torch.cat(logits)
-
-
-def _weights(module: nn.Module) -> Weights:
-    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
 def restore(state: RunState, setting: Setting) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
+from bdexport.errors import DivergedError
 from bdexport.retarget import shift_for
 from bdexport.train import nested
 from bdexport.train.data import Batch, TrainingData
@@ -66,6 +67,8 @@ def tie_levels(last: nn.Linear, levels: list[int], order: list[int]) -> None:
 class MarginalPhase(PolicyPhase):
     """What learning on the frozen network and finetuning share."""
 
+    explores = False  # levels are run for their own sake, whatever the policy would do
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._levels = levels_from_text(setting.config.adapt.levels, setting.num_blocks)[::-1]
@@ -94,8 +97,13 @@ class MarginalPhase(PolicyPhase):
         return torch.cat(outcomes, dim=1)
 
     def _remember(self, features: Tensor, success: Tensor) -> None:
-        """Keep what was seen: an outcome costs a run at every level, a lesson from it next to nothing."""
-        setting, new = self.setting, (features.detach().float(), success)
+        """Keep what was seen: an outcome costs a run at every level, a lesson from it next to nothing.
+
+        Every process remembers the whole batch: one that resumes the run finds what another one has saved.
+        """
+        setting = self.setting
+        seen = setting.world.whole(torch.cat([features.detach().float(), success], dim=1))
+        new = seen.split_with_sizes([features.shape[1], success.shape[1]], dim=1)
         old = setting.memory or (new[0][:0], new[1][:0])
         known, outcomes = (torch.cat(pair)[-setting.config.policy.memory :] for pair in zip(old, new, strict=True))
         setting.memory = known, outcomes
@@ -109,26 +117,31 @@ class MarginalPhase(PolicyPhase):
         chance = 1 / setting.model.network.spec.num_classes
         total = 0.0
         for _ in range(setting.config.policy.lessons):
-            rows = torch.randint(0, len(features), (LESSON,), generator=setting.generator, device=features.device)
+            drawn = torch.randint(0, len(features), (LESSON,), generator=setting.generator, device=features.device)
+            rows = setting.world.mine(drawn)
             judged = setting.critic(features[rows])
             critic_loss = F.binary_cross_entropy_with_logits(judged, success[rows])
             value = worth(judged.detach().sigmoid(), self._levels, setting.order, chance)
             target = (value - setting.price).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
             loss = critic_loss + F.mse_loss(setting.model.policy.decide(features[rows]), target)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            evenly = len(rows) * setting.world.size / LESSON  # a share may be one row shorter than another
+            (evenly * loss).backward()  # type: ignore[no-untyped-call]
             setting.world.average_gradients(p for group in optimiser.param_groups for p in group["params"])
             optimiser.step()
             total += critic_loss.item()
-        return total / setting.config.policy.lessons
+        mean = setting.world.mean(torch.tensor(total / setting.config.policy.lessons))  # all processes must judge alike
+        if not torch.isfinite(mean):
+            raise DivergedError(f"{self.name}: the critic's loss is {mean.item()}", remedy=self.calmer("policy"))
+        return mean.item()
 
     @torch.no_grad()
     def _settle_price(self, logits: Tensor) -> None:
-        """Move price and bias so that usage comes nearer to the target; ``logits`` (N, K) are the batch's."""
+        """Move price and bias so that usage comes nearer to the target; ``logits`` (N, K) are this shard's."""
         target = self.setting.config.policy.target_blocks
         assert target is not None  # checked before the run starts
-        shift = torch.tensor(shift_for(logits.detach().float().cpu().numpy(), target))
-        step = PRICE_RATE * self.setting.world.mean(shift).clamp(-2.0, 2.0).item()
+        shift = torch.tensor(shift_for(self.setting.world.whole(logits.float()).cpu().numpy(), target))
+        step = PRICE_RATE * shift.clamp(-2.0, 2.0).item()
         self.setting.model.policy.fc.bias.add_(step)
         self.setting.price -= step
 

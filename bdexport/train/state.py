@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bdexport.config import TrainConfig
 from bdexport.errors import TrainingError
@@ -31,6 +32,11 @@ from bdexport.json_text import MalformedError, parse_json, why
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
 LAST_GOOD_FILE = "last_good.safetensors"
 Weights = dict[str, torch.Tensor]
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """A copy on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
 @dataclass

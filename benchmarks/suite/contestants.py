@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 import bdexport
 from bdexport.backends import backend_class, get_backend
 from bdexport.bundle import Bundle, Manifest
@@ -169,7 +167,7 @@ class _Bundled:
         found.add(f"{engine}, full", lambda: Contestant(f"{engine}, full", "full", precision, full, engine))
         for executor in usable_executors(session, opened.manifest):
             orchestrator = default if executor == default.executor else Orchestrator(opened, session, executor)
-            warm_up(orchestrator, inputs.batch)
+            orchestrator.prepare(inputs.batch)  # whatever first calls would do, every fused path included
             auto = _auto_reason(orchestrator, fused)
             for level in levels:
                 name = _named(f"{engine}, {executor}", level, levels)
@@ -191,18 +189,6 @@ def bundle_of(
     calibration = partial(scales_kept, network, config, work, progress)
     source = scales_source(network, config)
     return bundle(network, backend, precision, work, calibration, source, progress)
-
-
-def warm_up(orchestrator: Orchestrator, batch: int) -> None:
-    """Everything that only a first call at this batch size does: parts, and each path that has an engine of its own."""
-    if hasattr(orchestrator, "prepare"):
-        orchestrator.prepare(batch)
-    orchestrator.warm_up(batch)
-    manifest = orchestrator.manifest
-    if orchestrator.executor == "fused" and manifest.fused is not None and not hasattr(orchestrator, "prepare"):
-        images = np.zeros((batch, *manifest.preprocess.size, 3), np.uint8)
-        for mask in manifest.fused.masks(manifest.num_blocks):
-            orchestrator(images, masks=np.repeat(mask[None], batch, axis=0))
 
 
 def _auto_reason(orchestrator: Orchestrator, fused: bool) -> str | None:

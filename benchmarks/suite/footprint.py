@@ -2,9 +2,10 @@
 
     python -m benchmarks.suite.footprint bundle|full BUNDLE THREADS        prints one JSON object
 
-In the process, one after another: import the backend, load, one call with every block kept. Times in s, memory in MB
-(10^6 bytes): ``rss_imported``, ``rss_loaded``, ``rss_run`` after each of them, and ``peak``. Neither torch nor onnx is
-imported. "full": ``full.onnx`` of the bundle as one has it without bdexport, with the backend's own optimisations.
+In the process, one after another: import the backend, load, one call with every block kept, prepare every fused path
+(nothing for "full"). Times in s, memory in MB (10^6 bytes): ``rss_imported``, ``rss_loaded``, ``rss_run``,
+``rss_prepared`` after each of them, and ``peak``. Neither torch nor onnx is imported. "full": ``full.onnx`` of the
+bundle as one has it without bdexport, with the backend's own optimisations.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def footprints(bundle: Path, threads: int, repeats: int) -> dict[str, Any]:
             runs[kind].append(_in_process(kind, bundle, threads))
     medians = {kind: {key: median(run[key] for run in found) for key in found[0]} for kind, found in runs.items()}
     spread = {kind: [run["load_s"] for run in found] for kind, found in runs.items()}
-    keys = ("load_s", "rss_loaded", "rss_run", "peak")
+    keys = ("load_s", "rss_loaded", "rss_run", "rss_prepared", "peak")
     ratios = {key: medians["bundle"][key] / medians["full"][key] for key in keys}
     return {"repeats": repeats, "runs_load_s": spread, **medians, "ratio": ratios}
 
@@ -67,17 +68,22 @@ def measure(kind: str, path: Path, threads: int) -> dict[str, float]:
     started = perf_counter()
     _import_backend(manifest.backend)
     imported, rss_imported = perf_counter(), _rss()
-    run = _bundle_call(path, threads) if kind == "bundle" else _full_call(Bundle(path, manifest), threads)
+    full = kind == "full"
+    run, prepare = (_full_call(Bundle(path, manifest), threads), _nothing) if full else _bundle_calls(path, threads)
     loaded, rss_loaded = perf_counter(), _rss()
     run(image)
-    ran = perf_counter()
+    ran, rss_run = perf_counter(), _rss()
+    prepare()
+    prepared = perf_counter()
     return {
         "import_s": imported - started,
         "load_s": loaded - imported,
         "first_call_s": ran - loaded,
         "rss_imported": rss_imported,
         "rss_loaded": rss_loaded,
-        "rss_run": _rss(),
+        "rss_run": rss_run,
+        "prepare_s": prepared - ran,
+        "rss_prepared": _rss(),
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
     }
 
@@ -93,7 +99,11 @@ def _import_backend(backend: str) -> None:
         import onnxruntime  # noqa: F401
 
 
-def _bundle_call(path: Path, threads: int) -> Callable[[Any], Any]:
+def _nothing() -> None:
+    pass
+
+
+def _bundle_calls(path: Path, threads: int) -> tuple[Callable[[Any], Any], Callable[[], None]]:
     import bdexport
 
     orchestrator = bdexport.load(path, threads=threads)
@@ -103,7 +113,7 @@ def _bundle_call(path: Path, threads: int) -> Callable[[Any], Any]:
         orchestrator(image)
         orchestrator(image, masks=every)
 
-    return run
+    return run, orchestrator.prepare
 
 
 def _full_call(bundle: Bundle, threads: int) -> Callable[[Any], Any]:

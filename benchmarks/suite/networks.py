@@ -20,7 +20,7 @@ from bdexport.bundle import Bundle, open_bundle
 from bdexport.calibrate import CalibrationRequest
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from bdexport.checkpoint.reading import checkpoint_file
-from bdexport.config import BuildConfig, FusedConfig, VerifyConfig
+from bdexport.config import CALIBRATED, BuildConfig, FusedConfig, VerifyConfig
 from bdexport.dataset import load_dataset
 from bdexport.errors import BdexportError
 from bdexport.files import sha256_file
@@ -136,12 +136,12 @@ def bundle(
 ) -> Bundle:
     """The bundle of a network, built unless an earlier run left it. Raises what the build raises.
 
-    ``calibration``: where int8's scales are, called only where a bundle is built; ``source``: whose images they are of.
+    ``calibration``: where int8's and fp8's scales are, called only where a bundle is built; ``source``: whose images they are of.
     """
     # The build measures executors at batch 64: minutes at 224 x 224, for masks that mean nothing. auto is then fused.
     quick = not chosen.trained and chosen.name in IMAGENET_MODELS
     config = BuildConfig(backend=backend, precision=precision, fused=FusedConfig(measure=not quick))
-    settings = zlib.crc32((repr(config) + (source if precision == "int8" else "")).encode())
+    settings = zlib.crc32((repr(config) + (source if precision in CALIBRATED else "")).encode())
     out = work / f"{chosen.label}-{backend}-{precision}-{settings:08x}"
     if out.is_dir():
         try:
@@ -154,7 +154,7 @@ def bundle(
         config=config,
         overwrite=True,
         cache_dir=work / "cache",
-        calibration=calibration() if calibration is not None and precision == "int8" else None,
+        calibration=calibration() if calibration is not None and precision in CALIBRATED else None,
         verify=None if chosen.trained else RANDOM_VERIFY,
         progress=progress,
     )

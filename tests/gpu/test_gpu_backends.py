@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import assert_close, pixels, rows, some_masks, torch_logits
-from gpu_cases import CASES, EXECUTORS, GPU_BACKENDS, SHARES, bundle_of, network, opened
+from gpu_cases import CALIBRATED_CASES, CASES, EXECUTORS, GPU_BACKENDS, SHARES, bundle_of, network, opened
 from torch.utils.dlpack import from_dlpack
 
 import bdexport
@@ -20,6 +20,8 @@ from bdexport.cuda import open_cuda
 from bdexport.errors import BdexportError, InputError, UsageError
 from bdexport.partition import part_module
 from bdexport.parts import FULL, POLICY, STEM
+from bdexport.verify import require, verify_against_model
+from bdexport.verify_comparison import kept_samples
 
 Known = dict[tuple[str, str, str], Bundle]
 BATCH = 7
@@ -80,6 +82,40 @@ def test_dynamic_inference_is_the_models(
             report = orchestrator.executor_report()
             assert report is not None
             assert report["hits"] > report["misses"] > 0
+
+
+@pytest.mark.parametrize("name", ["narrow", "wide", "bottleneck"])
+@pytest.mark.parametrize(("backend", "precision"), CALIBRATED_CASES)
+def test_calibrated_precisions_are_verified(
+    bundles: Known, tmp_path: Path, backend: str, precision: str, name: str
+) -> None:
+    """Oracle: torch, on the images that the scales come from and the policy's own masks, by the rule of ``verify``."""
+    bundle = bundle_of(bundles, tmp_path, backend, name, precision)
+    opened(bundle).close()
+    report = verify_against_model(bundle, network(name), device="cuda")
+    require(report)
+    assert report["precision"] == precision
+    assert {entry["held"] for entry in (*report["parts"], *report["paths"])} == {"mean_abs"}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("backend", "precision"), CALIBRATED_CASES)
+def test_executors_agree_in_calibrated_precisions(
+    bundles: Known, tmp_path: Path, backend: str, precision: str, executor: str
+) -> None:
+    """Oracle: the same engines one by one, ``chain``, on the images that the scales come from."""
+    bundle = bundle_of(bundles, tmp_path, backend, "wide", precision)
+    samples = kept_samples(bundle.manifest)
+    assert samples is not None
+    images, masks = samples[:BATCH], some_masks(BATCH, bundle.manifest.num_blocks)
+    singles = [slice(row, row + 1) for row in range(BATCH)]
+    with opened(bundle) as chain:
+        expected = np.concatenate([chain(images[one], masks=masks[one]).logits for one in singles])
+    with opened(bundle, executor) as orchestrator:
+        for _ in range(3):
+            for one in singles:
+                near(orchestrator(images[one], masks=masks[one]).logits, expected[one], precision)
+            near(orchestrator(images, masks=masks).logits, expected, precision)
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)

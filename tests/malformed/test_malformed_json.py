@@ -25,7 +25,7 @@ from bdexport.json_text import MalformedError, json_kind, parse_json, shown, why
 from bdexport.mask_map import mapping_from_json
 from bdexport.report.sources import read_sources
 from bdexport.samples import samples_from_json, samples_to_json
-from bdexport.verify import kept_samples
+from bdexport.verify_comparison import kept_samples
 
 # Names of exceptions and types, and how CPython 3.11 to 3.14 begins the sentences that its own readers raise.
 OF_PYTHON = re.compile(

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from bundles import assert_close, make_bundle, pixels, torch_logits
-from tiny import tiny_checkpoint_file, tiny_model
+from bundles import assert_close, make_bundle, pixels, some_masks, torch_logits
+from tiny import SIZE, tiny_checkpoint_file, tiny_model
 
 import bdexport
 from bdexport import hardware
+from bdexport.backends import openvino
 from bdexport.backends.base import BuildOptions
 from bdexport.backends.openvino import OpenVinoBackend
-from bdexport.backends.openvino_common import no_bf16_reason
+from bdexport.backends.openvino_common import LEAST_OPENVINO, no_bf16_reason
+from bdexport.backends.openvino_engine import REBUILD, read_engine, requirements_here
 from bdexport.backends.openvino_session import OpenVinoSession, _check_bf16
 from bdexport.bundle import Bundle, open_bundle
 from bdexport.cli.main import main
-from bdexport.errors import BackendError, BuildError
+from bdexport.errors import BackendError, BuildError, UsageError
+from bdexport.fused import FusedPath, FusedPaths
+from bdexport.parts import mask_to_text
 
 AVAILABLE = OpenVinoBackend().available()
 if not AVAILABLE.ok:
     pytest.skip(AVAILABLE.reason, allow_module_level=True)
+ROOT = Path(__file__).parents[2]
+FUSED_PATHS = 6
 needs_bf16 = pytest.mark.skipif(no_bf16_reason() is not None, reason=str(no_bf16_reason()))
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("openvino") / "bundle", tiny_model(), "openvino")
+
+
+@pytest.fixture(scope="module")
+def fused_bundle(bundle: Bundle) -> Bundle:
+    """Six of the seven masks that drop a block are fused."""
+    texts = [mask_to_text(np.array([number & bit for bit in (4, 2, 1)], bool)) for number in range(FUSED_PATHS)]
+    fused = FusedPaths("validation", 6, 1.0, tuple(FusedPath(text, 1 / 6) for text in texts))
+    return Bundle(bundle.path, replace(bundle.manifest, fused=fused))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +127,7 @@ def test_emulated_bf16_is_refused(bf16_bundle: Bundle) -> None:
     )
     last = done.stderr.splitlines()[-1]
     assert "BackendError" in last
-    assert "bf16 would be emulated here" in last or "cannot load" in last
+    assert "bf16 would be emulated here" in last or "cannot compile" in last
 
 
 def test_kernels_that_stand_in_are_named() -> None:
@@ -136,7 +156,7 @@ def test_equal_engines_are_equal_files(bundle: Bundle, tmp_path: Path) -> None:
         assert (tmp_path / part).read_bytes() == bundle.engine(part).read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["no zip", "other part", "other shape", "no model"])
+@pytest.mark.parametrize("damage", ["no zip", "other part", "other shape", "no blob"])
 def test_a_damaged_engine_is_named(bundle: Bundle, tmp_path: Path, damage: str) -> None:
     """Oracle: the contract: BackendError with the part and the remedy."""
     broken = Bundle(Path(shutil.copytree(bundle.path, tmp_path / "bundle")), bundle.manifest)
@@ -146,24 +166,220 @@ def test_a_damaged_engine_is_named(bundle: Bundle, tmp_path: Path, damage: str) 
     elif damage.startswith("other"):
         shutil.copy(broken.engine("block_00"), engine)
         if damage == "other shape":
-            _repack(broken.engine("block_00"), engine, part="block_01")
+            _repack(broken.engine("block_00"), engine, {}, {"part": "block_01"})
     else:
-        _repack(engine, tmp_path / "new", xml=b"<net>")
-        shutil.copy(tmp_path / "new", engine)
-    with pytest.raises(BackendError, match=r"block_01 \[openvino\]"):
-        OpenVinoSession(bundle.manifest, {part: broken.engine(part) for part in bundle.manifest.parts}, 1, "")
+        _repack(engine, engine, {"compiled.blob": b"no blob"})
+    with pytest.raises(BackendError, match=rf"block_01 \[openvino\]: .*{REBUILD}"):
+        opened(broken)
 
 
-def _repack(source: Path, target: Path, part: str | None = None, xml: bytes | None = None) -> None:
+def test_a_model_that_is_none_is_named_when_it_is_needed(bundle: Bundle, tmp_path: Path) -> None:
+    """Oracle: the contract: single images run from the blob, the first batch says what is wrong."""
+    broken = Bundle(Path(shutil.copytree(bundle.path, tmp_path / "bundle")), bundle.manifest)
+    _repack(broken.engine("full"), broken.engine("full"), {"model.xml": b"<net>"})
+    with closing(opened(broken)) as session:
+        session.run("full", np.zeros((1, 3, *SIZE), np.float32))
+        with pytest.raises(BackendError, match=rf"full \[openvino\]: cannot load .*model.xml.*{REBUILD}"):
+            session.run("full", np.zeros((2, 3, *SIZE), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        (b"", "part.json: got empty, expected an object with schema"),
+        (b"\xff", "part.json: got byte 0 is not UTF-8"),
+        (b"[1]", "part.json: got a list"),
+        (b'{"schema": 2}', "part.json: got schema 2, expected"),
+        (b'{"schema": "a", "schema": "b"}', 'part.json: got key "schema" occurs twice'),
+        ({"schema": "bdexport-openvino-engine/1"}, 'another format: got "bdexport-openvino-engine/1", expected'),
+        ({"part": "stem"}, 'another part: got "stem", expected "block_01"'),
+        ({"precision": "bf16"}, 'another precision: got "bf16", expected "fp32"'),
+        ({"requirements": None}, "part.json: got requirements null, expected"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_named(
+    bundle: Bundle, tmp_path: Path, about: bytes | dict[str, Any], words: str
+) -> None:
+    """Oracle: the contract: what, got, expected and the line that rebuilds, for each field of ``part.json``."""
+    broken = Bundle(Path(shutil.copytree(bundle.path, tmp_path / "bundle")), bundle.manifest)
+    engine = broken.engine("block_01")
+    _repack(engine, engine, {"part.json": about} if isinstance(about, bytes) else {}, about=about)
+    with pytest.raises(BackendError) as caught:
+        opened(broken)
+    assert str(caught.value).startswith("block_01 [openvino]: ")
+    assert words in str(caught.value)
+    assert str(caught.value).endswith(REBUILD)
+
+
+def test_flipped_and_cut_engines_are_refused_in_our_words(bundle: Bundle, tmp_path: Path) -> None:
+    """Property: whatever bit is flipped and wherever the file ends, a BackendError in our words, or what was written.
+
+    All headers of the zip and ``part.json``, and some of the rest, which its checksums cover.
+    """
+    whole = bundle.engine("block_01").read_bytes()
+    entry, generator = bundle.manifest.parts["block_01"], np.random.default_rng(0)
+    headers = [place for place in range(len(whole)) if place < 400 or place >= len(whole) - 300]
+    flips = [*headers, *(int(place) for place in generator.integers(0, len(whole), 100))]
+    cases = [whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :] for place in flips]
+    cases += [whole[: int(length)] for length in generator.integers(0, len(whole), 30)]
+    path, refused = tmp_path / "block_01.openvino", 0
+    for data in cases:
+        path.write_bytes(data)
+        try:
+            read = read_engine("block_01", path, entry, "fp32")
+        except BackendError as error:
+            refused += 1
+            text = str(error)
+            assert text.startswith("block_01 [openvino]: ")
+            assert "expected" in text
+            assert text.endswith(REBUILD)
+            assert not any(word in text for word in ("codec", "zipfile", "Error", "struct", "b'", "0x"))
+        else:  # a date or an attribute, which say nothing
+            assert bytes(read.blob.data) in whole
+            assert read.requirements.encode() in whole
+    assert refused > 0.8 * len(cases)
+
+
+def opened(bundle: Bundle, threads: int = 1, fused: bool = False) -> OpenVinoSession:
+    """A session on the engines as they are: the manifest's hashes are not checked."""
+    files = {part: bundle.engine(part) for part in bundle.manifest.parts}
+    return OpenVinoSession(bundle.manifest, files, threads, "", fused)
+
+
+def _repack(source: Path, target: Path, members: dict[str, bytes], about: dict[str, Any] | bytes = b"") -> None:
+    """The engine with other members, or with other fields in its ``part.json``."""
     with zipfile.ZipFile(source) as old:
-        members = {name: old.read(name) for name in old.namelist()}
-    if part is not None:
-        members["part.json"] = members["part.json"].replace(b"block_00", part.encode())
-    if xml is not None:
-        members["model.xml"] = xml
+        found = {name: old.read(name) for name in old.namelist()} | members
+    if isinstance(about, dict):
+        found["part.json"] = json.dumps(json.loads(found["part.json"]) | about).encode()
     with zipfile.ZipFile(target, "w") as new:
-        for name, data in members.items():
+        for name, data in found.items():
             new.writestr(name, data)
+
+
+# ---- loading: imported, or compiled anew -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_imported_is_compiled(bundle: Bundle, tmp_path: Path, threads: int) -> None:
+    """Oracle: the same engines compiled here, because they say that they belong elsewhere: bit for bit, and noted."""
+    foreign = Bundle(Path(shutil.copytree(bundle.path, tmp_path / "bundle")), bundle.manifest)
+    for part in bundle.manifest.parts:
+        _repack(foreign.engine(part), foreign.engine(part), {}, {"requirements": "ov=1999.1;isa=8087"})
+    with closing(opened(bundle, threads)) as here, closing(opened(foreign, threads)) as elsewhere:
+        for part, entry in bundle.manifest.parts.items():
+            for batch in (1, 3):
+                x = np.random.default_rng(batch).random((batch, *entry.input.shape)).astype(np.float32)
+                assert np.array_equal(here.run(part, x), elsewhere.run(part, x)), part
+        assert not [note for note in here.notes if note.startswith("compiled anew")]
+        (note,) = [note for note in elsewhere.notes if note.startswith("compiled anew")]
+    count = len(bundle.manifest.parts)
+    assert note.startswith(f"compiled anew: {count} engines were compiled for ov=1999.1;isa=8087, and this is ")
+    assert "rebuild it here: bdexport build" in note
+
+
+def test_another_instruction_set_is_another_requirement(bundle: Bundle) -> None:
+    """Oracle: OpenVINO itself, held to SSE4.1 in a process of its own: the bundle opens there, with the note."""
+    code = f"import bdexport; print(*bdexport.load({str(bundle.path)!r}).session.notes, sep='\\n')"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    if requirements_here() in done.stdout.partition("and this is ")[2]:
+        pytest.skip("this processor has no more than SSE4.1")
+    assert f"were compiled for {requirements_here()}, and this is " in done.stdout
+
+
+def test_an_openvino_that_is_too_old_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the bound of pyproject.toml."""
+    monkeypatch.setattr(openvino, "openvino_version", lambda: "2026.3.9")
+    found = OpenVinoBackend().available()
+    assert (found.ok, found.reason) == (False, "openvino 2026.3.9 is older than 2026.4")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["openvino"] == [f"openvino>={'.'.join(map(str, LEAST_OPENVINO))}"]
+
+
+# ---- fused paths: compiled by their first call -------------------------------------------------------------------
+
+
+def test_fused_paths_are_compiled_once_and_not_at_load(fused_bundle: Bundle) -> None:
+    """Oracle: the seconds that the session counts: none at load, some after preparing, no more after that."""
+    with closing(opened(fused_bundle, fused=True)) as session:
+        assert len(session.fused) == FUSED_PATHS
+        assert session.fused_seconds == 0
+        session.prepare_fused(4)
+        seconds = session.fused_seconds
+        assert seconds > 0
+        session.prepare_fused(4)
+        for path in session.fused:
+            for batch in (1, 4):
+                session.run_fused(path, np.zeros((batch, 3, *SIZE), np.float32))
+        assert session.fused_seconds == seconds
+
+
+def test_preparing_changes_no_result(fused_bundle: Bundle) -> None:
+    """Oracle: the same images through an orchestrator that was not prepared, bit for bit; batches of one and five."""
+    masks = some_masks(5, 3)
+    with (
+        bdexport.load(fused_bundle, executor="fused") as lazy,
+        bdexport.load(fused_bundle, executor="fused") as prepared,
+    ):
+        prepared.prepare(5)
+        for rows in (slice(0, 5), *(slice(row, row + 1) for row in range(5))):
+            images = pixels(5)[rows]
+            expected = lazy(images, masks=masks[rows]).logits
+            assert np.array_equal(prepared(images, masks=masks[rows]).logits, expected)
+    with pytest.raises(UsageError, match="after close"):
+        prepared.prepare()
+
+
+def test_eight_threads_on_paths_that_are_being_compiled(fused_bundle: Bundle) -> None:
+    """Oracle: the same calls one after another in a session of their own; no thread finds a path ready at first."""
+    images, masks = pixels(48), some_masks(48, 3)
+
+    def call(loaded: bdexport.runtime.Orchestrator, number: int) -> np.ndarray:
+        rows = slice(number % 43, number % 43 + (1 if number % 3 else 5))
+        return loaded(images[rows], masks=masks[rows]).logits
+
+    with bdexport.load(fused_bundle, executor="fused") as serial:
+        expected = [call(serial, number) for number in range(96)]
+    for _ in range(3):
+        with bdexport.load(fused_bundle, executor="fused") as loaded, ThreadPoolExecutor(8) as pool:
+            preparing = pool.submit(loaded.prepare, 5)
+            together = list(pool.map(lambda number: call(loaded, number), range(96)))
+            preparing.result()
+        for got, wanted in zip(together, expected, strict=True):
+            assert_close(got, wanted, 1e-6)
+
+
+def test_two_threads_are_one_pool(fused_bundle: Bundle) -> None:
+    """Oracle: the kernel's count of processor time by thread: whatever number of models ran, two threads computed.
+
+    Every compiled model brings threads of its own, which wait for asynchronous calls that nobody makes.
+    """
+    code = f"""
+import os, numpy, time, bdexport
+def ticks():
+    found = {{}}
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{{task}}/stat") as file:
+            found[task] = sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+    return found
+loaded = bdexport.load({str(fused_bundle.path)!r}, executor="fused", threads=2)
+image = numpy.zeros((64, *loaded.manifest.preprocess.size, 3), numpy.uint8)
+masks = [[[bool(number & bit) for bit in (4, 2, 1)]] * 64 for number in range(8)]
+for mask in masks:
+    loaded(image, masks=mask)
+before, until = ticks(), time.process_time() + 2
+while time.process_time() < until:
+    for mask in masks:
+        loaded(image, masks=mask)
+spent = [count - before.get(task, 0) for task, count in ticks().items()]
+print(len(spent), sum(count > sum(spent) / 50 for count in spent), sum(spent))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    threads, computing, ticks = map(int, done.stdout.split())
+    assert ticks > 100
+    assert threads > 10
+    assert computing <= 2
 
 
 def test_telemetry_is_kept_out() -> None:

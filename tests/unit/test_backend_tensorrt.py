@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from bundles import calibration_images, pixels
+from ml_dtypes import float8_e4m3fn
 from onnx import TensorProto, helper, numpy_helper
 from tiny import SIZE, tiny_checkpoint, tiny_checkpoint_file, tiny_model
 
@@ -38,8 +42,9 @@ from bdexport.backends.tensorrt_common import (
 )
 from bdexport.build import BUILT, REUSED, BuiltBundle, build_bundle, bundle_from_model
 from bdexport.bundle import Bundle, open_bundle
+from bdexport.calibrate import CalibrationRequest, calibrated
 from bdexport.cli.main import main
-from bdexport.config import BuildConfig, TensorRTConfig
+from bdexport.config import BuildConfig, CalibrationConfig, TensorRTConfig
 from bdexport.engine_cache import EngineCache
 from bdexport.errors import BackendError, BuildError, UsageError
 from bdexport.parts import FULL, POLICY, part_names
@@ -69,7 +74,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> EngineCache:
     return EngineCache(tmp_path_factory.mktemp("rtx-cache"))
 
 
-def build(folder: Path, cache: EngineCache | None, **more: Any) -> BuiltBundle:
+def build(
+    folder: Path, cache: EngineCache | None, calibration: CalibrationRequest | None = None, **more: Any
+) -> BuiltBundle:
     model = tiny_model()
     settings: dict[str, Any] = {"max_batch": 32, "jobs": 2, "tensorrt": TARGETS} | more
     config = BuildConfig(NAME, **settings)
@@ -82,6 +89,7 @@ def build(folder: Path, cache: EngineCache | None, **more: Any) -> BuiltBundle:
         checkpoint_sha256="0" * 64,
         overwrite=True,
         cache=cache,
+        calibration=calibration,
     )
 
 
@@ -219,6 +227,75 @@ def test_parts_in_half_precision_become_engines(
     weights = weights_of(bundle.graph(part))
     assert precision in backend.precisions
     assert not any(np.ascontiguousarray(array).tobytes() in plan for array in weights.values() if array.ndim == 1)
+
+
+@pytest.mark.parametrize("target", ["8.9", "12.0", "12.1"])
+def test_real_parts_in_fp8_become_engines(
+    bundle: BuiltBundle, backend: TensorRTForRTXBackend, tmp_path: Path, target: str
+) -> None:
+    """Oracle: ml_dtypes: the weights are in the engine as E4M3 of the graph's scale, and not in float32."""
+    model = tiny_model()
+    graphs = {part: bundle.graph(part) for part in bundle.manifest.parts}
+    scales = calibrated(model, graphs, tiny_checkpoint(model).preprocess, pixels(16), CalibrationConfig())
+    part = "block_01"
+    graph = typed_graphs({part: graphs[part]}, "fp8", NAME, tmp_path, scales)[part]
+    options = BuildOptions("fp8", tensorrt=TensorRTConfig(opt_batch=2, compute_capabilities=(target,)))
+    backend.build_part(part, graph, tmp_path / "engine", options)
+    description, plan = read_engine(tmp_path / "engine", part, RTX, "rebuild")
+    assert description.compute_capabilities == (target,)
+    constants = weights_of(graph)
+    name = "branch.conv1.weight"
+    weight, scale = constants[name], constants[f"{name}_scale"]
+    rounded = (weight / scale[:, None, None, None]).astype(float8_e4m3fn)
+    assert np.abs(rounded.astype(np.float32)).max(axis=(1, 2, 3)).tolist() == [448.0] * len(scale)
+    assert np.ascontiguousarray(weight.transpose(0, 2, 3, 1)).tobytes() not in plan
+    layouts = [rounded.transpose(axes) for axes in ((0, 1, 2, 3), (0, 2, 3, 1), (2, 3, 1, 0), (1, 2, 3, 0))]
+    assert any(np.ascontiguousarray(layout).tobytes() in plan for layout in layouts)
+
+
+def test_a_whole_network_in_fp8(backend: TensorRTForRTXBackend, tmp_path: Path) -> None:
+    """Oracle: TensorRT takes every part; targets are all that have FP8, and the manifest names them."""
+    request = calibration_images(tmp_path)
+    settings = TensorRTConfig(opt_batch=2)
+    made = build(tmp_path / "bundle", None, calibration=request, precision="fp8", tensorrt=settings)
+    assert set(made.engines.values()) == {BUILT}
+    assert made.manifest.precision == "fp8"
+    assert made.manifest.compute_capability == "8.9, 12.0, 12.1"
+
+
+def test_one_calibration_serves_int8_and_fp8(
+    backend: TensorRTForRTXBackend,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Oracle: the files; refused without scales, and on a CPU backend with the remedy."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BDEXPORT_CACHE", str(tmp_path / "cache"))
+    checkpoint = str(tiny_checkpoint_file(tmp_path / "tiny.safetensors"))
+    line = ["build", checkpoint, "--backend", NAME, "--compute-capability", "12.0", "--precision"]
+    assert main([*line, "fp8", "--out", "fp8"]) == 2
+    assert "int8 and fp8 need scales" in capsys.readouterr().err
+    data = str(calibration_images(tmp_path).data)
+    assert main(["calibrate", checkpoint, "--dataset", "folder", "--data", data, "--images", "9"]) == 0
+    for precision in ("int8", "fp8"):
+        assert main([*line, precision, "--out", precision]) == 0
+        assert open_bundle(tmp_path / precision).manifest.precision == precision
+    capsys.readouterr()
+    assert main(["build", checkpoint, "--precision", "fp8", "--out", "cpu"]) == 2
+    assert "build with --precision int8, or with --backend tensorrt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("targets", [("8.0",), ("12.0", "7.5")])
+def test_a_target_without_fp8_is_refused_before_any_work(
+    backend: TensorRTForRTXBackend, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    """Oracle: which GPUs have FP8 units, and the remedy, in the error; TensorRT itself refuses such a graph."""
+    settings = TensorRTConfig(compute_capabilities=targets)
+    said = rf"no FP8: got {targets[-1]}, expected 8\.9, 12\.0, 12\.1 for --precision fp8; .*int8 or fp16"
+    with pytest.raises(UsageError, match=said):
+        build(tmp_path / "bundle", None, precision="fp8", tensorrt=settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
@@ -458,7 +535,7 @@ class StandIn(TensorRTBackend):
 
 @pytest.fixture
 def stand_in(backend: TensorRTForRTXBackend, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    monkeypatch.setattr(tensorrt_common, "OLDEST_MAJOR", 1)
+    monkeypatch.setattr(tensorrt_common, "OLDEST", (1, 0))
     monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     return StandIn()
 
@@ -481,6 +558,14 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(stand_in: StandIn, tmp_path: P
         assert description.layers == "the engine does not load on the machine that built it"
 
 
+def test_tensorrt_has_no_fp8_on_a_gpu_without_it(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: an A100 (8.0) has none, a Hopper GPU (9.0) has it."""
+    with pytest.raises(UsageError, match=r"backend tensorrt: the GPU has no FP8: got 8\.0, expected 8\.9 or newer"):
+        stand_in.resolved(BuildOptions("fp8"))
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    assert stand_in.resolved(BuildOptions("fp8")).tensorrt.compute_capabilities == ("9.0",)
+
+
 def test_tensorrt_has_no_other_targets(stand_in: StandIn) -> None:
     """Oracle: the remedy names the backend that has them, and the levels that TensorRT knows."""
     with pytest.raises(UsageError, match="tensorrt-rtx builds for others"):
@@ -499,7 +584,41 @@ def test_another_major_version_is_refused(backend: TensorRTForRTXBackend) -> Non
 
     found = Old().available()
     assert not found.ok
-    assert re.search(r"got 1\..*, expected 10\.x or 11\.x", found.reason)
+    assert re.search(
+        r"got 1\..*, expected 10\.3 or newer, up to 11\.x$", found.reason
+    )  # the remedy comes after it, once
+    assert found.remedy == 'pip install "bdexport[tensorrt]"'
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("8.6.1", False), ("10.0.1", False), ("10.3.0", True), ("11.4.0.9", True), ("12.0.0", False)]
+)
+def test_versions_that_are_known(monkeypatch: pytest.MonkeyPatch, version: str, known: bool) -> None:
+    """Oracle: the extra's bounds in pyproject.toml; what lies outside is refused before anything is called."""
+    name = f"tensorrt_{version.replace('.', '_')}"
+    levels = {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2}
+    module = SimpleNamespace(__version__=version, ILogger=type("ILogger", (), levels))
+    monkeypatch.setitem(sys.modules, name, module)
+    flavour = Flavour("tensorrt", name, "TensorRT")
+    if known:
+        assert load_api(flavour).version == version
+        return
+    with pytest.raises(BackendError, match=re.escape(f"got {version}, expected 10.3 or newer, up to 11.x")):
+        load_api(flavour)
+
+
+def test_a_driver_that_is_too_old_is_named_with_both_versions(
+    backend: TensorRTForRTXBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: what opening CUDA says there, in the reason for which the backend is not available."""
+
+    def old() -> None:
+        raise BackendError("cuda: driver too old", got="11.8", expected="CUDA 12.0 or newer", remedy="update it")
+
+    monkeypatch.setattr(tensorrt_module, "_gpu", old)
+    found = backend.available()
+    assert found.reason.endswith("cuda: driver too old: got 11.8, expected CUDA 12.0 or newer")
+    assert found.remedy == "update it"
 
 
 # ---- where it cannot run ------------------------------------------------------------------------------------------
@@ -517,6 +636,20 @@ def test_without_a_gpu_it_builds_and_says_that_nothing_was_verified(bundle: Buil
     assert any("not verified" in note and "bdexport verify" in note for note in bundle.notes)
     assert layers is None
     assert description.layers is not None
+
+
+def test_engines_for_another_gpu_are_built_and_not_verified(
+    backend: TensorRTForRTXBackend, cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the note names both sides; a machine whose GPU is no target builds what one without any GPU builds."""
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    built = build(tmp_path / "other", cache)
+    reason = "they are for compute capability 8.0, 12.0; NVIDIA H200 has 9.0"
+    assert any("not verified" in note and reason in note for note in built.notes)
+    assert built.manifest.verification is None
+    targets = BuildOptions(tensorrt=replace(TARGETS, compute_capabilities=("8.0", "9.0")))
+    assert backend.can_run(targets).ok
+    assert backend.can_run(BuildOptions()).ok
 
 
 def test_without_a_gpu_it_does_not_run_and_says_why(bundle: BuiltBundle) -> None:
@@ -540,6 +673,46 @@ def test_a_missing_package_is_named() -> None:
         for found in (backend.available(), backend.can_build()):
             if not found.ok and "not installed" in found.reason and "cuda" not in found.reason:
                 assert found.remedy == f'pip install "bdexport[{name}]"'
+
+
+def test_what_a_session_asks_of_tensorrt_is_there(api: Api) -> None:
+    """Oracle: the package's own signatures, as its bindings write them into docstrings; the run time needs a driver."""
+    trt = api.module
+    for path, *arguments in (
+        ("IExecutionContext.set_device_memory", "memory", "size"),
+        ("IExecutionContext.set_input_shape", "name", "shape"),
+        ("IExecutionContext.set_tensor_address", "name", "memory"),
+        ("IExecutionContext.execute_async_v3", "stream_handle"),
+        ("ICudaEngine.create_execution_context", "strategy"),
+        ("ICudaEngine.create_execution_context", "runtime_config"),
+        ("ICudaEngine.create_runtime_config",),
+        ("ICudaEngine.create_engine_inspector",),
+        ("ICudaEngine.get_tensor_name", "index"),
+        ("ICudaEngine.get_tensor_shape", "name"),
+        ("ICudaEngine.get_tensor_dtype", "name"),
+        ("EngineInspector.get_engine_information", "format"),
+        ("IRuntimeConfig.set_execution_context_allocation_strategy", "strategy"),
+        ("IRuntimeConfig.create_runtime_cache",),
+        ("IRuntimeConfig.set_runtime_cache", "cache"),
+        ("IRuntimeCache.serialize",),
+        ("IRuntimeCache.deserialize", "blob"),
+        ("Runtime.deserialize_cuda_engine", "serialized_engine"),
+        ("Runtime.get_engine_validity", "buffer"),
+    ):
+        owner, _, name = path.partition(".")
+        text = getattr(getattr(trt, owner), name).__doc__
+        forms = [re.findall(r"(?:^|, )(\w+): ", form)[1:] for form in re.findall(rf"{name}\((self: .*)\) ->", text)]
+        assert arguments in forms, f"{path}: {forms}"
+    for path in (
+        *("ICudaEngine.device_memory_size_v2", "ICudaEngine.num_io_tensors"),
+        *("IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", "IRuntimeConfig.cuda_graph_strategy"),
+        *("Runtime.engine_header_size", "Runtime.engine_host_code_allowed", "CudaGraphStrategy.DISABLED"),
+        *("ExecutionContextAllocationStrategy.USER_MANAGED", "LayerInformationFormat.JSON"),
+        *("DynamicShapesKernelSpecializationStrategy.EAGER", "DynamicShapesKernelSpecializationStrategy.LAZY"),
+        *("EngineInvalidityDiagnostics.UNSUPPORTED_CC", "DataType.FLOAT"),
+    ):
+        owner, _, name = path.partition(".")
+        assert hasattr(getattr(trt, owner), name), path
 
 
 # ---- engine files -------------------------------------------------------------------------------------------------

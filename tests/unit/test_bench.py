@@ -111,6 +111,8 @@ def test_percentiles_are_of_the_samples() -> None:
 class Calls:
     """Stands where the orchestrator does and notes the order of calls."""
 
+    session = None  # and so no fused paths
+
     def __init__(self) -> None:
         self.order: list[tuple[str, int]] = []
         self.collecting: set[bool] = set()

@@ -12,7 +12,7 @@ from cuda_double import CudaDouble, GraphDouble, read
 from device_cases import SCRATCH, DeviceCase
 
 import bdexport
-from bdexport.bench.profiling import TimedSession
+from bdexport.bench.timed_session import TimedSession
 from bdexport.cuda.arena import WAITING_BYTES, Arena, block_bytes
 from bdexport.cuda.exchange import DeviceArray, is_device_array
 from bdexport.errors import BackendError, InputError, UsageError

@@ -46,6 +46,19 @@ def test_random_k_keeps_k_blocks_and_differs_between_images() -> None:
     assert len(torch.unique(masks, dim=0)) > 10
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_random_k_of_several_processes_is_that_of_one(size: int) -> None:
+    """Oracle: one pass over 11 images at once; each of ``size`` processes sees every size-th, in batches of two."""
+    whole = random_k(7, 3, seed=5)(torch.zeros(11, 3, 1, 1))
+    for rank in range(size):
+        places = slice(rank, None, size)
+        strategy = random_k(7, 3, 5, places)
+        expected = whole[places]
+        shard = torch.zeros(len(expected), 3, 1, 1)
+        got = torch.cat([strategy(shard[start : start + 2]) for start in range(0, len(shard), 2)])
+        assert torch.equal(got, expected)
+
+
 def test_too_many_blocks() -> None:
     """Oracle: the error names the range."""
     with pytest.raises(UsageError, match="0 to 5"):

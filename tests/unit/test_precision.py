@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tiny import tiny_model
 
+from bdexport.backends.onnxruntime_common import import_onnxruntime, session_options
 from bdexport.build import checked_backend
 from bdexport.calibrate import part_ranges
 from bdexport.config import BuildConfig
 from bdexport.errors import BuildError, UsageError
 from bdexport.export import export_parts
-from bdexport.precision import half_graph, int8_graph, typed_graphs
+from bdexport.precision import half_graph, typed_graphs
 from bdexport.preprocess import Preprocess
+from bdexport.qdq import fp8_graph, int8_graph
 
 Array = NDArray[np.float32]
 BLOCK = "block_01"
@@ -80,13 +82,13 @@ def test_a_weight_beyond_fp16_is_named(graphs: dict[str, Path]) -> None:
         half_graph("stem", graph, "fp16")
 
 
-@pytest.mark.parametrize("outputs", [False, True])
-def test_int8_is_symmetric_per_channel_and_near(graphs: dict[str, Path], outputs: bool) -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_int8_is_per_channel_and_near(graphs: dict[str, Path], kernels: bool) -> None:
     """Oracle: ONNX's reference evaluator; the form TensorRT asks for (int8, zero points 0, one scale per channel)."""
     graph = onnx.load(graphs[BLOCK])
     x = inputs(graph, 16)
     ranges = part_ranges(BLOCK, graph, x, np.arange(16), 8)
-    quantised = int8_graph(BLOCK, graph, ranges, outputs=outputs)
+    quantised = int8_graph(BLOCK, graph, ranges, kernels=kernels)
     expected, got = run(graph, x), run(quantised, x)
     gap = np.abs(got - expected)
     assert gap.mean() <= 0.05 * np.abs(expected).mean(), f"largest {gap.max():.1e}, mean {gap.mean():.1e}"
@@ -94,16 +96,44 @@ def test_int8_is_symmetric_per_channel_and_near(graphs: dict[str, Path], outputs
     makers = {node.output[0]: node for node in quantised.graph.node}
     for node in quantised.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            zero = constants[node.input[2]]
-            assert zero.dtype == np.int8
-            assert not zero.any()
+            zero, of_weights = constants[node.input[2]], constants[node.input[1]].ndim == 1
+            assert zero.dtype == (np.uint8 if kernels and not of_weights else np.int8)
+            assert kernels or not zero.any()
         if node.op_type == "Conv":
             weight = makers[node.input[1]]
             assert len(constants[weight.input[1]]) == constants[makers[weight.input[0]].input[0]].shape[0]
-    # The residual: what the addition reads is the part's own input, not a quantised copy.
-    add = next(node for node in quantised.graph.node if node.op_type == "Add")
-    shortcut = [name for name in add.input if makers.get(name) is None or makers[name].op_type in ("Pad", "Slice")]
-    assert shortcut
+
+
+def test_fp8_is_rounding_to_e4m3(graphs: dict[str, Path]) -> None:
+    """Oracle: ml_dtypes and numpy: every pair of nodes rounds to E4M3 of its scale; the largest value becomes 448.
+
+    ONNX Runtime runs the nodes one by one; between them is ONNX's own convolution, in its reference implementation.
+    """
+    graph = onnx.load(graphs[BLOCK])
+    x = inputs(graph, 16)
+    ranges = part_ranges(BLOCK, graph, x, np.arange(16), 8)
+    quantised = fp8_graph(BLOCK, graph, ranges)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
+    nodes = {node.output[0]: node for node in quantised.graph.node}
+    rounded = {name: node for name, node in nodes.items() if node.op_type == "DequantizeLinear"}
+    assert len(rounded) == 4  # two convolutions, with their weights
+    for name in rounded:
+        quantised.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    session = import_onnxruntime().InferenceSession(quantised.SerializeToString(), session_options(1, optimise=False))
+    y, *copies = session.run(None, {"x": x})
+    found = dict(zip(rounded, copies, strict=True))
+    read = {"x": x} | {name: values for name, values in constants.items() if name.endswith(".weight")}
+    for name, node in rounded.items():
+        source = nodes[node.input[0]]
+        if source.input[0] in read:
+            values, scale = read[source.input[0]], constants[node.input[1]]
+            scale = scale[:, None, None, None] if scale.ndim else scale
+            expected = np.clip(values / scale, -448, 448).astype(float8_e4m3fn).astype(np.float32) * scale
+            np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+            assert np.abs(values / scale).max() == pytest.approx(448, rel=1e-5)
+    gap, reference = np.abs(y - run(graph, x)), run(graph, x)
+    assert 0 < gap.mean() <= 0.1 * np.abs(reference).mean(), f"largest {gap.max():.1e}, mean {gap.mean():.1e}"
+    assert fp8_graph("head", onnx.load(graphs["head"]), None) == onnx.load(graphs["head"])  # a linear layer alone
 
 
 def test_a_part_that_does_not_multiply_stays_as_it_is(graphs: dict[str, Path]) -> None:
@@ -140,6 +170,16 @@ def test_fp32_and_hints_take_the_graphs_as_exported(graphs: dict[str, Path], tmp
         ("onnxruntime", "fp16", "precision fp16 is not offered.*fp32 or int8.*compute in that"),
         ("onnxruntime", "bf16", "no CPU kernels for BF16"),
         ("openvino", "fp16", "AMX-FP16"),
+        (
+            "onnxruntime",
+            "fp8",
+            "fp8 is not offered.*no CPU multiplies FP8; build with --precision int8, or with --backend t",
+        ),
+        (
+            "openvino",
+            "fp8",
+            "fp8 is not offered.*no CPU multiplies FP8; build with --precision int8, or with --backend t",
+        ),
         ("torch", "int8", r"expected fp32 \(what torch offers\)"),
         ("onnxruntime", "int3", "unknown precision: got 'int3'"),
     ],

@@ -18,7 +18,8 @@ import bdexport
 from bdexport.backends.null import NullBackend
 from bdexport.bench import Profile, profile, profile_result
 from bdexport.bench.profile_result import bound_of, launch_cost_ms
-from bdexport.bench.profiling import COPY, FUSED, PART, REGROUP, Alone, Call, Event, bytes_moved, clock_cost_us
+from bdexport.bench.profiling import Alone, Call, bytes_moved
+from bdexport.bench.timed_session import COPY, FUSED, PART, REGROUP, Event, clock_cost_us
 from bdexport.bench.trace import trace_events
 from bdexport.bundle import Bundle
 from bdexport.cli.console import to_plain

@@ -38,7 +38,8 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import Block
 from bdexport.preprocess import Preprocess
 from bdexport.prune import prune_checkpoint, pruned_widths, strongest_filters
-from bdexport.train.pipeline import TrainRequest, train
+from bdexport.train.pipeline import train
+from bdexport.train.request import TrainRequest
 
 
 def images(count: int = 6) -> torch.Tensor:

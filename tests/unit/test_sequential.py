@@ -33,7 +33,8 @@ from bdexport.models.sequential import SequentialGates, Walk, greedy
 from bdexport.preprocess import Preprocess
 from bdexport.train.data import Batch
 from bdexport.train.phases import Setting
-from bdexport.train.pipeline import _training_data, train
+from bdexport.train.pipeline import train
+from bdexport.train.prepare import training_data
 from bdexport.train.reward import reward
 from bdexport.train.sequential import SequentialCurriculum, SequentialFinetune
 from bdexport.train.state import generator_for
@@ -233,7 +234,7 @@ def test_gates_may_start_in_the_blocks_order_of_importance(digits_base: Checkpoi
     model.set_gates(SEQUENTIAL)
     phase = SequentialCurriculum(setting(model, order_images=50, order_spread=2.0, initial_keep_logit=0.5))
     notes: list[str] = []
-    phase.begin(_training_data(request(tmp_path), "cpu"), notes.append)
+    phase.begin(training_data(request(tmp_path), "cpu"), notes.append)
     order = json.loads(notes[0].rpartition(": ")[2])
     assert sorted(order) == [0, 1, 2]
     biases = [phase.decider().units[str(index)].get_parameter("fc.bias").item() for index in order]

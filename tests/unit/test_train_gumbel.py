@@ -30,7 +30,8 @@ from bdexport.preprocess import Preprocess
 from bdexport.train.data import Batch
 from bdexport.train.gumbel import relaxed_gates, sample_gates, straight_through
 from bdexport.train.phases import Curriculum, Finetune, PolicyPhase, Setting
-from bdexport.train.pipeline import TrainRequest, train
+from bdexport.train.pipeline import train
+from bdexport.train.request import TrainRequest
 from bdexport.train.settings import with_assignments
 
 TINY = ResNetSpec("cifar", "basic", (1, 1, 1), (4, 4, 8), "option_a", 10)

@@ -31,8 +31,9 @@ from bdexport.config import (
 from bdexport.dataset import load_dataset
 from bdexport.errors import DivergedError, OutputError, TrainingError, UsageError
 from bdexport.preprocess import Preprocess
-from bdexport.train.loop import good_model
-from bdexport.train.pipeline import TrainRequest, train
+from bdexport.train.choice import good_model
+from bdexport.train.pipeline import train
+from bdexport.train.request import TrainRequest
 from bdexport.train.state import METRICS_FILE, STATE_FILE, Best, RunState, load_state
 
 CONFIG = TrainConfig(

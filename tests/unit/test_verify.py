@@ -21,13 +21,12 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.parts import part_names
 from bdexport.verify import (
     compare,
-    difference,
-    random_images,
     require,
     verify_against_graphs,
     verify_against_model,
     with_tolerance,
 )
+from bdexport.verify_comparison import difference, random_images
 
 FEW = VerifyConfig(random_masks=10, images=4)
 FUSED_PATHS = {"fused paths": 3, "fused paths, as batches": 3}  # all dropped, all kept, all dropped again

@@ -1,0 +1,90 @@
+"""What a run that goes astray says: settings that exist, and that matter to the method and the estimator."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from test_train_run import CONFIG, Recorder, request
+
+from bdexport.config import Estimator, FinetuneConfig, Method, PolicyConfig, TrainConfig, preset
+from bdexport.errors import DivergedError
+from bdexport.train.advice import against_collapse, against_one_mask, calmer
+from bdexport.train.pipeline import train
+from bdexport.train.settings import with_assignments
+
+
+def settings_in(text: str) -> list[str]:
+    """NAME=VALUE of every --set in an advice that has a value."""
+    return re.findall(r"--set (\S+=[^ ,)]+)", text)
+
+
+def config_of(estimator: Estimator, target: float | None) -> TrainConfig:
+    return replace(preset("cpu", 15), policy=PolicyConfig(estimator=estimator, target_blocks=target))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize(
+    ("estimator", "target"),
+    [(name, target) for name in get_args(Estimator) for target in (None, 7.0) if (name, target) != ("marginal", None)],
+)
+def test_gamma_is_named_where_it_decides(estimator: Estimator, target: float | None, keeps: bool) -> None:
+    """Oracle: the losses: with a budget, or with values for logits, gamma does not set the mean usage.
+
+    Marginal without a budget is refused.
+    """
+    config = config_of(estimator, target)
+    text = against_collapse(config, keeps)
+    assert ("--gamma" in text) == (target is None)
+    assert ("policy.budget_weight=60" in text) == (target is not None and estimator != "marginal")
+    assert text.startswith("lower" if keeps else "raise") or "budget_weight" in text
+    changed = with_assignments(config, settings_in(text))
+    assert (changed != config) == (target is not None)
+
+
+@pytest.mark.parametrize(
+    ("group", "part", "bf16", "expected"),
+    [
+        ("finetune", "network", False, "--set finetune.network_learning_rate=0.017"),
+        ("finetune", "policy", False, "--set finetune.policy_learning_rate=0.00017"),
+        ("finetune", "gates", True, "--set finetune.policy_learning_rate=0.00017, or --precision fp32"),
+        ("curriculum", "policy", True, "--set curriculum.learning_rate=0.00033, or --precision fp32"),
+    ],
+)
+def test_a_third_of_the_learning_rate_that_diverged(group: str, part: str, bf16: bool, expected: str) -> None:
+    """Oracle: by hand, of the preset cpu; fp32 is advised only where it is not what ran."""
+    assert calmer(preset("cpu", 15), group, part, bf16) == f"in another --out, try {expected}"
+
+
+@pytest.mark.parametrize(
+    ("method", "estimator", "there", "missing"),
+    [
+        ("blockdrop", "self_critical", "--preset marginal", "--prime-epochs"),
+        ("blockdrop", "marginal", "--prime-epochs", "--preset marginal"),
+        ("sequential", "self_critical", "the gates give", "--target-blocks"),
+    ],
+)
+def test_one_mask_for_all_images(method: Method, estimator: Estimator, there: str, missing: str) -> None:
+    """Oracle: nobody is sent to where he is; gates do not know the marginal estimator."""
+    text = against_one_mask(replace(config_of(estimator, 7.0), method=method))
+    assert there in text
+    assert missing not in text
+    assert "the same mask" in text
+
+
+def test_a_policy_that_diverges_is_told_from_the_network(tmp_path: Path) -> None:
+    """Oracle: the policy's learning rate is the wild one; the message names it and not the network's."""
+    wild = replace(
+        CONFIG,
+        pretrain=replace(CONFIG.pretrain, epochs=1),
+        adapt=replace(CONFIG.adapt, epochs=0, levels="3,1", order_images=64),
+        curriculum=replace(CONFIG.curriculum, epochs=0),
+        finetune=FinetuneConfig(epochs=1, batch=64, policy_learning_rate=1e30),
+        policy=PolicyConfig(estimator="marginal", target_blocks=2.0),
+    )
+    with pytest.raises(DivergedError, match="finetune: the critic's loss is") as caught:
+        train(request(tmp_path / "run"), wild, Recorder())
+    assert "--set finetune.policy_learning_rate=3.3e+29" in str(caught.value)
