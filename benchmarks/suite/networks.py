@@ -136,7 +136,7 @@ def bundle(
 ) -> Bundle:
     """The bundle of a network, built unless an earlier run left it. Raises what the build raises.
 
-    ``calibration``: where int8's and fp8's scales are, called only where a bundle is built; ``source``: of whose images.
+    ``calibration``: where int8's and fp8's scales are, only called when a bundle is built; ``source``: whose images.
     """
     # The build measures executors at batch 64: minutes at 224 x 224, for masks that mean nothing. auto is then fused.
     quick = not chosen.trained and chosen.name in IMAGENET_MODELS
