@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +23,7 @@ from bdexport.models.resnet import Block
 from bdexport.partition import part_module, part_specs
 from bdexport.parts import FULL, KEEP_THRESHOLD, Masks
 from benchmarks.suite.graphs import IMAGE, KEEP, LOGITS, graph_with_ifs
+from benchmarks.suite.int8 import int8_full_graph
 from benchmarks.suite.networks import Images, Network
 from benchmarks.suite.plan import Cell, SuiteConfig
 
@@ -31,8 +34,12 @@ TORCH_FULL, TORCH_SKIP, TORCH_COMPILE = (
     "PyTorch eager, skipping per image",
     "torch.compile, full",
 )
-ORT_FULL, ORT_IF = "ONNX Runtime, full", "ONNX Runtime, one graph with If, per image"
-OPENVINO_FULL = {precision: f"OpenVINO {precision.upper()}, full" for precision in ("fp32", "bf16")}
+ORT_FULL, ORT_INT8, ORT_IF = (
+    "ONNX Runtime, full",
+    "ONNX Runtime INT8, full",
+    "ONNX Runtime, one graph with If, per image",
+)
+OPENVINO_FULL = {precision: f"OpenVINO {precision.upper()}, full" for precision in ("fp32", "bf16", "int8")}
 CUDA_GRAPHS, ORT_CUDA, TENSORRT = "PyTorch CUDA graphs, full", "ONNX Runtime CUDA, full", "TensorRT, full"
 
 
@@ -54,29 +61,37 @@ class DynamicBaseline:
     make: Callable[[bool], Dynamic]
 
 
-def full_baselines(cell: Cell, network: Network, config: SuiteConfig) -> list[FullBaseline]:
-    """Those that compute here, or say why not; ``GPU_ONLY`` has the lines of a machine without a GPU."""
-    found = [
-        FullBaseline(TORCH_FULL, "fp32", lambda: _torch_full(network, cell)),
-        FullBaseline(ORT_FULL, "fp32", lambda: _ort_full(network, cell, "CPUExecutionProvider")),
-        *(
-            FullBaseline(name, precision, lambda precision=precision: _openvino_full(network, cell, precision))  # type: ignore[misc]
-            for precision, name in OPENVINO_FULL.items()
-        ),
-    ]
-    if cell.usage != "sweep":
-        found.insert(1, FullBaseline(TORCH_COMPILE, "fp32", lambda: _torch_compile(network, cell, config)))
-    if not GPU_ONLY():
+def full_baselines(cell: Cell, network: Network, config: SuiteConfig, work: Path) -> list[FullBaseline]:
+    """Those of the kinds asked for: they compute here, or say why not. ``work``: int8's graphs are kept there."""
+    found: list[FullBaseline] = []
+    if "torch" in config.kinds:
+        found.append(FullBaseline(TORCH_FULL, "fp32", lambda: _torch_full(network, cell)))
+    if "compile" in config.kinds and cell.usage != "sweep" and cell.batch in config.compile_batches:
+        found.append(FullBaseline(TORCH_COMPILE, "fp32", lambda: _torch_compile(network)))
+    if "onnxruntime" in config.kinds:
+        cpu = "CPUExecutionProvider"
+        found.append(FullBaseline(ORT_FULL, "fp32", lambda: _ort_full(full_graph(network), cell, cpu)))
+        int8 = lambda: _ort_full(int8_full_graph(network, "onnxruntime", config, work), cell, cpu)  # noqa: E731
+        found.append(FullBaseline(ORT_INT8, "int8", int8))
+    if "openvino" in config.kinds:
+        for precision, name in OPENVINO_FULL.items():
+            make = partial(_openvino_full, network, cell, precision, config, work)
+            found.append(FullBaseline(name, precision, make))
+    if "cuda" in config.kinds and not GPU_ONLY():
+        cuda = "CUDAExecutionProvider"
         found.append(FullBaseline(CUDA_GRAPHS, "fp32", lambda: _cuda_graphs(network, cell)))
-        found.append(FullBaseline(ORT_CUDA, "fp32", lambda: _ort_full(network, cell, "CUDAExecutionProvider")))
+        found.append(FullBaseline(ORT_CUDA, "fp32", lambda: _ort_full(full_graph(network), cell, cuda)))
     return found
 
 
-def dynamic_baselines(cell: Cell, network: Network) -> list[DynamicBaseline]:
+def dynamic_baselines(cell: Cell, network: Network, config: SuiteConfig) -> list[DynamicBaseline]:
     """Skipping blocks in PyTorch image by image, as the authors' code profiles, and inside one ONNX graph."""
-    skipping = DynamicBaseline(TORCH_SKIP, "fp32", lambda _forced: _torch_skipping(network))
-    switched = DynamicBaseline(ORT_IF, "fp32", lambda forced: _ort_if(network, cell, forced))
-    return [switched] if cell.usage == "sweep" else [skipping, switched]
+    found = []
+    if "torch" in config.kinds and cell.usage != "sweep":
+        found.append(DynamicBaseline(TORCH_SKIP, "fp32", lambda _forced: _torch_skipping(network)))
+    if "if-graph" in config.kinds:
+        found.append(DynamicBaseline(ORT_IF, "fp32", lambda forced: _ort_if(network, cell, forced)))
+    return found
 
 
 def GPU_ONLY() -> dict[str, str]:  # noqa: N802 - read as a table: who needs a GPU, and why it is not measured
@@ -105,12 +120,9 @@ def _torch_call(module: Callable[[torch.Tensor], torch.Tensor]) -> Full:
     return call
 
 
-def _torch_compile(network: Network, cell: Cell, config: SuiteConfig) -> Full:
+def _torch_compile(network: Network) -> Full:
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         raise BackendError("torch.compile: no C++ compiler here", remedy="install g++")
-    if cell.batch not in config.compile_batches:
-        asked = ", ".join(map(str, config.compile_batches)) or "none"
-        raise BackendError(f"not compiled for batch {cell.batch}", expected=asked, remedy="pass --compile-batches")
     torch._dynamo.reset()
     compiled = torch.compile(network.model.network, dynamic=False)
     return _torch_call(compiled)
@@ -184,8 +196,8 @@ def _ort_session(model: bytes, threads: int, provider: str) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=[provider])
 
 
-def _ort_full(network: Network, cell: Cell, provider: str) -> Full:
-    session = _ort_session(full_graph(network), cell.threads, provider)
+def _ort_full(graph: bytes, cell: Cell, provider: str) -> Full:
+    session = _ort_session(graph, cell.threads, provider)
     name = session.get_inputs()[0].name
 
     def call(images: Images) -> NDArray[Any]:
@@ -213,11 +225,12 @@ def _ort_if(network: Network, cell: Cell, forced: bool) -> Dynamic:
     return call
 
 
-def _openvino_full(network: Network, cell: Cell, precision: str) -> Full:
+def _openvino_full(network: Network, cell: Cell, precision: str, config: SuiteConfig, work: Path) -> Full:
     import_openvino()
     if precision == "bf16" and (reason := no_bf16_reason()):
         raise BackendError(f"bf16 is not available here ({reason})")
-    model = core().read_model(full_graph(network))
+    graph = int8_full_graph(network, "openvino", config, work) if precision == "int8" else full_graph(network)
+    model = core().read_model(graph)
     model.reshape({0: [cell.batch, 3, *network.checkpoint.preprocess.size]})
     settings = {
         "PERFORMANCE_HINT": "LATENCY",

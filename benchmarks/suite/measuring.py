@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter, perf_counter_ns
 from typing import Any, TypeAlias
 
@@ -19,10 +19,10 @@ Progress: TypeAlias = Callable[[int, int], None]  # hundredths of the cell's tim
 
 @dataclass(frozen=True, eq=False)
 class Rounds:
-    """Times in ms by contestant, one per round and equally many for all; who was left out, and why."""
+    """Times in ms by contestant, one per round and equally many for all; ``seconds`` that all rounds took."""
 
     times: dict[str, Times]
-    missing: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def measure(
@@ -31,61 +31,44 @@ def measure(
     *,
     least: int,
     most: int,
-    warm_calls: int = 0,
+    warm_calls: Mapping[str, int] | None = None,
     pause_s: float = 0.0,
     progress: Progress | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Rounds:
     """Rounds until ``seconds`` are over, at least ``least`` and at most ``most``.
 
-    Before them each contestant makes two calls, which also tell what a call takes: one that could not make ``least``
-    rounds in a third of the time is left out. If the rest cannot make them either, the slowest go until they can.
-    Garbage is not collected meanwhile.
+    ``warm_calls``: by contestant, the calls before each timed one that are not timed. Garbage is not collected
+    meanwhile.
     """
+    warm, names = warm_calls or {}, list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
     with without_garbage_collection():
-        cost, missing = _costs(steps, seconds, least, warm_calls, clock)
-        calls = 1 + warm_calls
-        while len(cost) > 1 and least * calls * sum(cost.values()) > seconds:
-            slowest = max(cost, key=lambda name: cost[name])
-            missing[slowest] = _too_slow(cost.pop(slowest), seconds)
-        names = [name for name in steps if name in cost]
-        times: dict[str, list[float]] = {name: [] for name in names}
         started, done = clock(), 0
         rng = np.random.default_rng(0)
         while names and done < most and (done < least or clock() - started < seconds):
             for place in rng.permutation(len(names)).tolist():
-                times[names[place]].append(_timed(steps[names[place]], done, warm_calls, pause_s))
+                name = names[place]
+                times[name].append(_timed(steps[name], done, warm.get(name, 0), pause_s))
             done += 1
             if progress is not None:
                 progress(int(100 * max(done / most, min(1.0, (clock() - started) / max(seconds, 1e-9)))), 100)
-    return Rounds({name: np.array(values) for name, values in times.items()}, missing)
+        ended = clock()
+    return Rounds({name: np.array(values) for name, values in times.items()}, ended - started)
 
 
-def _costs(
-    steps: Mapping[str, Step], seconds: float, least: int, warm_calls: int, clock: Callable[[], float]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of a call by contestant, of those that are fast enough; the others' reasons."""
-    cost: dict[str, float] = {}
-    missing: dict[str, str] = {}
-    for name, step in steps.items():
+def call_seconds(
+    step: Step, again_below_s: float = 1.0, clock: Callable[[], float] = perf_counter
+) -> tuple[Any, float]:
+    """What a call returns, and the seconds that it takes; the first may make kernels, so a short one is made twice."""
+    begin = clock()
+    returned = step(0)
+    seconds = clock() - begin
+    if seconds < again_below_s:
         begin = clock()
         step(0)
-        first = clock() - begin
-        if first * (1 + warm_calls) * least > seconds / 3:
-            begin = clock()
-            step(0)  # the first call may have made kernels
-            first = min(first, clock() - begin)
-        if first * (1 + warm_calls) * least > seconds / 3:
-            missing[name] = _too_slow(first, seconds)
-            continue
-        begin = clock()
-        step(0)
-        cost[name] = clock() - begin
-    return cost, missing
-
-
-def _too_slow(call_s: float, seconds: float) -> str:
-    return f"left out: one call took {call_s:.2f} s and its cell had {seconds:.0f} s; give more --minutes"
+        seconds = min(seconds, clock() - begin)
+    return returned, seconds
 
 
 def _timed(step: Step, number: int, warm_calls: int, pause_s: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from bdexport.architecture import policy_spec, resnet_spec
 from bdexport.backends import BACKENDS, backend_class
 from bdexport.build import build_bundle
 from bdexport.bundle import Bundle, open_bundle
+from bdexport.calibrate import CalibrationRequest
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from bdexport.checkpoint.reading import checkpoint_file
-from bdexport.config import BuildConfig
+from bdexport.config import CALIBRATED, BuildConfig, FusedConfig, VerifyConfig
 from bdexport.dataset import load_dataset
 from bdexport.errors import BdexportError
 from bdexport.files import sha256_file
@@ -26,11 +28,15 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import Block
 from bdexport.parts import Masks, mask_to_text
 from bdexport.preprocess import Preprocess
-from benchmarks.suite.plan import Cell, SuiteConfig
+from benchmarks.suite.plan import IMAGENET_MODELS, Cell, SuiteConfig
 
 NOT_MEASURED = ("torch", "null")  # the reference of verification, and declared latencies
 BRANCH_SCALE = 0.3  # of a random block's branch: activations stay of one order through 54 blocks, as in trained ones
-SWEEP_MASKS = 3  # of each number of kept blocks: with ten numbers, as many as fused paths are built by default
+# Of each number of kept blocks: with ten numbers, no more than fused paths are built by default. At 224 x 224 loading
+# that many engines would take longer than measuring them.
+SWEEP_MASKS, LARGE_SWEEP_MASKS = 2, 1
+# Of random weights a bundle is verified on fewer images and masks: at 224 x 224 the default takes minutes for each.
+RANDOM_VERIFY = VerifyConfig(images=2, random_masks=20, frequent_masks=5)
 Images = NDArray[np.float32]
 
 
@@ -44,10 +50,15 @@ class Network:
     model: BlockDropNet
     trained: bool
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of the checkpoint's file."""
         return sha256_file(checkpoint_file(Path(self.path)))
+
+    @property
+    def label(self) -> str:
+        """How files that are made of it begin."""
+        return f"{self.name}-{self.sha256[:12]}"
 
 
 def network(cell: Cell, config: SuiteConfig, work: Path) -> Network:
@@ -59,18 +70,24 @@ def network(cell: Cell, config: SuiteConfig, work: Path) -> Network:
     name = cell.model
     given = None if cell.usage == "sweep" else config.checkpoints.get(name)
     levels = "-".join(f"{100 * share:.0f}" for share in config.sweep)
-    path: Path | str = given if given is not None else work / f"{name}-random-{levels}.safetensors"
+    random = work / f"{name}-random-{levels}x{masks_of_a_number(name)}.safetensors"
+    path: Path | str = given if given is not None else random
     if given is None and not Path(path).exists():
         _save_random(name, Path(path), config)
     checkpoint = load_checkpoint(path)
     return Network(name, path, checkpoint, build_model(checkpoint).eval(), trained=given is not None)
 
 
-def sweep_masks(num_blocks: int, shares: Sequence[float]) -> dict[int, Masks]:
-    """Masks (SWEEP_MASKS, K) by number of kept blocks, the same every time."""
+def masks_of_a_number(name: str) -> int:
+    """How many masks a sweep has of each number of kept blocks."""
+    return LARGE_SWEEP_MASKS if name in IMAGENET_MODELS else SWEEP_MASKS
+
+
+def sweep_masks(num_blocks: int, shares: Sequence[float], each: int = SWEEP_MASKS) -> dict[int, Masks]:
+    """Masks (``each``, K) by number of kept blocks, the same every time."""
     rng = np.random.default_rng(1)
     counts = sorted({max(1, round(share * num_blocks)) for share in shares})
-    return {count: random_masks(rng, (SWEEP_MASKS,), num_blocks, count) for count in counts}
+    return {count: random_masks(rng, (each,), num_blocks, count) for count in counts}
 
 
 def _save_random(name: str, path: Path, config: SuiteConfig) -> None:
@@ -87,7 +104,7 @@ def _save_random(name: str, path: Path, config: SuiteConfig) -> None:
     names = tuple(str(index) for index in range(spec.num_classes))
     size = (spec.image_size, spec.image_size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    training = {"policy_statistics": _statistics(sweep_masks(spec.num_blocks, config.sweep))}
+    training = {"policy_statistics": _statistics(sweep_masks(spec.num_blocks, config.sweep, masks_of_a_number(name)))}
     save_checkpoint(path, Checkpoint(spec, policy_spec(spec), Preprocess(size), names, state, training=training))
 
 
@@ -109,18 +126,38 @@ def variants() -> list[tuple[str, str]]:
 
 
 def bundle(
-    chosen: Network, backend: str, precision: str, work: Path, progress: Callable[[str, float, int], None] | None = None
+    chosen: Network,
+    backend: str,
+    precision: str,
+    work: Path,
+    calibration: Callable[[], CalibrationRequest] | None = None,
+    source: str = "",
+    progress: Callable[[str, float, int], None] | None = None,
 ) -> Bundle:
-    """The bundle of a network, built unless an earlier run left it. Raises what the build raises."""
-    config = BuildConfig(backend=backend, precision=precision)
-    settings = zlib.crc32(repr(config).encode())
-    out = work / f"{chosen.name}-{chosen.sha256[:12]}-{backend}-{precision}-{settings:08x}"
+    """The bundle of a network, built unless an earlier run left it. Raises what the build raises.
+
+    ``calibration``: where int8's and fp8's scales are, only called when a bundle is built; ``source``: whose images.
+    """
+    # The build measures executors at batch 64: minutes at 224 x 224, for masks that mean nothing. auto is then fused.
+    quick = not chosen.trained and chosen.name in IMAGENET_MODELS
+    config = BuildConfig(backend=backend, precision=precision, fused=FusedConfig(measure=not quick))
+    settings = zlib.crc32((repr(config) + (source if precision in CALIBRATED else "")).encode())
+    out = work / f"{chosen.label}-{backend}-{precision}-{settings:08x}"
     if out.is_dir():
         try:
             return open_bundle(out)
         except BdexportError:
             pass  # of another version of the format, or damaged: build it again
-    return build_bundle(chosen.path, out, config=config, overwrite=True, cache_dir=work / "cache", progress=progress)
+    return build_bundle(
+        chosen.path,
+        out,
+        config=config,
+        overwrite=True,
+        cache_dir=work / "cache",
+        calibration=calibration() if calibration is not None and precision in CALIBRATED else None,
+        verify=None if chosen.trained else RANDOM_VERIFY,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +198,7 @@ def inputs(chosen: Network, cell: Cell, config: SuiteConfig) -> Inputs:
         kept = max(1, round(config.random_kept * num_blocks))
         masks = {kept: random_masks(rng, (config.masks, cell.batch), num_blocks, kept)}
     elif cell.usage == "sweep":  # the batch has one mask: what blocks cost, not what regrouping does
-        found = sweep_masks(num_blocks, config.sweep)
+        found = sweep_masks(num_blocks, config.sweep, masks_of_a_number(cell.model))
         masks = {kept: np.repeat(choices[:, None], cell.batch, axis=1) for kept, choices in found.items()}
     return Inputs(preprocess.normalise(pixels), cell.batch, masks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from bdexport.bench.results import path_share
 from bdexport.parts import mask_to_text
+from bdexport.zoo import zoo_name
 from benchmarks.suite.contestants import Contestant, Field
 from benchmarks.suite.measuring import Rounds
 from benchmarks.suite.networks import Inputs, Network
@@ -18,21 +20,23 @@ from benchmarks.suite.statistics import Times, efficiency, ratio, straight_line,
 CELL_SCHEMA = "bdexport.suite.cell/1"
 ORT_FULL = "onnxruntime_full"
 CHECKED_ROUNDS = 8  # of single images, whose classes are compared with PyTorch's
+CHECKED_IMAGES = 32  # of a batch, likewise
 References = dict[str, str]  # what it is called in the result -> the contestant
 
 
 def cell_result(cell: Cell, network: Network, inputs: Inputs, found: Field, rounds: Rounds) -> dict[str, Any]:
     """The cell as a JSON object: every contestant's times, and the ratios between them."""
     here = [one for one in found.contestants if one.name in rounds.times]
+    references_of = Classes(network, inputs)
     count = len(next(iter(rounds.times.values()))) if rounds.times else 0
     result = {
         "schema": CELL_SCHEMA,
         "cell": {"model": cell.model, "usage": cell.usage, "batch": cell.batch, "threads": cell.threads},
         "num_blocks": network.checkpoint.network.num_blocks,
-        "checkpoint": {"name": str(network.path) if network.trained else "random weights", "sha256": network.sha256},
+        "checkpoint": {"name": checkpoint_name(network), "sha256": network.sha256},
         "rounds": count,
-        "contestants": [_contestant(one, here, network, inputs, found, rounds) for one in here],
-        "missing": found.missing | rounds.missing,
+        "contestants": [_contestant(one, here, references_of, inputs, found, rounds) for one in here],
+        "missing": found.missing,
     }
     return result | ({"lines": straight_lines(result, found)} if cell.usage == "sweep" else {})
 
@@ -72,7 +76,7 @@ def straight_lines(cell: dict[str, Any], found: Field) -> dict[str, dict[str, fl
 
 
 def _contestant(
-    one: Contestant, here: list[Contestant], network: Network, inputs: Inputs, found: Field, rounds: Rounds
+    one: Contestant, here: list[Contestant], classes: Classes, inputs: Inputs, found: Field, rounds: Rounds
 ) -> dict[str, Any]:
     times = rounds.times[one.name]
     data: dict[str, Any] = {
@@ -81,19 +85,19 @@ def _contestant(
         "engine": one.engine,
         "precision": one.precision,
         "executor": one.executor,
-        "auto_is": found.executors.get(one.name) if one.executor == "auto" else None,
+        "auto": one.auto,
         "kept": one.kept,
         "ms": summary(times),
         "images_per_s": inputs.batch * 1e3 / float(np.median(times)),
     }
     if one.group == "policy":
-        return data
+        return data | {"share": policy_share(one, here, rounds)}
     data["speedup_over"] = {
         what: {"name": name} | ratio(rounds.times[name], times)
         for what, name in references(one, here, rounds).items()
         if name != one.name
     }
-    data["agreement"] = agreement(one, network, inputs)
+    data["agreement"] = agreement(one, classes, inputs, found)
     data["blocks"] = _blocks(one, found, inputs, len(times)) if one.group == "dynamic" else None
     data["efficiency"] = _efficiency(one, found, rounds) if one.group == "dynamic" else None
     return data
@@ -113,10 +117,10 @@ def references(one: Contestant, here: list[Contestant], rounds: Rounds) -> Refer
     return found
 
 
-def _blocks(one: Contestant, found: Field, inputs: Inputs, rounds: int) -> dict[str, float]:
+def _blocks(one: Contestant, found: Field, inputs: Inputs, rounds: int) -> dict[str, float] | None:
     masks = _masks(one, found, inputs)
-    if masks is None:
-        return {"mean": float(one.kept or 0), "std": 0.0}
+    if masks is None:  # the policy decides, and nobody here can be asked what
+        return None
     used = np.concatenate([masks(one.kept, number).sum(axis=1) for number in range(_distinct(inputs, rounds))])
     return {"mean": float(used.mean()), "std": float(used.std())}
 
@@ -165,18 +169,64 @@ def fused_rounds(one: Contestant, found: Field, rounds: int) -> Times:
     return np.array([np.mean([mask_to_text(mask) in known for mask in masks_of(one.kept, n)]) for n in range(rounds)])
 
 
-def agreement(one: Contestant, network: Network, inputs: Inputs) -> float:
+def policy_share(one: Contestant, here: list[Contestant], rounds: Rounds) -> dict[str, Any]:
+    """The policy's own time over that of its engine's full network (``of_full``), and over the whole call's of its
+    ``auto`` executor (``of_dynamic``); without what was not measured.
+    """
+    own = [other for other in here if other.engine == one.engine]
+    sides = {"of_full": [other for other in own if other.group == "full"]}
+    dynamic = [other for other in own if other.auto is not None]
+    if len(dynamic) == 1:  # a sweep has one for every number of kept blocks
+        sides["of_dynamic"] = dynamic
+    times = rounds.times
+    return {what: {"name": of[0].name} | ratio(times[one.name], times[of[0].name]) for what, of in sides.items() if of}
+
+
+def checkpoint_name(network: Network) -> str:
+    """Without the folder, which is one machine's own."""
+    if not network.trained:
+        return "random weights"
+    return zoo_text(network) or Path(network.path).name
+
+
+def zoo_text(network: Network) -> str | None:
+    """``zoo:NAME`` where the checkpoint is of the zoo."""
+    name = zoo_name(Path(network.path))
+    return None if name is None else f"zoo:{name}"
+
+
+class Classes:
+    """The classes that PyTorch gives, on the same blocks; each computed once for all contestants."""
+
+    def __init__(self, network: Network, inputs: Inputs) -> None:
+        self._model, self._inputs = network.model, inputs
+        self._known: dict[tuple[bool, int | None, int], Any] = {}
+
+    def of(self, one: Contestant, number: int) -> Any:
+        """Of the first images of a round, int64 (n,)."""
+        key = one.group == "full", one.kept, number
+        if key not in self._known:
+            x = torch.from_numpy(self._inputs.batch_of(number)[:CHECKED_IMAGES])
+            with torch.inference_mode():
+                self._known[key] = self._logits(one, x, number).argmax(dim=1).numpy()
+        return self._known[key]
+
+    def _logits(self, one: Contestant, x: torch.Tensor, number: int) -> torch.Tensor:
+        model = self._model
+        if one.group == "full":
+            logits: torch.Tensor = model.network(x)
+            return logits
+        if one.kept is None:
+            return model.network.forward_masked(x, model.masks(x))
+        masks = self._inputs.masks_of(one.kept, number)[: len(x)]
+        return model.network.forward_masked(x, torch.from_numpy(masks))
+
+
+def agreement(one: Contestant, classes: Classes, inputs: Inputs, found: Field) -> float:
     """The share of images that get the class which PyTorch gives them on the same blocks; of the first rounds."""
-    model = network.model
     same: list[Any] = []
     for number in range(CHECKED_ROUNDS if inputs.batch == 1 else 1):
-        x = torch.from_numpy(inputs.batch_of(number))
-        with torch.inference_mode():
-            if one.group == "full":
-                expected = model.network(x)
-            elif one.kept is None:
-                expected = model.network.forward_masked(x, model.masks(x))
-            else:
-                expected = model.network.forward_masked(x, torch.from_numpy(inputs.masks_of(one.kept, number)))
-        same.append(expected.argmax(dim=1).numpy() == np.asarray(one.step(number)).argmax(axis=1))
+        expected = classes.of(one, number)
+        logits = found.logits[one.name] if number == 0 else one.step(number)
+        same.append(expected == np.asarray(logits)[: len(expected)].argmax(axis=1))
     return float(np.concatenate(same).mean())

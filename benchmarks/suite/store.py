@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,15 @@ from typing import Any
 from bdexport.cli.console import to_plain
 from bdexport.config import BuildConfig
 from bdexport.files import write_json
+from bdexport.json_text import MalformedError, parse_json
 from bdexport.runtime.executors import EXECUTORS
 from benchmarks.suite.plan import Cell, SuiteConfig
 
 # What a measured cell depends on; the others only say which cells there are and how long they may take.
-SETTINGS = ("sweep", "random_kept", "images", "dataset", "warm_calls", "pause_s", "masks")
+SETTINGS = (
+    *("kinds", "sweep", "random_kept", "images", "dataset", "masks", "calibration_images", "compile_batches"),
+    *("warm_calls", "warm_below_s", "pause_s"),
+)
 
 
 class Store:
@@ -34,8 +37,8 @@ class Store:
     def load(self, cell: Cell, key: dict[str, Any]) -> dict[str, Any] | None:
         """The cell's result, if it was measured under the same key; None for one that is missing or damaged."""
         try:
-            data = json.loads(self._path(cell).read_text())
-        except (OSError, ValueError):
+            data = parse_json(self._path(cell).read_bytes())
+        except (OSError, MalformedError):
             return None
         whole = isinstance(data, dict) and data.get("key") == key and "result" in data
         return dict(data["result"]) if whole else None
