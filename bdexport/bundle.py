@@ -64,6 +64,12 @@ class Bundle:
         """The part's engine file. Raises :class:`BundleError` for a bundle that holds no engine of it."""
         return self._file(part, "engine")
 
+    @property
+    def rebuild_command(self) -> str:
+        """What builds this bundle again where it is, but for the settings that have defaults."""
+        how = f"--backend {self.manifest.backend} --precision {self.manifest.precision}"
+        return f"bdexport build CHECKPOINT {how} --out {self.path} --overwrite"
+
     def _file(self, part: str, kind: str) -> Path:
         if part not in self.manifest.parts:
             raise BundleError(f"{self.path}: no part {part!r}", expected=", ".join(self.manifest.parts))

@@ -49,8 +49,9 @@ def _reported(path: Path) -> Iterator[None]:
             raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another place") from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another name") from error
-        if error.errno == errno.ENOENT and not path.parent.is_dir():  # of the kernel's own file systems, say
-            what = f"{path}: its folder cannot be made ({error.strerror})"
+        if error.errno == errno.ENOENT:  # of the kernel's own file systems, say
+            cause = "no file can be made there" if path.parent.is_dir() else "its folder cannot be made"
+            what = f"{path}: {cause} ({error.strerror})"
             raise OutputError(what, remedy="choose another place") from error
         raise
 

@@ -38,6 +38,7 @@ from bdexport.samples import CALIBRATION, samples_from_json
 SMALLEST_TOLERANCE = 1e-6  # for outputs that are zero throughout
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+OWN_PARTS = "its own parts"  # what fused paths of a calibrated bundle are held to
 OWN = "policy's own"  # kind of mask: what the reference's policy draws for the images
 
 
@@ -211,8 +212,10 @@ class Comparison:
         singly = [self._grouped(executor, mask[None], np.array([row])) for row, mask in pairs]
         batches = self._grouped(executor, masks, rows)
         kinds = {"fused paths": np.concatenate(singly), "fused paths, as batches": batches}
+        held_to = {"against": OWN_PARTS} if self.calibrated_only else {}
         return [
-            {"kind": kind, "count": len(masks)} | self._path_entry(got, expected, masks) for kind, got in kinds.items()
+            {"kind": kind, "count": len(masks)} | held_to | self._path_entry(got, expected, masks)
+            for kind, got in kinds.items()
         ]
 
     def _kinds(self) -> dict[str, Masks]:

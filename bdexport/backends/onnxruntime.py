@@ -88,7 +88,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
     def _check_built_for_this(self, bundle: Bundle) -> None:
         """Engines of another channel block would run and give wrong numbers, so this is never only a warning."""
         manifest = bundle.manifest
-        remedy = f"rebuild it on this machine: bdexport build CHECKPOINT --backend onnxruntime --out {bundle.path}"
+        remedy = f"rebuild it on this machine: {bundle.rebuild_command}"
         if manifest.fingerprint != self.fingerprint():
             what = f"{bundle.path} [onnxruntime]: its engines are for another processor"
             raise BackendError(what, got=manifest.fingerprint, expected=f"{self.fingerprint()} (here)", remedy=remedy)

@@ -25,7 +25,7 @@ from bdexport.backends.openvino_common import (
     no_bf16_reason,
     openvino_version,
 )
-from bdexport.backends.openvino_engine import WEIGHTS, XML, write_engine
+from bdexport.backends.openvino_engine import WEIGHTS, XML, requirements_here, write_engine
 from bdexport.backends.openvino_session import OpenVinoSession
 from bdexport.errors import BackendError, BuildError
 from bdexport.parts import FULL
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 ENGINE_VERSION = "openvino-engine"
 ENGINE_FORMAT = "2"  # of what is in an engine file; part of every cache key, so raise it when building changes
+COMPILED_FOR = "openvino-compiled-for"
 FP32_REMEDY = "build with --precision fp32"
 
 
@@ -63,8 +64,11 @@ class OpenVinoBackend(BuildsWhereItRuns):
         return Availability(True, f"openvino is installed; bf16: {no_bf16_reason() or 'yes'}")
 
     def versions(self) -> Mapping[str, str]:
-        """The release of OpenVINO, and the format of an engine file."""
-        return {"openvino": openvino_version(), ENGINE_VERSION: ENGINE_FORMAT}
+        """The release of OpenVINO, the format of an engine file, and what compiled parts need.
+
+        An engine from the cache that was compiled for other instructions would be compiled anew each time it is opened.
+        """
+        return {"openvino": openvino_version(), ENGINE_VERSION: ENGINE_FORMAT, COMPILED_FOR: requirements_here()}
 
     def fingerprint(self) -> str:
         """The processor family: engines can be compiled anew anywhere in it, and are verified on one of it."""
@@ -116,7 +120,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
 
     def _check_built_for_this(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
-        remedy = f"rebuild it here: bdexport build CHECKPOINT --backend openvino --out {bundle.path}"
+        remedy = f"rebuild it here: {bundle.rebuild_command}"
         checks = (
             ("are for another processor", manifest.fingerprint, self.fingerprint()),
             ("are in another form", manifest.versions.get(ENGINE_VERSION), ENGINE_FORMAT),

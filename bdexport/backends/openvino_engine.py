@@ -36,7 +36,7 @@ MEMBERS = (DESCRIPTION, XML, WEIGHTS, BLOB)
 FIELDS = ("schema", "part", "precision", "requirements")  # of part.json, all of them texts
 REQUIREMENTS = "RUNTIME_REQUIREMENTS"  # OpenVINO's property of a compiled model: release and instruction set
 ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal files
-REBUILD = "rebuild it: bdexport build CHECKPOINT --backend openvino --out BUNDLE"
+REBUILD = "rebuild the bundle: bdexport build CHECKPOINT --backend openvino --out BUNDLE --overwrite"
 PIECE_BYTES = 1 << 16  # read at a time
 # What a zip reader raises for a damaged file: a flipped bit may claim a password, a compression or a later version.
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, NotImplementedError, ValueError)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import table_console, write_json_result
-from bdexport.cli.options import refuse_threads
+from bdexport.cli.options import refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import BenchConfig
 
@@ -38,7 +38,9 @@ def bench(
     turn: Annotated[
         int, typer.Option(min=1, help="Timed calls of one side before it is the other's turn.")
     ] = DEFAULT.turn,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Latency, throughput, accuracy and block usage of dynamic inference against the full network, in turn."""
     from bdexport.bench import executors_result, measure_all

@@ -11,7 +11,7 @@ import typer
 
 from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
-from bdexport.cli.options import refuse
+from bdexport.cli.options import refuse, writable
 from bdexport.cli.stages import size_text, stages_of
 from bdexport.config import CALIBRATED, BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
 from bdexport.fused import MOST_FUSED, shares_text
@@ -114,7 +114,9 @@ def build(
         list[str] | None,
         typer.Option(help="GPU to build for, e.g. 8.9; may be repeated (tensorrt-rtx only).", rich_help_panel=PANEL),
     ] = None,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Export the parts, build an engine of each, verify them against torch, and write one bundle."""
     from bdexport.backends.base import fuses_paths

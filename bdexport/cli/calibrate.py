@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
-from bdexport.cli.options import refuse
+from bdexport.cli.options import refuse, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import CalibrationConfig
 
@@ -42,7 +42,9 @@ def calibrate(
     folder: Annotated[Path, typer.Option(help="Where the scales are kept.")] = Path(DEFAULTS.folder),
     arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Gather scales (INT8, FP8) for every part, write the list of images and keep the scales for `build`."""
     from bdexport.calibrate import CalibrationRequest

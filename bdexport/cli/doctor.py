@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.options import writable
 from bdexport.errors import BackendError
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ STYLES = {"ok": "green", "build only": "cyan", "missing": "yellow", "broken": "r
 
 
 def doctor(
-    json: Annotated[str | None, typer.Option(help="Also write the result as JSON to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Also write the result as JSON to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Show what is installed and usable here, and how to get the rest.
 

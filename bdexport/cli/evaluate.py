@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
-from bdexport.cli.options import refuse
+from bdexport.cli.options import refuse, writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +42,9 @@ def evaluate(
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of random-k.")] = 0,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Accuracy, block usage mean +- std, FLOPs per image (2 x MAC, conv and linear, policy included), unique masks."""
     import torch

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.options import writable
 from bdexport.cli.stages import size_text, stages_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def export(
     arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write the table to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the table to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Write every part as an ONNX graph of its own: batch norm folded, batch size free, weights inside."""
     from bdexport.checkpoint import load_checkpoint

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.options import writable
 from bdexport.cli.stages import size_text
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ SHOWN_MASKS = 10
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
-    json: Annotated[str | None, typer.Option(help="Write everything to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write everything to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Print a bundle's manifest, check the hash of every file, and say whether it can run on this machine."""
     from bdexport.bundle import Bundle, file_problems, read_manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import typer
 
@@ -22,6 +23,18 @@ def refuse(context: typer.Context, names: Iterable[str], why: str, remedy: str =
     for name in names:
         if given(context, name):
             raise UsageError(f"{_flag(context, name)} has no effect {why}", remedy=remedy)
+
+
+def writable(target: str | None) -> str | None:
+    """The target of --json as it is, if it can be written: found out before minutes of work, not after.
+
+    Raises :class:`bdexport.errors.OutputError`.
+    """
+    if target not in (None, "-"):
+        from bdexport.files import check_writable
+
+        check_writable(Path(str(target)))
+    return target
 
 
 def refuse_threads(context: typer.Context, device: str) -> None:

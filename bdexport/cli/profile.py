@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import table_console, write_json_result
-from bdexport.cli.options import refuse, refuse_threads
+from bdexport.cli.options import refuse, refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import ProfileConfig
 
@@ -43,7 +43,9 @@ def profile(
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Profiled calls per batch.")] = DEFAULT.rounds,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for chrome://tracing or Perfetto here.")] = None,
 ) -> None:
     """Time per part, between parts, for copies and regrouping; what bounds each part; what measuring itself costs.
@@ -57,9 +59,8 @@ def profile(
 
     if dataset == SYNTHETIC:
         refuse(context, ("data", "split"), "with synthetic images", "name the data set with --dataset, or leave it out")
-    for target in (trace, None if json in (None, "-") else Path(str(json))):
-        if target is not None:  # before minutes of measuring, not after
-            check_writable(target)
+    if trace is not None:  # before minutes of measuring, not after
+        check_writable(trace)
     # The fused paths are timed whatever the executor is.
     opened = load(bundle, threads=threads, device=device, executor=executor, fused=True)
     with opened as orchestrator, quiet_progress() as bar:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.options import writable
 
 if TYPE_CHECKING:
     from bdexport.architecture import ResNetSpec, Shortcut
@@ -25,7 +26,9 @@ def prune(
     arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Remove the filters of smallest L1 norm inside each block (PFEC); a policy stays. Finetune the result."""
     from bdexport.checkpoint import load_checkpoint, save_checkpoint

@@ -18,6 +18,7 @@ import typer
 
 from bdexport.cli.app import run_line
 from bdexport.cli.console import STDOUT, table_console, write_json_result
+from bdexport.cli.options import writable
 from bdexport.config import PRESETS, QuickstartConfig
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def quickstart(
         str | None, typer.Option(help=f"How long to train: {', '.join(PRESETS)}. Default: {DEFAULT.preset}.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads to measure with.")] = DEFAULT.threads,
-    json: Annotated[str | None, typer.Option(help="Also write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Also write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Train, build, verify and bench a small network on scikit-learn's digits; nothing is downloaded.
 

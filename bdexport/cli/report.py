@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, to_plain, write_json_result
-from bdexport.cli.options import refuse
+from bdexport.cli.options import refuse, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import ReportConfig
 
@@ -37,7 +37,9 @@ def report(
     images: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = DEFAULT.batch,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    json: Annotated[str | None, typer.Option(help="Also write the data to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Also write the data to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Training curves, accuracy against FLOPs beside the paper's, block usage, contact sheets: HTML, PNG and SVG."""
     from dataclasses import replace

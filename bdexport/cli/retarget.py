@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.options import writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,9 @@ def retarget(
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Slide a policy along its frontier: one shift of all its logits gives the validation split the wanted mean.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, table_console, write_json_result
-from bdexport.cli.options import refuse_threads
+from bdexport.cli.options import refuse_threads, writable
 from bdexport.config import RunConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Class, confidence, the path through the blocks, and the time, image by image.
 

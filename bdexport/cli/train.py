@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
-from bdexport.cli.options import LEAVE_OUT, refuse
+from bdexport.cli.options import LEAVE_OUT, refuse, writable
 from bdexport.config import PRESETS
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, e.g. finetune.batch=256; repeatable.")
     ] = None,
-    json: Annotated[str | None, typer.Option(help="Write the training result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the training result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Train a BlockDrop policy: curriculum on the frozen network, then joint finetuning. Resumes RUN if cut off.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
-from bdexport.cli.options import refuse, refuse_threads
+from bdexport.cli.options import refuse, refuse_threads, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import VerifyConfig
 
@@ -47,7 +47,9 @@ def verify(
     ] = DEFAULT.max_accuracy_drop,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
-    json: Annotated[str | None, typer.Option(help="Write the result to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """Compare every part and whole paths with the reference; exit code 1 if one differs by more than the tolerance."""
     from bdexport.backends import get_backend
@@ -147,7 +149,8 @@ def _paths_table(result: dict[str, Any]) -> Table:
     table.add_column("masks", justify="right")
     _add_columns(table)
     for entry in result["paths"]:
-        table.add_row(entry["kind"], str(entry["count"]), *_cells(entry))
+        against = f", against {entry['against']}" if "against" in entry else ""
+        table.add_row(entry["kind"] + against, str(entry["count"]), *_cells(entry))
     return table
 
 

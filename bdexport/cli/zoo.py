@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.options import writable
 from bdexport.cli.stages import size_text
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 def zoo(
     name: Annotated[str | None, typer.Argument(help="Show the card of this model, e.g. zoo:resnet20-digits.")] = None,
-    json: Annotated[str | None, typer.Option(help="Write the card, or all, to this file ('-': stdout).")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the card, or all, to this file ('-': stdout).", callback=writable)
+    ] = None,
 ) -> None:
     """List the trained models that ship with bdexport. Every command that takes a checkpoint takes zoo:NAME."""
     from bdexport.zoo import zoo_card, zoo_names

@@ -172,8 +172,11 @@ class Orchestrator:
         return DeviceResult(export(logits), masks, probabilities, x)
 
     def warm_up(self, batch: int = 1) -> None:
-        """Run every part once at this batch size. Fused paths may still have first-time work, see :meth:`prepare`."""
-        images = np.zeros((batch, *self.manifest.preprocess.size, 3), np.uint8)
+        """Run every part once at this batch size. Fused paths may still have first-time work, see :meth:`prepare`.
+
+        Raises UsageError for a ``batch`` that is not a whole number of 1 or more.
+        """
+        images = self._blank(batch)
         for keep in (True, False):
             self(images, masks=np.full((batch, self.manifest.num_blocks), keep))
         self(images)
@@ -184,16 +187,23 @@ class Orchestrator:
 
         Runs every part and, where the executor is ``fused``, every fused path at this batch size; a larger one also
         makes ready the groups of one image that a mixed batch may have. OpenVINO compiles a fused path when it is first
-        called, a tenth of a second or more each. Other batch sizes above 1 need no preparing of their own. Raises what
-        a call raises.
+        called, a tenth of a second or more each, and its kernels for larger batches prepare themselves again at the
+        first call of each other size, for some hundredths of a second: prepare every size that must not wait. Raises
+        what a call raises, and UsageError for a ``batch`` that is not a whole number of 1 or more.
         """
         self.warm_up(batch)
         session = self.session
         if isinstance(self._executor, Fused) and isinstance(session, FusedSession):
             session.prepare_fused(batch)
-            x = session.put(STEM, self._inputs(np.zeros((batch, *self.manifest.preprocess.size, 3), np.uint8)))
+            x = session.put(STEM, self._inputs(self._blank(batch)))
             for path in session.fused:
                 session.run_fused(path, x)
+
+    def _blank(self, batch: int) -> NDArray[np.uint8]:
+        """Black images (batch, H, W, 3), which no memory is taken for."""
+        if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
+            raise UsageError("batch", got=repr(batch), expected="a whole number of 1 or more")
+        return np.broadcast_to(np.uint8(0), (int(batch), *self.manifest.preprocess.size, 3))
 
     def close(self) -> None:
         """Free the engines. Closing twice is harmless."""

@@ -288,6 +288,18 @@ def test_another_instruction_set_is_another_requirement(bundle: Bundle) -> None:
     assert f"were compiled for {requirements_here()}, and this is " in done.stdout
 
 
+def test_engines_of_another_instruction_set_are_others_to_the_cache() -> None:
+    """Oracle: a process held to SSE4.1: what an engine from the cache was compiled for is part of its key."""
+    code = "from bdexport.backends.openvino import OpenVinoBackend; print(OpenVinoBackend().versions())"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    here = str(OpenVinoBackend().versions())
+    assert requirements_here() in here
+    if requirements_here() in done.stdout:
+        pytest.skip("this processor has no more than SSE4.1")
+    assert done.stdout.strip() != here
+
+
 def test_an_openvino_that_is_too_old_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the bound of pyproject.toml."""
     monkeypatch.setattr(openvino, "openvino_version", lambda: "2026.3.9")

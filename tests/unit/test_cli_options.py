@@ -114,3 +114,27 @@ def test_threads_of_a_gpu(device: str, refused: bool, words: list[str]) -> None:
             refuse_threads(context, device)  # type: ignore[arg-type]
     else:
         refuse_threads(context, device)  # type: ignore[arg-type]
+
+
+COMMANDS_WITH_JSON = (
+    f"bench {ZOO} {SAMPLES}",
+    BUILD,
+    f"calibrate {ZOO} --dataset digits",
+    f"evaluate {ZOO} --dataset digits",
+    f"export {ZOO} --out {{tmp}}/made",
+    f"retarget {ZOO} --target-blocks 3 --dataset digits --out {{tmp}}/made",
+    f"{TRAIN} --arch resnet8",
+    "verify {tmp}",
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS_WITH_JSON)
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: a folder cannot be a file; nothing else was made, and no other fault of the line was looked for."""
+    (tmp_path / "folder").mkdir()
+    words = [word.format(tmp=tmp_path) for word in line.split()]
+    assert main([*words, "--json", str(tmp_path / "folder")]) == 1
+    assert "folder: cannot be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

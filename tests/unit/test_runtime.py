@@ -160,6 +160,14 @@ def test_a_thread_count_that_cannot_be_is_refused(bundle: Bundle, threads: int) 
         bdexport.load(bundle, threads=threads)
 
 
+@pytest.mark.parametrize("batch", [0, -1, True, 1.5, "3"])
+@pytest.mark.parametrize("verb", ["warm_up", "prepare"])
+def test_a_batch_that_cannot_be_is_refused(orchestrator: Orchestrator, verb: str, batch: Any) -> None:
+    """Oracle: the contract."""
+    with pytest.raises(UsageError, match=r"^batch: got .* whole number of 1 or more"):
+        getattr(orchestrator, verb)(batch)
+
+
 @pytest.mark.parametrize(("name", "value"), [("device", ""), ("device", 3), ("executor", None)])
 def test_arguments_of_another_kind_are_refused(bundle: Bundle, name: str, value: Any) -> None:
     """Oracle: the contract."""
