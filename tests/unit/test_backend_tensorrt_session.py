@@ -176,7 +176,8 @@ def test_the_smallest_batch_counts_too(faulty: Faulty, flavour: Flavour) -> None
 def test_another_version_is_named_with_this_one(faulty: Faulty, flavour: Flavour) -> None:
     """Oracle: both versions and the rebuild line, before any GPU is looked for."""
     place = faulty(flavour, version="10.3.0")
-    said = rf"policy \[{flavour.name}\]: .*got 10\.3\.0, expected {VERSION} \(here\); .*--backend {flavour.name} --precision fp32 --out .* --overwrite"
+    said = rf"policy \[{flavour.name}\]: .*got 10\.3\.0, expected {VERSION} \(here\); "
+    said += rf".*--backend {flavour.name} --precision fp32 --out .* --overwrite"
     with pytest.raises(BackendError, match=said):
         place.open()
     assert place.opened == []
