@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bdexport.checkpoint import build_model, load_checkpoint
 from bdexport.dataset import load_dataset
+from bdexport.errors import BdexportError, UsageError
 from bdexport.evaluate import run_masks, same_mask
 from bdexport.hardware import machine, package_versions
 from bdexport.models.pair import BlockDropNet
@@ -60,27 +61,29 @@ def best_shares(correct: NDArray[np.bool_], blocks: NDArray[np.int64], budget: f
     ``correct`` (L, N): whether each level (``blocks`` (L,), ascending) is right, images in the order of the score.
     Dynamic programming over pieces of the images, the level reached, and the blocks spent on the pieces so far.
     """
-    edges = np.linspace(0, correct.shape[1], PIECES + 1).round().astype(int)
+    pieces = min(PIECES, correct.shape[1])
+    edges = np.linspace(0, correct.shape[1], pieces + 1).round().astype(int)
     right = np.add.reduceat(correct.astype(np.int64), edges[:-1], axis=1)
-    spendable = int(budget * PIECES)
+    spendable = int(budget * pieces)
     value = np.zeros((len(blocks), spendable + 1))  # of the best way to a level, whatever is left is spent or not
-    shallower = np.zeros((PIECES, len(blocks), spendable + 1), bool)  # a lower level did as well for the same blocks
-    for piece in range(PIECES):
+    shallower = np.zeros((pieces, len(blocks), spendable + 1), bool)  # a lower level did as well for the same blocks
+    for piece in range(pieces):
         for level, kept in enumerate(blocks):
             stays = np.full(spendable + 1, -np.inf)
-            stays[kept:] = value[level, : spendable + 1 - kept] + right[level, piece]
+            if kept <= spendable:
+                stays[kept:] = value[level, : spendable + 1 - kept] + right[level, piece]
             value[level] = stays
         for level in range(1, len(blocks)):
             shallower[piece, level] = value[level - 1] > value[level]
             value[level] = np.maximum(value[level], value[level - 1])
     level, left, levels = len(blocks) - 1, spendable, []
-    for piece in reversed(range(PIECES)):
+    for piece in reversed(range(pieces)):
         while level and shallower[piece, level, left]:
             level -= 1
         levels.append(level)
         left -= int(blocks[level])
     counts = np.bincount(levels, minlength=len(blocks))
-    return [float(share) for share in np.cumsum(counts)[:-1] / PIECES]
+    return [float(share) for share in np.cumsum(counts)[:-1] / pieces]
 
 
 def decided(correct: NDArray[np.bool_], blocks: NDArray[np.int64], starts: list[float]) -> tuple[float, float]:
@@ -111,7 +114,7 @@ def ceiling(model: BlockDropNet, images: DeviceImages, count: int) -> list[dict[
     chosen = [np.array(level) for level in levels]
     blocks = np.array([mask.sum() for mask in chosen])
     correct = np.stack([run_masks(model, images.batches(250), same_mask(mask)).correct for mask in chosen])
-    budget = float(own.blocks_used.mean())
+    budget = max(float(own.blocks_used.mean()), float(blocks.min()))  # rarer masks may have fewer blocks
     rows: list[dict[str, Any]] = [
         {"decider": f"{kept} blocks for all", "accuracy": 100 * float(right.mean()), "blocks": int(kept)}
         for kept, right in zip(blocks, correct, strict=True)
@@ -136,6 +139,18 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=5, help="how many of the policy's masks")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    try:
+        _report(arguments)
+    except BdexportError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    for name in ("images", "masks"):
+        value = getattr(arguments, name)
+        if value is not None and value < (2 if name == "images" else 1):
+            expected = "2 or more" if name == "images" else "1 or more"
+            raise UsageError(f"--{name}", got=str(value), expected=expected)
     found = load_checkpoint(arguments.checkpoint)
     dataset = load_dataset(arguments.dataset, arguments.data, arguments.split, limit=arguments.images)
     model = build_model(found, with_policy=True).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

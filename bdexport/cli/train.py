@@ -93,7 +93,7 @@ def train(
         "adapt.epochs": adapt_epochs,
         "curriculum.epochs": curriculum_epochs,
         "finetune.epochs": finetune_epochs,
-        **dict.fromkeys(("pretrain.batch", "adapt.batch", "curriculum.batch", "finetune.batch"), batch),
+        **dict.fromkeys(("pretrain.batch", "prime.batch", "adapt.batch", "curriculum.batch", "finetune.batch"), batch),
         "policy.wrong_prediction_penalty": gamma,
         "policy.target_blocks": target_blocks,
         "policy.exploration_bound": alpha,

@@ -40,7 +40,12 @@ def split_rows(labels: NDArray[np.int64], shares: Sequence[float], seed: int) ->
     has more only so that each class of three or more rows is in it. Raises :class:`UsageError` if nothing is left.
     """
     if sum(shares) >= 1:
-        raise UsageError("shares of the data that are held out", got=f"{sum(shares):g}", expected="less than 1 in all")
+        raise UsageError(
+            "shares of the data that are held out",
+            got=f"{sum(shares):g}",
+            expected="less than 1 in all",
+            remedy="lower validation_share (or the test's share, where the data set has no test split of its own)",
+        )
     keys = np.random.PCG64(seed).random_raw(len(labels))
     by_class = [rows[np.argsort(keys[rows], kind="stable")] for rows in _rows_by_class(labels)]
     counts = np.array([len(rows) for rows in by_class])

@@ -76,7 +76,8 @@ def keep_diverse(phase: Phase, state: RunState, reporter: Reporter) -> None:
     if rows[-1]["validation"]["unique_masks"] == 1 and rows[-1]["validation"]["blocks_used"]["mean"] > 0:
         opens = "; exploration is raised from here on" if phase.explores else ""
         rows[-1]["reopened"] = phase.explores
-        reporter.note(f"warning: {against_one_mask(phase.setting.config)}{opens}")
+        if rows[-1]["validation"]["blocks_used"]["mean"] < phase.setting.num_blocks:  # or the collapse is told of
+            reporter.note(f"warning: {against_one_mask(phase.setting.config)}{opens}")
     if any(row.get("reopened") for row in rows) and not phase.reopened:
         phase.reopen()
 

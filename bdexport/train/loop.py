@@ -191,7 +191,7 @@ def restore(state: RunState, setting: Setting) -> None:
             teacher = frozen_copy(setting.model)
             teacher.load_state_dict(state.teacher)
             setting.teachers = [teacher]
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise TrainingError(
             f"the run's {STATE_FILE} does not fit its network ({first})", remedy="train into another folder"

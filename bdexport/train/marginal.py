@@ -132,7 +132,10 @@ class MarginalPhase(PolicyPhase):
             total += critic_loss.item()
         mean = setting.world.mean(torch.tensor(total / setting.config.policy.lessons))  # all processes must judge alike
         if not torch.isfinite(mean):
-            raise DivergedError(f"{self.name}: the critic's loss is {mean.item()}", remedy=self.calmer("policy"))
+            # Outcomes of a network that is lost are no numbers; the critic itself is the policy's.
+            seen = torch.isfinite(features).all() and torch.isfinite(success).all()
+            remedy = self.calmer("policy" if seen else "network")
+            raise DivergedError(f"{self.name}: the critic's loss is {mean.item()}", remedy=remedy)
         return mean.item()
 
     @torch.no_grad()

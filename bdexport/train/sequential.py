@@ -141,7 +141,7 @@ class SequentialFinetune(SequentialPhase, Finetune):
         walks += [self._sampled_walk(images[judged]) for _ in range(config.policy.samples - 1)]
         best = self._greedy_walk(images[judged])
         rewards, policy_loss = self._walks_loss(walks, best, labels[judged])
-        self._learn(loss + policy_loss)
+        self._learn(loss, policy_loss)
         return {
             "loss": loss.item(),
             "reward": rewards.mean().item(),

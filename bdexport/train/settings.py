@@ -13,6 +13,7 @@ from bdexport.errors import UsageError
 Settings = TypeVar("Settings")
 
 ANY = float("inf")
+HIGHEST_RATE = 1e30  # of learning: what diverges is stopped with advice, beyond that optimisers overflow
 RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not listed is anything from 0 on
     "seed": (0, 2**63 - 1),  # what torch's generators take
     "distillation_temperature": (0.01, 1000),
@@ -44,6 +45,10 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "policy.stem_stride": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
     "policy.wrong_prediction_penalty": (0, 1e6),
+    **{
+        f"{name}learning_rate": (0, HIGHEST_RATE)
+        for name in ("pretrain.", "prime.", "adapt.", "curriculum.", "finetune.network_", "finetune.policy_")
+    },
 }
 
 
@@ -63,7 +68,7 @@ OPTION_OF = {  # settings that an option of ``bdexport train`` sets: what its us
     "policy.samples": "--samples",
     "policy.reward": "--reward",
     **{f"{phase}.epochs": f"--{phase}-epochs" for phase in ("pretrain", "prime", "adapt", "curriculum", "finetune")},
-    **{f"{phase}.batch": "--batch" for phase in ("pretrain", "adapt", "curriculum", "finetune")},
+    **{f"{phase}.batch": "--batch" for phase in ("pretrain", "prime", "adapt", "curriculum", "finetune")},
 }
 
 

@@ -94,8 +94,10 @@ def load_state(run: Path) -> RunState | None:
         if blob["best"] is not None:
             score, weights, figures = blob["best"]
             blob["best"] = Best(tuple(score), weights, figures)
+        if not all(isinstance(row, dict) and isinstance(row.get("phase"), str) for row in blob["history"]):
+            raise ValueError("an epoch of its history names no phase")
         return RunState(**blob)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(
             f"{path}: the run's state cannot be read ({first})", remedy="train into another folder, or delete this one"
@@ -118,6 +120,8 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
         before = parse_json(path.read_bytes())
         if not isinstance(before, dict):
             raise MalformedError("not an object")
+        if not isinstance(before.get("settings", {}), dict):
+            raise MalformedError("its settings are no object")
         if isinstance(before.get("settings"), dict):  # a group that its version did not have: as if at its defaults
             before["settings"] = TrainConfig().to_json() | before["settings"]
     except (OSError, ValueError) as error:

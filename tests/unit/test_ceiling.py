@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations_with_replacement
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,3 +47,31 @@ def test_a_score_gains_only_by_what_it_knows() -> None:
     blind, used = ceiling.judged(correct, blocks, np.random.default_rng(1).random(images), 2.0)
     assert blind == pytest.approx(75.0, abs=3)
     assert used == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize("arguments", [["zoo:nope"], ["zoo:resnet20-digits", "--images", "1"], ["nowhere.pt"]])
+def test_bad_arguments_are_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the exit code, and a message in place of a traceback."""
+    monkeypatch.setattr("sys.argv", ["ceiling.py", *arguments, "--dataset", "digits"])
+    with pytest.raises(SystemExit) as caught:
+        ceiling.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_few_images_have_as_many_pieces_as_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Oracle: accuracies are percentages, and nobody has more blocks than the policy, up to one image a half."""
+    target = tmp_path / "out.json"
+    line = ["ceiling.py", "zoo:resnet20-digits", "--dataset", "digits", "--images", "30", "--json", str(target)]
+    monkeypatch.setattr("sys.argv", line)
+    ceiling.main()
+    rows = json.loads(target.read_text())["rows"]
+    own = next(row["blocks"] for row in rows if row["decider"] == "the policy as it is")
+    scored = [row for row in rows if row["decider"].startswith("score: ")]
+    assert len(scored) > 2
+    assert all(0 <= row["accuracy"] <= 100 for row in rows)
+    assert all(row["blocks"] <= own + 9 / 15 for row in scored)

@@ -75,16 +75,18 @@ def test_one_mask_for_all_images(method: Method, estimator: Estimator, there: st
     assert "the same mask" in text
 
 
-def test_a_policy_that_diverges_is_told_from_the_network(tmp_path: Path) -> None:
-    """Oracle: the policy's learning rate is the wild one; the message names it and not the network's."""
+@pytest.mark.parametrize("estimator", ["marginal", "self_critical"])
+@pytest.mark.parametrize("part", ["network", "policy"])
+def test_a_policy_that_diverges_is_told_from_the_network(tmp_path: Path, part: str, estimator: Estimator) -> None:
+    """Oracle: one learning rate is the wild one; the message names it and not the other."""
     wild = replace(
         CONFIG,
         pretrain=replace(CONFIG.pretrain, epochs=1),
         adapt=replace(CONFIG.adapt, epochs=0, levels="3,1", order_images=64),
         curriculum=replace(CONFIG.curriculum, epochs=0),
-        finetune=FinetuneConfig(epochs=1, batch=64, policy_learning_rate=1e30),
-        policy=PolicyConfig(estimator="marginal", target_blocks=2.0),
+        finetune=replace(FinetuneConfig(epochs=1, batch=64), **{f"{part}_learning_rate": 1e30}),
+        policy=PolicyConfig(estimator=estimator, target_blocks=2.0),
     )
-    with pytest.raises(DivergedError, match="finetune: the critic's loss is") as caught:
+    with pytest.raises(DivergedError, match=r"finetune: the .*loss is") as caught:
         train(request(tmp_path / "run"), wild, Recorder())
-    assert "--set finetune.policy_learning_rate=3.3e+29" in str(caught.value)
+    assert f"--set finetune.{part}_learning_rate=3.3e+29" in str(caught.value)

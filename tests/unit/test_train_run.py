@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -297,8 +298,14 @@ def test_a_damaged_state_is_reported(straight: tuple[Path, Recorder], tmp_path: 
     with pytest.raises(CutError):
         train(request(out), CONFIG, Recorder(cut_in=("adapt", 1)))
     state = out / STATE_FILE
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match=r"state\.pt: the run's state cannot be read"):
+    whole = state.read_bytes()
+    for damaged in (whole[:1000], whole[:5000], whole[: len(whole) // 2], b""):  # torch's error depends on the length
+        state.write_bytes(damaged)
+        with pytest.raises(TrainingError, match=r"state\.pt: the run's state cannot be read"):
+            train(request(out), CONFIG, Recorder())
+    blob = torch.load(io.BytesIO(whole), weights_only=True)
+    torch.save(blob | {"history": [{}]}, state)
+    with pytest.raises(TrainingError, match=r"cannot be read \(an epoch of its history names no phase\)"):
         train(request(out), CONFIG, Recorder())
 
 

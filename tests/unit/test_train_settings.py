@@ -66,6 +66,8 @@ def test_a_refused_value_is_named_in_full() -> None:
         "policy.input_pool=0",
         "policy.stem_stride=0",
         "policy.wrong_prediction_penalty=1e300",
+        "curriculum.learning_rate=1e38",
+        "finetune.policy_learning_rate=1e38",
     ],
 )
 def test_numbers_that_no_run_can_work_with_are_refused(assignment: str) -> None:

@@ -78,11 +78,18 @@ class Phase:
         with self.setting.autocast():
             return self.setting.world.once(lambda: drop_order(network, list(images.batches(250, count))))
 
-    def _learn(self, loss: Tensor) -> None:
+    def _learn(self, loss: Tensor, policy_loss: Tensor | None = None) -> None:
+        """One step of every optimiser. ``policy_loss``: what only the policy, or the gates, learns from, if any."""
         world = self.setting.world
-        mean = world.mean(loss.detach())  # of the whole batch: all processes must judge alike
-        if not torch.isfinite(mean):
-            raise DivergedError(f"{self.name}: the loss is {mean.item()}", remedy=self.calmer())
+        parts = [("network", "loss", loss)]
+        if policy_loss is not None:
+            parts.append(("policy", "policy's loss", policy_loss))
+        for part, name, one in parts:  # the network's first: a network that is lost spoils the policy's rewards
+            mean = world.mean(one.detach())  # of the whole batch: all processes must judge alike
+            if not torch.isfinite(mean):
+                raise DivergedError(f"{self.name}: the {name} is {mean.item()}", remedy=self.calmer(part))
+        if policy_loss is not None:
+            loss = loss + policy_loss
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -86,7 +86,7 @@ class Finetune(PolicyPhase):
             rewards, policy_loss = self._judge(
                 logits[judged], images[judged], labels[judged], probabilities[judged], masks[:, judged]
             )
-        self._learn(loss + policy_loss + backbone_loss)
+        self._learn(loss + backbone_loss, policy_loss)
         used = rollout.greedy_masks(probabilities, self.now_open).float().sum(dim=1).mean().item()
         return {
             "loss": loss.item(),
