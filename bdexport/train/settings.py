@@ -13,7 +13,7 @@ from bdexport.errors import UsageError
 Settings = TypeVar("Settings")
 
 ANY = float("inf")
-HIGHEST_RATE = 1e30  # of learning: what diverges is stopped with advice, beyond that optimisers overflow
+HIGHEST_RATE = 1e30  # what diverges is stopped with advice; beyond that, Adam itself overflows
 RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not listed is anything from 0 on
     "seed": (0, 2**63 - 1),  # what torch's generators take
     "distillation_temperature": (0.01, 1000),
@@ -45,10 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "policy.stem_stride": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
     "policy.wrong_prediction_penalty": (0, 1e6),
-    **{
-        f"{name}learning_rate": (0, HIGHEST_RATE)
-        for name in ("pretrain.", "prime.", "adapt.", "curriculum.", "finetune.network_", "finetune.policy_")
-    },
+    **{f"{name}learning_rate": (0, HIGHEST_RATE) for name in ("curriculum.", "finetune.network_", "finetune.policy_")},
 }
 
 
