@@ -234,6 +234,9 @@ def _missing(result: dict[str, Any]) -> list[str]:
         for name, why in cell["missing"].items():
             where.setdefault((name, why), []).append(place)
     everywhere = len(result["cells"])
+    for name, why in list(where):  # of a backend that is missing as a whole, its precisions too
+        if any(name != other and name.startswith(other) and why == reason for other, reason in where):
+            del where[name, why]
     lines = [
         f"- {name}{'' if len(places) >= everywhere - 1 else ' (' + '; '.join(places) + ')'}: {why}"
         for (name, why), places in where.items()

@@ -180,7 +180,7 @@ def test_engines_give_the_same_logits_under_every_mask(backend: str, executor: s
 def test_onnxruntime_fuses_every_convolution(shortcut: Shortcut, tmp_path: Path) -> None:
     """Oracle: the engines as ONNX Runtime optimised them, and linked as a fused path: QLinearConv for each Conv.
 
-    Shortcuts that pad or pool are convolutions by our own rewriting (``conv_from_pad``), in float32 and exact.
+    Shortcuts that pad or pool may be float convolutions (``conv_from_pad``), exact ones, where a part is nothing else.
     """
     bundle = built(tiny_model(shortcut=shortcut), "onnxruntime", tmp_path)
     manifest = bundle.manifest
