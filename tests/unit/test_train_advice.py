@@ -84,9 +84,10 @@ def test_a_policy_that_diverges_is_told_from_the_network(tmp_path: Path, part: s
         pretrain=replace(CONFIG.pretrain, epochs=1),
         adapt=replace(CONFIG.adapt, epochs=0, levels="3,1", order_images=64),
         curriculum=replace(CONFIG.curriculum, epochs=0),
-        finetune=replace(FinetuneConfig(epochs=1, batch=64), **{f"{part}_learning_rate": 1e30}),
+        finetune=FinetuneConfig(epochs=1, batch=64),
         policy=PolicyConfig(estimator=estimator, target_blocks=2.0),
     )
+    wild = with_assignments(wild, [f"finetune.{part}_learning_rate=1e30"])
     with pytest.raises(DivergedError, match=r"finetune: the .*loss is") as caught:
         train(request(tmp_path / "run"), wild, Recorder())
     assert f"--set finetune.{part}_learning_rate=3.3e+29" in str(caught.value)
