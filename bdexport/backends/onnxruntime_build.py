@@ -53,8 +53,7 @@ def build_engine(part: str, graph: Path, engine: Path, block: int) -> None:
     try:
         model = _read_graph(graph)
         if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-            # Among integer kernels, which have no blocked layout, a float convolution costs two conversions of layout:
-            # ResNet-32 full in INT8 takes 10 to 15 % longer with it.
+            # Among integer kernels, which have no blocked layout, a float convolution costs two conversions of layout.
             conv_from_pad(model)
         cut_in, cut_out = _blocked_ends(part, model, block)
         built = _cut(model, part, cut_in, cut_out) if cut_in or cut_out else _optimised(model, part)

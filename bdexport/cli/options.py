@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from bdexport.cli.console import STDOUT
 from bdexport.errors import UsageError
 
 LEAVE_OUT = "leave it out"
@@ -30,10 +31,10 @@ def writable(target: str | None) -> str | None:
 
     Raises :class:`bdexport.errors.OutputError`.
     """
-    if target not in (None, "-"):
+    if target is not None and target != STDOUT:
         from bdexport.files import check_writable
 
-        check_writable(Path(str(target)))
+        check_writable(Path(target))
     return target
 
 
