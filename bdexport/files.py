@@ -22,6 +22,11 @@ from typing import Any
 
 from bdexport.errors import OutputError
 
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
+
 CACHE_VARIABLE = "BDEXPORT_CACHE"
 PARTIAL, OLD = ".partial", ".old"  # being written; replaced, until the new one has the name
 SHOWN_NAME = 40  # characters of the whole's name in a partial's: names have limits
@@ -152,6 +157,33 @@ def making_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
                 _claim(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Keep ``folder``, which is made if it is missing, from other processes that ask for it by this function.
+
+    Raises :class:`OutputError` where one holds it. The hold ends with the process, however that ends. Systems without
+    ``flock`` and file systems that do not support it do without.
+    """
+    with _reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with _reported(folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait until it ends, or choose another folder"
+            raise OutputError(f"{folder}: another process is at work in it", remedy=remedy) from None
+        except OSError:  # no locks on this file system
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _claim(staging: Path, path: Path) -> None:

@@ -17,7 +17,7 @@ TITLES = {
     "engines": "building engines",
     "masks": "counting masks",
     "targets": "running masks to choose from",
-    "executors": "measuring executors",
+    "executors": "trying executors",
     "parts": "verifying parts",
     "paths": "verifying paths",
     "plots": "drawing plots",

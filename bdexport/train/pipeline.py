@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from bdexport.config import TrainConfig
 from bdexport.errors import DivergedError
+from bdexport.files import holding
 from bdexport.train.checks import agree, checked
 from bdexport.train.distributed import ALONE, World, check_batches
 from bdexport.train.finish import finish, with_last_good
 from bdexport.train.loop import restore, run_phases
 from bdexport.train.memory import check_memory, memory_explained, memory_plan
 from bdexport.train.methods import phases_of
-from bdexport.train.phases import Phase
+from bdexport.train.phases import Phase, Setting
 from bdexport.train.prepare import bytes_to_load, chosen_device, chosen_precision, new_setting, training_data
 from bdexport.train.reporter import Reporter
 from bdexport.train.request import TrainRequest, just_pruned
@@ -25,7 +28,8 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
     """Run every phase and write the chosen model; returns its path.
 
     Of several processes each calls this with its ``world`` (:func:`bdexport.train.distributed.joined`).
-    Raises TrainingError (settings that differ from the run's, NaN loss, collapse, no memory), DatasetError.
+    Raises TrainingError (settings that differ from the run's, NaN loss, collapse, no memory), DatasetError, and
+    OutputError where another process is training into that folder.
     """
     config = checked(request, config)
     device, device_reason = chosen_device(request.device, world)
@@ -35,8 +39,23 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
     with torch.random.fork_rng(devices=[]):  # asked for their batches only; those that learn draw their own weights
         phases = [phase(setting) for phase in phases_of(config)]
     check_batches({f"{phase.name}.batch": phase.batch for phase in phases if phase.epochs}, world)
-    resumed = agree(request, config, world)
-    reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
+    with ExitStack() as held:
+        world.once(lambda: held.enter_context(holding(request.out)))
+        resumed = agree(request, config, world)
+        reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
+        return _run(request, config, setting, phases, resumed, reporter)
+
+
+def _run(
+    request: TrainRequest,
+    config: TrainConfig,
+    setting: Setting,
+    phases: Sequence[Phase],
+    resumed: bool,
+    reporter: Reporter,
+) -> Path:
+    """What is left of the run, in a folder that is this run's."""
+    world = setting.world
     if world.size > 1:
         reporter.note(f"{world.size} processes, each with its shard of every batch")
     state = world.once(lambda: load_state(request.out))
@@ -52,14 +71,14 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
         reporter.note(f"resuming {request.out} from its start: its first epoch was not finished")
     if config.distillation_weight > 0 and not request.teachers and just_pruned(request):
         reporter.note("warning: the teacher is the pruned base itself; better: --teacher with the network it was")
-    plan = memory_plan(setting, request.preprocess.size, bytes_to_load(request, device))
+    plan = memory_plan(setting, request.preprocess.size, bytes_to_load(request, setting.device))
     check_memory(plan, phases[state.phase :], reporter.note)
 
     def running() -> Phase | None:
         return phases[state.phase] if state.phase < len(phases) else None
 
     with memory_explained(plan, running, config.evaluation_batch):
-        data = training_data(request, device)
+        data = training_data(request, setting.device)
         try:
             run_phases(setting, data, state, request.out, reporter)
         except DivergedError as error:

@@ -15,7 +15,7 @@ import pytest
 
 from bdexport import files
 from bdexport.errors import OutputError
-from bdexport.files import making_folder, write_text
+from bdexport.files import holding, making_folder, write_text
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -215,3 +215,25 @@ def test_long_names_can_be_written(tmp_path: Path) -> None:
     write_text(tmp_path / name, "x")
     fill(tmp_path / f"{name[:-1]}m", "x")
     assert [len(path.name) for path in tmp_path.iterdir()] == [len(name)] * 2
+
+
+def test_a_folder_is_held_against_another_process_until_that_ends(tmp_path: Path) -> None:
+    # Oracle: the kernel. A process that was killed cannot have let go by itself.
+    folder = tmp_path / "run"
+    code = "import sys\nfrom pathlib import Path\nfrom bdexport.files import holding\n"
+    code += "with holding(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match="another process is at work in it"), holding(folder):
+            pass
+        other.kill()
+    with holding(folder):
+        with pytest.raises(OutputError), holding(folder):
+            pass
+        (folder / "file").write_text("kept")
+    with holding(folder):
+        assert content(folder) == {"file": "kept"}

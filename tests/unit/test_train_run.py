@@ -31,6 +31,7 @@ from bdexport.config import (
 )
 from bdexport.dataset import load_dataset
 from bdexport.errors import DivergedError, OutputError, TrainingError, UsageError
+from bdexport.files import holding
 from bdexport.preprocess import Preprocess
 from bdexport.train.choice import good_model
 from bdexport.train.pipeline import train
@@ -220,6 +221,13 @@ def test_a_phase_that_has_not_begun_takes_another_batch(tmp_path: Path) -> None:
     assert json.loads((out / "run.json").read_text())["settings"]["adapt"]["batch"] == 32
     with pytest.raises(TrainingError, match=r"adapt\.batch was 32, now 64"):
         train(request(out), CONFIG, Recorder())
+
+
+def test_a_folder_in_which_another_run_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    """Oracle: two runs would write the same files in turn; the second one is refused, and changes nothing."""
+    with holding(tmp_path), pytest.raises(OutputError, match="another process is at work"):
+        train(request(tmp_path), CONFIG, Recorder())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_kill_left_of_the_first_file_is_no_stranger(tmp_path: Path) -> None:
