@@ -3,6 +3,7 @@
     NAME.safetensors   the checkpoint, byte for byte what the training run left
     NAME.json          its card: what it was trained on and how, and what was measured; written by bdexport.zoo.add
     NAME.md            the same card to read
+    NAME.log.jsonl     the log of that training, an object per epoch (models from before it was kept have none)
 
 Reading the list or a card needs neither torch nor numpy.
 """
@@ -20,6 +21,7 @@ from bdexport.json_text import MalformedError, parse_json, why
 
 PREFIX = "zoo:"
 CARD_SCHEMA = "bdexport.card/1"
+LOG_SUFFIX = "log.jsonl"
 MAX_BYTES = 12_000_000  # of all models and cards together: they are part of every install
 
 

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from bdexport.dataset import needs_folder
 from bdexport.errors import BdexportError, CheckpointError, OutputError, UsageError
 from bdexport.files import sha256_file, writing
 from bdexport.json_text import MalformedError, parse_json, why
-from bdexport.zoo import CARD_SCHEMA, MAX_BYTES, zoo_folder
+from bdexport.zoo import CARD_SCHEMA, LOG_SUFFIX, MAX_BYTES, zoo_folder
 from bdexport.zoo.card import card_to_markdown
 
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
@@ -40,6 +41,7 @@ WHAT_THE_IMAGES_ARE = {
     "digits": "handwritten digits, 8x8 grey, scaled up to the network's input",
 }
 FEW_MASKS = 5
+METRICS = "metrics.jsonl"  # of a run folder: one object per epoch
 
 # Bases by their SHA-256: where they come from, their licence, and what a reader of the card should know.
 PUBLIC_CIFAR = {
@@ -69,15 +71,15 @@ class Addition:
 
 
 def add_to_zoo(addition: Addition, folder: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Write NAME.safetensors, NAME.json and NAME.md to ``folder`` (default: the zoo) and return the card.
+    """Write NAME.safetensors, NAME.json, NAME.md and the run's log to ``folder`` (default: the zoo); return the card.
 
-    All three are written beside their places and renamed when they are complete. Raises UsageError, CheckpointError
+    All are written beside their places and renamed when they are complete. Raises UsageError, CheckpointError
     (a run or an evaluation that is none, or of another model) and OutputError (the name is taken, the zoo too large).
     """
     folder = folder or zoo_folder()
     if not NAME.fullmatch(addition.name):
         raise UsageError("name", got=repr(addition.name), expected="a-z, 0-9, single dots and dashes inside")
-    targets = [folder / f"{addition.name}.{suffix}" for suffix in ("md", "json", "safetensors")]
+    targets = [folder / f"{addition.name}.{suffix}" for suffix in ("md", "json", "safetensors", LOG_SUFFIX)]
     if not overwrite and any(path.exists() for path in targets):
         raise OutputError(f"{targets[2]}: exists already", remedy="choose another name, or pass --overwrite")
     card = card_of(addition)
@@ -86,10 +88,16 @@ def add_to_zoo(addition: Addition, folder: Path | None = None, overwrite: bool =
     if others + card["bytes"] > MAX_BYTES:
         raise OutputError("the zoo is full", got=f"{others + card['bytes']} bytes", expected=f"at most {MAX_BYTES}")
     # Renamed from the last to the first: a model whose card is not there yet is not listed.
-    with writing(targets[0]) as markdown, writing(targets[1]) as data, writing(targets[2]) as model:
+    with ExitStack() as stack:
+        markdown, data, model, log = (stack.enter_context(writing(target)) for target in targets)
         markdown.write_text(card_to_markdown(card))
         data.write_text(text)
         shutil.copyfile(checkpoint_file(addition.run), model)
+        try:
+            shutil.copyfile(addition.run / METRICS, log)
+        except OSError as error:
+            what = f"{addition.run / METRICS}: the run's log cannot be read ({error.strerror})"
+            raise CheckpointError(what, expected="a run folder") from error
     return card
 
 
@@ -197,7 +205,7 @@ def _base(addition: Addition, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _own_base(addition: Addition, training: dict[str, Any]) -> dict[str, Any]:
     """The base that the run itself trained, as its own log has it."""
-    path = addition.run / "metrics.jsonl"
+    path = addition.run / METRICS
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:

@@ -95,7 +95,13 @@ def test_the_card_is_what_was_measured(finished: Finished, tmp_path: Path) -> No
     text = (tmp_path / "tiny-digits.md").read_text()
     for shown in (card["command"], card["sha256"], f"{measured['policy']['accuracy']:.2f} %", *card["limits"]):
         assert shown in text
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".safetensors"}
+    assert {path.name.removeprefix("tiny-digits.") for path in tmp_path.iterdir()} == {
+        "json",
+        "md",
+        "safetensors",
+        "log.jsonl",
+    }
+    assert (tmp_path / "tiny-digits.log.jsonl").read_bytes() == (finished.run / "metrics.jsonl").read_bytes()
 
 
 def test_the_command_trains_with_the_recorded_settings(finished: Finished) -> None:
