@@ -14,22 +14,18 @@ from torch import nn
 from bdexport.evaluate import Strategy
 from bdexport.models.halting import HaltingGates
 from bdexport.train.data import Batch
-from bdexport.train.phases import Phase, Setting, accuracy, finetuning_rate, make_optimiser, trainable
+from bdexport.train.phases import FinetuningPhase, Setting, accuracy, make_optimiser, trainable
 
 
-class FinetuneHalting(Phase):
+class FinetuneHalting(FinetuningPhase):
     """Methods ``act`` and ``sact``."""
 
     name = "finetune_halting"
-    settings = "finetune"
-    decisive = True
     takes_last = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        config = setting.config.finetune
-        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
-        self.peak_rates = [config.network_learning_rate]
+        self.peak_rates = [setting.config.finetune.network_learning_rate]
 
     def strategy(self) -> Strategy | None:
         """The units decide."""
@@ -41,9 +37,6 @@ class FinetuneHalting(Phase):
         trainable(model.policy, False)
         trainable(learning, True)
         self.optimisers = [make_optimiser(config.optimiser, learning, self.peak_rates[0], config.weight_decay)]
-
-    def rate_factor(self, epoch: float) -> float:
-        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
         setting = self.setting

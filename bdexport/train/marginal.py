@@ -28,7 +28,7 @@ from bdexport.errors import DivergedError
 from bdexport.retarget import shift_for
 from bdexport.train import nested
 from bdexport.train.data import Batch, TrainingData
-from bdexport.train.phases import PolicyPhase, Setting, finetuning_rate, levels_from_text, sgd, trainable
+from bdexport.train.phases import FinetuningPhase, PolicyPhase, Setting, levels_from_text, sgd, trainable
 
 LOGIT_LIMIT = 3.0  # the first level's blocks are worth far more than they cost; nothing is gained by learning how much
 LESSON = 256  # remembered images in one step of critic and head
@@ -188,16 +188,8 @@ class LearnMargins(MarginalPhase):
         return {"loss": critic_loss, "success": success.mean().item(), "blocks_used": used}
 
 
-class FinetuneMargins(MarginalPhase):
+class FinetuneMargins(FinetuningPhase, MarginalPhase):
     """The network learns the masks that the policy gives, and the policy what blocks are worth on that network."""
-
-    name = "finetune"
-    decisive = True
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        config = setting.config.finetune
-        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
 
     def start(self) -> None:
         config, model = self.setting.config.finetune, self.setting.model
@@ -210,9 +202,6 @@ class FinetuneMargins(MarginalPhase):
         network = sgd(classifying, config.network_learning_rate, config.weight_decay)
         self.optimisers = [network, self._head_optimiser]
         self.peak_rates = [config.network_learning_rate, config.policy_learning_rate]
-
-    def rate_factor(self, epoch: float) -> float:
-        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
         setting, config = self.setting, self.setting.config.finetune

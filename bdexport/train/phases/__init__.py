@@ -4,7 +4,7 @@ Inside this package modules import one another by name: setting <- base <- netwo
 """
 
 from bdexport.train.phases.adapt import Adapt
-from bdexport.train.phases.base import Phase, accuracy, finetuning_rate, trainable
+from bdexport.train.phases.base import FinetuningPhase, Phase, accuracy, trainable
 from bdexport.train.phases.curriculum import Curriculum, start_in_order
 from bdexport.train.phases.finetune import Finetune
 from bdexport.train.phases.fixed import FinetuneFixed
@@ -19,13 +19,13 @@ __all__ = [
     "Curriculum",
     "Finetune",
     "FinetuneFixed",
+    "FinetuningPhase",
     "Phase",
     "PolicyPhase",
     "Pretrain",
     "Prime",
     "Setting",
     "accuracy",
-    "finetuning_rate",
     "levels_from_text",
     "make_optimiser",
     "sgd",

@@ -127,17 +127,28 @@ class Phase:
             return torch.stack([teacher(batch.images).float() for teacher in self.setting.teachers]).mean(dim=0)
 
 
+class FinetuningPhase(Phase):
+    """What all methods' last phase shares: the settings ``finetune``, and that the run's model is chosen there."""
+
+    name = settings = "finetune"
+    decisive = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = setting.config.finetune
+        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
+
+    def rate_factor(self, epoch: float) -> float:
+        """The configured schedule; ``step``: x0.1 for the last fifth."""
+        if self.setting.config.finetune.schedule == "step":
+            return 1.0 if epoch < 0.8 * self.epochs else 0.1
+        return super().rate_factor(epoch)
+
+
 def trainable(module: nn.Module, trainable: bool) -> None:
     """Train mode with gradients, or eval mode (fixed batch-norm statistics) without."""
     module.train(trainable)
     module.requires_grad_(trainable)
-
-
-def finetuning_rate(phase: Phase, cosine: float, epoch: float) -> float:
-    """The factor of the configured schedule; ``step``: x0.1 for the last fifth."""
-    if phase.setting.config.finetune.schedule == "step":
-        return 1.0 if epoch < 0.8 * phase.epochs else 0.1
-    return cosine
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -8,22 +8,13 @@ from torch.optim import Adam
 
 from bdexport.train import nested, rollout
 from bdexport.train.data import Batch
-from bdexport.train.phases.base import accuracy, finetuning_rate, trainable
+from bdexport.train.phases.base import FinetuningPhase, accuracy, trainable
 from bdexport.train.phases.optimisers import make_optimiser
 from bdexport.train.phases.policy import REOPENED_BOUND, PolicyPhase
-from bdexport.train.phases.setting import Setting
 
 
-class Finetune(PolicyPhase):
+class Finetune(FinetuningPhase, PolicyPhase):
     """Algorithm 1, lines 14-16: network and policy learn together."""
-
-    name = "finetune"
-    decisive = True
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        config = setting.config.finetune
-        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
 
     def start(self) -> None:
         config, model = self.setting.config.finetune, self.setting.model
@@ -50,9 +41,6 @@ class Finetune(PolicyPhase):
         self.exploration_bound = config.finetune_bound_start + span * progress
         if self.reopened:
             self.exploration_bound = min(self.exploration_bound, REOPENED_BOUND)
-
-    def rate_factor(self, epoch: float) -> float:
-        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def step(self, batch: Batch) -> dict[str, float]:
         setting, config = self.setting, self.setting.config.finetune

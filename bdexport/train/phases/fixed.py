@@ -11,23 +11,19 @@ from bdexport.evaluate import Strategy
 from bdexport.parts import mask_to_text
 from bdexport.train import nested
 from bdexport.train.data import Batch, TrainingData
-from bdexport.train.phases.base import Phase, accuracy, finetuning_rate, trainable
+from bdexport.train.phases.base import FinetuningPhase, accuracy, trainable
 from bdexport.train.phases.optimisers import make_optimiser
 from bdexport.train.phases.setting import Setting
 
 
-class FinetuneFixed(Phase):
+class FinetuneFixed(FinetuningPhase):
     """The network learns under masks that do not depend on the image (method ``fixed``)."""
 
     name = "finetune_fixed"
-    settings = "finetune"
-    decisive = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        config = setting.config.finetune
-        self.epochs, self.batch, self.warmup_epochs = config.epochs, config.batch, config.warmup_epochs
-        self.peak_rates = [config.network_learning_rate]
+        self.peak_rates = [setting.config.finetune.network_learning_rate]
 
     def begin(self, data: TrainingData, note: Callable[[str], None]) -> None:
         config, setting = self.setting.config.fixed, self.setting
@@ -47,9 +43,6 @@ class FinetuneFixed(Phase):
         trainable(model.network, True)
         trainable(model.policy, False)
         self.optimisers = [make_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
-
-    def rate_factor(self, epoch: float) -> float:
-        return finetuning_rate(self, super().rate_factor(epoch), epoch)
 
     def strategy(self) -> Strategy:
         return self.setting.fixed_strategy()[1]
