@@ -139,6 +139,18 @@ class FusedSession(Protocol):
         """The network's input -> logits, fresh, by the path's own engine."""
 
 
+@runtime_checkable
+class SharingSession(Protocol):
+    """A session with threads of its own, which compute shares of a batch side by side."""
+
+    @property
+    def shares(self) -> int:
+        """How many shares are worth making; 1: none."""
+
+    def side_by_side(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """The results of ``calls``, in order; each runs the parts that it runs on one thread."""
+
+
 class Backend(Protocol):
     """Builds engines and opens sessions."""
 

@@ -9,7 +9,7 @@ same weights in memory (:class:`_SharedWeights`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
@@ -88,6 +88,7 @@ class OnnxRuntimeSession(ArrayRows):
             self.notes += (f"fused: {len(paths)} paths linked from the parts' engines, on the same weights",)
         self._in_turn: _PartsInTurn | None = _PartsInTurn(self._parts, manifest)
         self._pool = ThreadPoolExecutor(threads - 1, "bdexport") if threads > 1 else None
+        self._thread = threading.local()  # .shares: this thread computes a share of a batch, which is not split again
         self._closed = False
 
     def put(self, part: str, array: Array) -> Array:
@@ -100,7 +101,7 @@ class OnnxRuntimeSession(ArrayRows):
 
     def run(self, part: str, x: Array) -> Array:
         engine, pool = self._part(part), self._pool
-        if pool is None or engine.threads > 1 or len(x) == 1:
+        if pool is None or engine.threads > 1 or len(x) == 1 or getattr(self._thread, "shares", False):
             return engine.run(x)
         shares = np.array_split(x, min(self.threads, len(x)))
         try:
@@ -108,6 +109,30 @@ class OnnxRuntimeSession(ArrayRows):
         except RuntimeError as error:  # another thread has closed the session in between
             raise closed_error("onnxruntime") from error
         return np.concatenate([engine.run(shares[0]), *(other.result() for other in others)])
+
+    @property
+    def shares(self) -> int:
+        """See :class:`bdexport.backends.base.SharingSession`."""
+        return 1 if self._pool is None else self.threads
+
+    def side_by_side(self, calls: Sequence[Callable[[], Array]]) -> list[Array]:
+        """See :class:`bdexport.backends.base.SharingSession`."""
+        self._check_open()
+        first, *rest = calls
+        if self._pool is None:
+            return [call() for call in calls]
+        try:
+            others = [self._pool.submit(self._share, call) for call in rest]
+        except RuntimeError as error:  # another thread has closed the session in between
+            raise closed_error("onnxruntime") from error
+        return [self._share(first), *(other.result() for other in others)]
+
+    def _share(self, call: Callable[[], Array]) -> Array:
+        self._thread.shares = True
+        try:
+            return call()
+        finally:
+            self._thread.shares = False
 
     def run_path(self, parts: Sequence[str], x: Array) -> Array:
         switched, in_turn = self._switched, self._in_turn

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bdexport.backends.base import FusedSession, Session, Tensor
+from bdexport.backends.base import FusedSession, Session, SharingSession, Tensor
 from bdexport.bundle import Manifest
 from bdexport.errors import BundleError, UsageError
 from bdexport.json_text import shown
@@ -37,7 +37,10 @@ class Executor(Protocol):
 
 
 class Chain:
-    """One engine per part. One mask for the whole batch: its path at once; otherwise gather, run, scatter per block."""
+    """One engine per part. One mask for the whole batch: its path at once; otherwise gather, run, scatter per block.
+
+    A session with threads of its own gets a batch of mixed masks in shares of equal work, one for each.
+    """
 
     name = "chain"
     fallback: str | None = None  # why an executor that was asked for runs as this one does
@@ -55,6 +58,17 @@ class Chain:
         """See :meth:`Executor.run`."""
         if plan.uniform:
             return self._session.run_path(self._path(plan.masks[0]), x)
+        session = self._session
+        shares = plan.shares(session.shares) if isinstance(session, SharingSession) else []
+        if len(shares) < 2:
+            return self._run_mixed(x, plan)
+        assert isinstance(session, SharingSession)
+        # Whole shares of the batch side by side: threads that met after every block would mostly wait for each other.
+        calls = [partial(self._run_mixed, session.take(x, rows), plan.part(rows)) for rows in shares]
+        return session.merge(list(zip(shares, session.side_by_side(calls), strict=True)), len(plan.masks))
+
+    def _run_mixed(self, x: Tensor, plan: Plan) -> Tensor:
+        """Block by block on the rows that keep it."""
         x = self._session.run(STEM, x)
         for step in plan.steps():
             x = self._run_block(x, step)

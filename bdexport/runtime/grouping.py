@@ -37,6 +37,12 @@ class Plan:
         ends = [*changes.tolist(), len(self.masks)]
         return zip([0, *ends[:-1]], ends, strict=True)
 
+    def shares(self, number: int) -> list[Rows]:
+        """The rows in at most ``number`` runs, none empty, of about as many kept blocks each."""
+        work = (self.masks.sum(axis=1) + 1).cumsum()  # 1: stem and head
+        cuts = np.searchsorted(work, work[-1] * np.arange(1, number) / number) + 1
+        return [rows for rows in np.split(np.arange(len(self.masks)), cuts) if len(rows)]
+
     def part(self, rows: Rows) -> Plan:
         """The plan of some of the rows, ascending: a batch of its own in that order."""
         masks = self.masks[rows]

@@ -188,6 +188,39 @@ def test_two_threads_compute_the_same(tmp_path: Path) -> None:
         assert_close(two(images[:1], masks=masks[1:2]).logits, one(images[:1], masks=masks[1:2]).logits)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_shares_of_a_batch_are_the_batch(tmp_path: Path, threads: int) -> None:
+    """Oracle: one thread, part by part; also when several callers want the same threads at once."""
+    path, masks = build(tmp_path).path, some_masks(9, 3)
+    images = pixels(9)
+    with (
+        bdexport.load(path, executor="chain", threads=1) as one,
+        bdexport.load(path, executor="chain", threads=threads) as several,
+    ):
+        expected = {batch: one(images[:batch], masks=masks[:batch]).logits for batch in range(2, 10)}
+        for batch, logits in expected.items():
+            assert_close(several(images[:batch], masks=masks[:batch]).logits, logits)
+
+        def call(batch: int) -> None:
+            assert_close(several(images[:batch], masks=masks[:batch]).logits, expected[batch])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(call, list(expected) * 5))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 16])
+@pytest.mark.parametrize("images", [2, 3, 7, 64])
+def test_shares_have_equal_work(number: int, images: int) -> None:
+    """Oracle: every row is in one share, in order, and no share has more than its part and one image's work."""
+    masks = np.random.default_rng(images).random((images, 15)) < 0.4
+    plan = plan_batch(masks)
+    shares = plan.shares(number)
+    assert np.array_equal(np.concatenate(shares), np.arange(images))
+    assert 1 <= len(shares) <= number
+    work = plan.masks.sum(axis=1) + 1
+    assert max(work[rows].sum() for rows in shares) <= work.sum() / number + work.max()
+
+
 # ---- choosing ------------------------------------------------------------------------------------------------------
 
 
