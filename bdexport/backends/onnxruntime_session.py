@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -118,14 +118,18 @@ class OnnxRuntimeSession(ArrayRows):
     def side_by_side(self, calls: Sequence[Callable[[], Array]]) -> list[Array]:
         """See :class:`bdexport.backends.base.SharingSession`."""
         self._check_open()
-        first, *rest = calls
         if self._pool is None:
             return [call() for call in calls]
+        others: list[Future[Array]] = []
         try:
-            others = [self._pool.submit(self._share, call) for call in rest]
-        except RuntimeError as error:  # another thread has closed the session in between
-            raise closed_error("onnxruntime") from error
-        return [self._share(first), *(other.result() for other in others)]
+            for call in calls[1:]:
+                try:
+                    others.append(self._pool.submit(self._share, call))
+                except RuntimeError as error:  # another thread has closed the session in between
+                    raise closed_error("onnxruntime") from error
+            return [self._share(calls[0]), *(other.result() for other in others)]
+        finally:
+            wait(others)  # whatever failed: nobody works on the batch any more when this returns
 
     def _share(self, call: Callable[[], Array]) -> Array:
         self._thread.shares = True

@@ -38,10 +38,14 @@ class Plan:
         return zip([0, *ends[:-1]], ends, strict=True)
 
     def shares(self, number: int) -> list[Rows]:
-        """The rows in at most ``number`` runs, none empty, of about as many kept blocks each."""
-        work = (self.masks.sum(axis=1) + 1).cumsum()  # 1: stem and head
-        cuts = np.searchsorted(work, work[-1] * np.arange(1, number) / number) + 1
-        return [rows for rows in np.split(np.arange(len(self.masks)), cuts) if len(rows)]
+        """The rows in ``number`` runs (one a row, where there are fewer), of about as many kept blocks each."""
+        images, number = len(self.masks), min(number, len(self.masks))
+        work = np.concatenate([[0], (self.masks.sum(axis=1) + 1).cumsum()])  # 1: stem and head
+        cuts = [0]
+        for share in range(1, number):
+            nearest = int(np.abs(work - work[-1] * share / number).argmin())
+            cuts.append(min(max(nearest, cuts[-1] + 1), images - number + share))  # no share is empty
+        return [np.arange(begin, end) for begin, end in zip(cuts, [*cuts[1:], images], strict=True)]
 
     def part(self, rows: Rows) -> Plan:
         """The plan of some of the rows, ascending: a batch of its own in that order."""

@@ -103,8 +103,8 @@ def check_size(model: BlockDropNet, preprocess: Preprocess) -> None:
         ) from error
 
 
-def agree(request: TrainRequest, config: TrainConfig, world: World) -> bool:
-    """Whether the run existed; every process must have been given the same one."""
+def check_same_run(request: TrainRequest, config: TrainConfig, world: World) -> None:
+    """Raise TrainingError unless every process was given the same run."""
     own = description(request, config)
     leader, *others = world.everyones(own)
     for rank, other in enumerate(others, 1):
@@ -115,4 +115,8 @@ def agree(request: TrainRequest, config: TrainConfig, world: World) -> bool:
                 got="; ".join(found.values()),
                 remedy="start every process with the same settings and data",
             )
-    return world.once(lambda: agree_on_run(request.out, own))
+
+
+def agree(request: TrainRequest, config: TrainConfig, world: World) -> bool:
+    """Whether the run existed; raises TrainingError where it was another one (:func:`agree_on_run`)."""
+    return world.once(lambda: agree_on_run(request.out, description(request, config)))

@@ -11,7 +11,7 @@ import torch
 from bdexport.config import TrainConfig
 from bdexport.errors import DivergedError
 from bdexport.files import holding
-from bdexport.train.checks import agree, checked
+from bdexport.train.checks import agree, check_same_run, checked
 from bdexport.train.distributed import ALONE, World, check_batches
 from bdexport.train.finish import finish, with_last_good
 from bdexport.train.loop import restore, run_phases
@@ -39,6 +39,7 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
     with torch.random.fork_rng(devices=[]):  # asked for their batches only; those that learn draw their own weights
         phases = [phase(setting) for phase in phases_of(config)]
     check_batches({f"{phase.name}.batch": phase.batch for phase in phases if phase.epochs}, world)
+    check_same_run(request, config, world)
     with ExitStack() as held:
         world.once(lambda: held.enter_context(holding(request.out)))
         resumed = agree(request, config, world)
