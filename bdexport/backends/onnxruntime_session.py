@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -104,11 +105,7 @@ class OnnxRuntimeSession(ArrayRows):
         if pool is None or engine.threads > 1 or len(x) == 1 or getattr(self._thread, "shares", False):
             return engine.run(x)
         shares = np.array_split(x, min(self.threads, len(x)))
-        try:
-            others = [pool.submit(engine.run, share) for share in shares[1:]]
-        except RuntimeError as error:  # another thread has closed the session in between
-            raise closed_error("onnxruntime") from error
-        return np.concatenate([engine.run(shares[0]), *(other.result() for other in others)])
+        return np.concatenate(self.side_by_side([partial(engine.run, share) for share in shares]))
 
     @property
     def shares(self) -> int:

@@ -30,6 +30,7 @@ from bdexport.dataset import needs_folder
 from bdexport.errors import BdexportError, CheckpointError, OutputError, UsageError
 from bdexport.files import sha256_file, writing
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.train.state import METRICS_FILE
 from bdexport.zoo import CARD_SCHEMA, LOG_SUFFIX, MAX_BYTES, zoo_folder
 from bdexport.zoo.card import card_to_markdown
 
@@ -41,7 +42,6 @@ WHAT_THE_IMAGES_ARE = {
     "digits": "handwritten digits, 8x8 grey, scaled up to the network's input",
 }
 FEW_MASKS = 5
-METRICS = "metrics.jsonl"  # of a run folder: one object per epoch
 
 # Bases by their SHA-256: where they come from, their licence, and what a reader of the card should know.
 PUBLIC_CIFAR = {
@@ -94,9 +94,9 @@ def add_to_zoo(addition: Addition, folder: Path | None = None, overwrite: bool =
         data.write_text(text)
         shutil.copyfile(checkpoint_file(addition.run), model)
         try:
-            shutil.copyfile(addition.run / METRICS, log)
+            shutil.copyfile(addition.run / METRICS_FILE, log)
         except OSError as error:
-            what = f"{addition.run / METRICS}: the run's log cannot be read ({error.strerror})"
+            what = f"{addition.run / METRICS_FILE}: the run's log cannot be read ({error.strerror})"
             raise CheckpointError(what, expected="a run folder") from error
     return card
 
@@ -205,7 +205,7 @@ def _base(addition: Addition, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _own_base(addition: Addition, training: dict[str, Any]) -> dict[str, Any]:
     """The base that the run itself trained, as its own log has it."""
-    path = addition.run / METRICS
+    path = addition.run / METRICS_FILE
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
