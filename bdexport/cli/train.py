@@ -80,6 +80,8 @@ def train(
     Several GPUs or machines: torchrun --nproc-per-node N -m bdexport train ...
     """
     from bdexport.checkpoint import load_checkpoint
+    from bdexport.checkpoint.reading import checkpoint_file
+    from bdexport.files import sha256_file
     from bdexport.train.distributed import joined
 
     settings = {
@@ -112,6 +114,7 @@ def train(
         request = replace(
             _request(dataset, data, config.validation_share, arch, found, out),
             base=None if base is None else base.name,
+            base_sha256=None if base is None else sha256_file(checkpoint_file(base)),
             teachers=tuple((path.name, load_checkpoint(path)) for path in teacher or []),
             base_only=base_only,
             fresh_policy=fresh_policy,

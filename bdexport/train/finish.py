@@ -157,6 +157,8 @@ def _record(request: TrainRequest, config: TrainConfig, state: RunState, complet
         "bdexport": __version__,
         "complete": complete,
         "base": request.base,
+        "base_sha256": request.base_sha256,
+        "fresh_policy": request.fresh_policy,
         "teachers": [name for name, _ in request.teachers],
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "settings": config.to_json(),

@@ -25,6 +25,7 @@ class TrainRequest:
     out: Path
     initial: Checkpoint | None = None
     base: str | None = None  # what to call the base in the record
+    base_sha256: str | None = None  # .. and which file it was
     teachers: tuple[tuple[str, Checkpoint], ...] = ()  # names and networks to distil from; none: the base
     base_only: bool = False
     fresh_policy: bool = False  # leave the base's policy aside and learn a new one
@@ -92,6 +93,7 @@ def description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
         "preprocess": request.preprocess.to_json(),
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "base": request.base,
+        "base_sha256": request.base_sha256,
         "teachers": [name for name, _ in request.teachers],
         "base_only": request.base_only,
         "fresh_policy": request.fresh_policy,

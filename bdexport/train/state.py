@@ -124,6 +124,7 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
             raise MalformedError("its settings are no object")
         if isinstance(before.get("settings"), dict):  # a group that its version did not have: as if at its defaults
             before["settings"] = TrainConfig().to_json() | before["settings"]
+        before.setdefault("base_sha256", description["base_sha256"])  # its version did not ask which file it was
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({why(error)})", remedy="choose another --out") from error
     changed = differences(before, json.loads(json.dumps(description)))

@@ -186,6 +186,13 @@ def _base(addition: Addition, checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(
             f"{addition.base_evaluation}: of another base", got=measured["checkpoint"], expected=training["base"]
         )
+    recorded = training.get("base_sha256") or measured["checkpoint_sha256"]  # older runs know its name only
+    if measured["checkpoint_sha256"] != recorded:
+        raise CheckpointError(
+            f"{addition.base_evaluation}: of another file than the run's base {training['base']}",
+            got=f"SHA-256 {measured['checkpoint_sha256']}",
+            expected=recorded,
+        )
     known = KNOWN_BASES.get(measured["checkpoint_sha256"], {})
     source, licence = addition.base_source or known.get("source"), addition.base_licence or known.get("licence")
     if source is None or licence is None:
@@ -231,6 +238,7 @@ def training_command(checkpoint: Checkpoint) -> str:
     words = ["bdexport", "train", "--arch", checkpoint.network.name]
     if training["base"] is not None:
         words += ["--base", training["base"]]
+        words += ["--fresh-policy"] if training.get("fresh_policy") else []
     for teacher in training.get("teachers", []):
         words += ["--teacher", teacher]
     words += ["--dataset", training["dataset"]["name"]]

@@ -194,6 +194,20 @@ def test_other_settings_are_named(straight: tuple[Path, Recorder]) -> None:
         train(request(straight[0]), changed, Recorder())
 
 
+def test_another_base_of_the_same_name_is_noticed(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: the base's hash differs; a run of a version that did not record it goes on."""
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    with pytest.raises(TrainingError, match="base_sha256 was None, now 'abc'"):
+        train(request(out, base_sha256="abc"), CONFIG, Recorder())
+    description = json.loads((out / "run.json").read_text())
+    del description["base_sha256"]
+    (out / "run.json").write_text(json.dumps(description))
+    recorder = Recorder()
+    train(request(out, base_sha256="abc"), CONFIG, recorder)
+    assert any("complete already" in note for note in recorder.notes)
+
+
 def test_a_run_without_a_finished_epoch_takes_other_settings(tmp_path: Path) -> None:
     """Oracle: what out-of-memory advises, the same line with a smaller batch; nothing is lost by it."""
     out = tmp_path / "run"

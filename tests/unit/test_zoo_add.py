@@ -221,8 +221,22 @@ def test_a_base_comes_with_its_accuracy_and_its_licence(variant: Callable[..., F
     known = card(base_evaluation=base_evaluation(checkpoint_sha256=BASE_SHA))
     assert known["base"]["licence"].startswith("BSD-2-Clause")
     assert known["limits"][-1].startswith("The base was trained by its author on all 50,000")
-    assert "--base base.th" in known["command"]
+    assert "--base base.th --dataset" in known["command"]
     assert "pretrain.epochs" not in known["command"]
+
+
+def test_a_base_is_known_by_its_bytes(variant: Callable[..., Finished], tmp_path: Path) -> None:
+    """Oracle: an evaluation of another file under the base's name is refused, with both hashes."""
+    one = variant(training={"base": "base.th", "base_sha256": BASE_SHA, "fresh_policy": True})
+    path = tmp_path / "base.json"
+    measured = one.measured() | {"checkpoint": "base.th", "full": {"accuracy": 12.5}}
+    path.write_text(json.dumps(measured))
+    with pytest.raises(CheckpointError, match="of another file than the run's base") as caught:
+        add_to_zoo(one.addition(base_evaluation=path), tmp_path / "zoo")
+    assert BASE_SHA in str(caught.value)
+    path.write_text(json.dumps(measured | {"checkpoint_sha256": BASE_SHA}))
+    card = add_to_zoo(one.addition(base_evaluation=path), tmp_path / "zoo")
+    assert "--base base.th --fresh-policy" in card["command"]
 
 
 @pytest.mark.parametrize("name", ["resnet32-d509ac18.th", "resnet56-4bfd9763.th"])
