@@ -18,31 +18,28 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def drop_order(
-    network: ResNet, batches: Sequence[tuple[Tensor, Tensor]], core: frozenset[int] = frozenset()
-) -> list[int]:
+def drop_order(network: ResNet, batches: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     """Block indices from the first to drop to the last: each time the one whose loss costs least cross-entropy.
 
-    ``network`` must be in eval mode; ``batches`` of images (N, 3, H, W) and labels (N,). Blocks of ``core`` come after
-    all others. Takes at most K (K + 1) / 2 evaluations of the part of the network behind the block in question.
+    ``network`` must be in eval mode; ``batches`` of images (N, 3, H, W) and labels (N,). Takes K (K + 1) / 2
+    evaluations of the part of the network behind the block in question.
     """
     mask = [True] * len(network.blocks)
     order: list[int] = []
     while any(mask):
-        open_blocks = {index for index, keep in enumerate(mask) if keep}
-        losses = _losses_without(network, batches, mask, open_blocks - core or open_blocks)
+        losses = _losses_without(network, batches, mask)
         order.append(min(losses, key=lambda index: losses[index]))
         mask[order[-1]] = False
     return order
 
 
-def _losses_without(network: ResNet, batches: Batches, mask: list[bool], tried: set[int]) -> dict[int, float]:
-    """Summed cross-entropy under ``mask`` with one more block dropped, by that block's index, one of ``tried``."""
-    losses = dict.fromkeys(sorted(tried), 0.0)
+def _losses_without(network: ResNet, batches: Batches, mask: list[bool]) -> dict[int, float]:
+    """Summed cross-entropy under ``mask`` with one more block dropped, by that block's index."""
+    losses = {index: 0.0 for index, keep in enumerate(mask) if keep}
     for images, labels in batches:
         x = network.stem(images)
         for index, block in enumerate(network.blocks):
-            if index in losses:
+            if mask[index]:
                 logits = _rest(network, block.dropped(x), index + 1, mask)  # type: ignore[operator]
                 losses[index] += F.cross_entropy(logits.float(), labels, reduction="sum").item()
             x = _run(block, x, mask[index])

@@ -166,9 +166,6 @@ class TrainConfig:
     # live: the teacher sees each augmented image; cached: it saw each image once, as it is (one forward less a step)
     distillation: Literal["live", "cached"] = "live"
     mirrored_teacher: bool = True  # cached: averaged with the mirrored image, where mirroring is an augmentation
-    # A mask of 0 and 1, or none: the core path. Method ``fixed`` leaves its blocks, the stem and the head as they are
-    # and trains the other blocks of its mask; the nested levels have its blocks as their most important ones.
-    core: str = ""
     retarget: bool = True  # at the end, shift the policy's logits so that the validation mean meets target_blocks
     recalibrate_images: int = 10_000  # batch-norm statistics are re-estimated on this many greedy paths at the end
     evaluation_batch: int = 500

@@ -15,7 +15,7 @@ from bdexport.train.distributed import World
 from bdexport.train.phases import levels_from_text
 from bdexport.train.request import TrainRequest, description, goes_on
 from bdexport.train.sequential import check_sequential
-from bdexport.train.settings import check_ranges, how_to_set
+from bdexport.train.settings import check_ranges
 from bdexport.train.state import agree_on_run, differences
 
 
@@ -44,7 +44,6 @@ def checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     elif config.pretrain.epochs == 0:
         raise UsageError("no base network to start from", remedy="pass --base CKPT or --pretrain-epochs N")
     levels_from_text(config.adapt.levels, request.network.num_blocks)
-    _check_core(config, request.network.num_blocks)
     if config.method == "fixed":
         _check_fixed(request, config)
     if config.method == "sequential":
@@ -59,48 +58,6 @@ def checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     if config.method == "blockdrop" and config.policy.estimator == "marginal" and not request.base_only:
         _check_marginal(config)
     return config
-
-
-def _check_core(config: TrainConfig, num_blocks: int) -> None:
-    core, remedy = config.core, how_to_set("core")
-    if not core:
-        return
-    if len(core) != num_blocks or set(core) != {"0", "1"}:
-        expected = f"a mask of {num_blocks} characters, some 0 and some 1"
-        raise UsageError("core", got=repr(core), expected=expected, remedy=remedy)
-    kept = core.count("1")
-    if config.method == "fixed":
-        _check_beside_core(config, core, kept, remedy)
-    elif config.method != "blockdrop" or config.policy.estimator != "marginal":
-        got = f"method {config.method}, estimator {config.policy.estimator}"
-        raise UsageError(
-            "core", got=got, expected="method fixed, or blockdrop with --estimator marginal", remedy=remedy
-        )
-    elif kept not in levels_from_text(config.adapt.levels, num_blocks):
-        raise UsageError(
-            f"adapt.levels without the core's {kept} blocks",
-            got=repr(config.adapt.levels),
-            expected=f"{kept} among them, like {num_blocks},{kept}",
-            remedy=how_to_set("adapt.levels"),
-        )
-
-
-def _check_beside_core(config: TrainConfig, core: str, kept: int, remedy: str) -> None:
-    """Method fixed: its mask has the core's blocks and others, and nothing trains the core before."""
-    fixed = config.fixed
-    if config.adapt.epochs:
-        what = f"core: {config.adapt.epochs} epochs of adapt would train its blocks"
-        raise UsageError(what, remedy="pass --adapt-epochs 0, and --base with the network whose core is trained")
-    if fixed.mask == "search":
-        if fixed.kept is not None and fixed.kept <= kept:
-            raise UsageError("--kept with a core", got=fixed.kept, expected=f"more than the core's {kept} blocks")
-        return
-    if len(fixed.mask) != len(core) or set(fixed.mask) - {"0", "1"}:
-        raise UsageError("--mask with a core", got=repr(fixed.mask), expected="search, or a text of 0 and 1")
-    pairs = list(zip(fixed.mask, core, strict=True))
-    if ("0", "1") in pairs or ("1", "0") not in pairs:
-        got = f"{core} in the mask {fixed.mask}"
-        raise UsageError("core", got=got, expected="a mask with the core's blocks and others to train", remedy=remedy)
 
 
 def _check_policy(policy: PolicyConfig, num_blocks: int) -> None:

@@ -76,9 +76,7 @@ class Phase:
         """Blocks in the order of :func:`bdexport.mask_search.drop_order` on the first ``count`` images."""
         network = self.setting.model.network.eval()
         with self.setting.autocast():
-            return self.setting.world.once(
-                lambda: drop_order(network, list(images.batches(250, count)), self.setting.core)
-            )
+            return self.setting.world.once(lambda: drop_order(network, list(images.batches(250, count))))
 
     def _learn(self, loss: Tensor, policy_loss: Tensor | None = None) -> None:
         """One step of every optimiser. ``policy_loss``: what only the policy, or the gates, learns from, if any."""

@@ -42,11 +42,6 @@ class FinetuneFixed(FinetuningPhase):
         config, model = self.setting.config.finetune, self.setting.model
         trainable(model.network, True)
         trainable(model.policy, False)
-        core = self.setting.core
-        if core:  # its path must give what it gave: no other batch-norm statistics either
-            network = model.network
-            for module in (network.stem, *(network.blocks[index] for index in sorted(core)), network.head):
-                trainable(module, False)
         self.optimisers = [make_optimiser(config.optimiser, model.network, self.peak_rates[0], config.weight_decay)]
 
     def strategy(self) -> Strategy:

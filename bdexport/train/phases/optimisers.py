@@ -22,7 +22,6 @@ def make_optimiser(kind: Optimiser, module: nn.Module, learning_rate: float, wei
 
 def _decayed(module: nn.Module) -> Iterable[dict[str, object]]:
     """Weight decay on convolutions and linear weights only: batch norm and biases are not shrunk."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in learning if p.ndim > 1]
-    vectors = [p for p in learning if p.ndim <= 1]
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim <= 1]
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

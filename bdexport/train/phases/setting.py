@@ -53,11 +53,6 @@ class Setting:
         """K."""
         return len(self.model.network.blocks)
 
-    @property
-    def core(self) -> frozenset[int]:
-        """The blocks of the core path; empty where the run has none."""
-        return frozenset(index for index, keep in enumerate(self.config.core) if keep == "1")
-
     def rand(self, *shape: int, rows: int = 0) -> Tensor:
         """Uniform numbers, float32; dimension ``rows`` counts the images that this process sees."""
         return self.world.rand(shape, self.generator, rows)
