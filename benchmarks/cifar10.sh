@@ -35,26 +35,10 @@ train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 28 --ta
 train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 28 "${rate[@]}" \
   --method fixed --mask search --kept 9 --out "$runs/resnet56-search9"
 
-# A short path first, then a deep one on top of it, then the policy on the frozen network; and the fixed mask to compare
-# with, from the same base for as many steps as short and deep path had together.
-short=100001000110100 # what the first of these commands finds
-zoo=(--base zoo:resnet32-cifar10)
-steps=(--adapt-epochs 0 "${rate[@]}" --method fixed)
-train "${zoo[@]}" "${steps[@]}" --mask search --kept 5 --finetune-epochs 18 --out "$runs/resnet32-search5"
-train --base "$runs/resnet32-search5" "${steps[@]}" --mask 111111111111111 --set core=$short \
-  --finetune-epochs 14 --out "$runs/resnet32-both"
-bdexport train "${data[@]}" --preset marginal --seed 0 --base "$runs/resnet32-both" --adapt-epochs 0 \
-  --finetune-epochs 0 --distillation 0 --set core=$short --set adapt.levels=15,5 --target-blocks 6.8 \
-  --prime-epochs 20 --curriculum-epochs 4 --set policy.stem_stride=2 --set policy.stages=1,1,2 \
-  --set recalibrate_images=0 --out "$runs/resnet32-core"
-train "${zoo[@]}" "${steps[@]}" --mask search --kept 7 --finetune-epochs 32 --out "$runs/resnet32-search7-long"
-
 for run in resnet32 resnet56; do
   measure $run --fixed first-k --fixed random-k --fixed distribute-k
 done
-for run in resnet32-core resnet32-search5 resnet32-search7 resnet32-search7-long; do
-  measure $run
-done
+measure resnet32-search7
 measure resnet56-search9
 for blocks in 5 8 10; do # the frontier of one trained policy
   bdexport retarget "$runs/resnet32" --target-blocks $blocks "${data[@]}" --out "$runs/resnet32-at-$blocks.safetensors"
