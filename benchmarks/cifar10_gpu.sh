@@ -7,7 +7,8 @@
 # Not run on a GPU yet. An interrupted call goes on where it was. The test set is read by `bdexport evaluate` alone, after
 # every choice. From a checkout that is not installed: BDEXPORT="python3 -m bdexport" PYTHONPATH=. benchmarks/cifar10_gpu.sh ..
 # The numbers below can be given in the environment, e.g. BASE_EPOCHS=60 FINETUNE_EPOCHS=20 where time is short, or
-# ARCH=resnet20 DATASET=digits DEVICE=cpu TARGET=4 KEPT=4 LEVELS=9,6,4,3 to see that the script itself runs.
+# ARCH=resnet20 DATASET=digits DEVICE=cpu TARGET=4 KEPT=4 LEVELS=9,6,4,3 SPEED="--batch 32 --rounds 1 --steps 1" to see
+# that the script itself runs.
 set -euo pipefail
 cifar=$1 runs=$2
 bdexport=${BDEXPORT:-bdexport} python=${PYTHON:-python3} device=${DEVICE:-cuda}
@@ -23,7 +24,7 @@ train() { # NAME [ARGUMENT ...]
 mkdir -p "$runs/results"
 for network in resnet32 "$arch"; do
   result="$runs/results/training-$network.json"
-  [ -e "$result" ] || $python "$(dirname "$0")/training.py" --arch "$network" --device "$device" --json "$result"
+  [ -e "$result" ] || $python "$(dirname "$0")/training.py" --arch "$network" --device "$device" ${SPEED:-} --json "$result"
 done
 train base --arch "$arch" --base-only --pretrain-epochs "$base_epochs"
 train adapted --base "$runs/base" --adapt-epochs "$adapt_epochs" --curriculum-epochs 0 --finetune-epochs 0 \
