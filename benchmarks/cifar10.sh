@@ -4,7 +4,7 @@
 #   benchmarks/cifar10.sh CIFAR_FOLDER RESNET32_CHECKPOINT RESNET56_CHECKPOINT RUNS_FOLDER
 #
 # One thread for each run (OMP_NUM_THREADS=1). An interrupted call goes on where it was. The test set is read by
-# `bdexport evaluate` alone, after every choice. About seven hours on one core, by the sum of its parts;
+# `bdexport evaluate` and `bdexport report` alone, after every choice. About ten hours on one core, by the sum of its parts;
 # it was not run in one go.
 set -euo pipefail
 cifar=$1 resnet32=$2 resnet56=$3 runs=$4
@@ -29,6 +29,12 @@ train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 40 --ta
   --fresh-policy --prime-epochs 20 --set policy.stem_stride=2 --set policy.stages=1,1,2 --out "$runs/resnet32"
 train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 40 "${rate[@]}" \
   --method fixed --mask search --kept 7 --out "$runs/resnet32-search7"
+# Fixed masks again, from the network of the policy that ships: 5 blocks, and 7 for longer.
+for mask in "5 18 resnet32-search5" "7 32 resnet32-search7-long"; do
+  read -r kept epochs name <<<"$mask"
+  train --base zoo:resnet32-cifar10 --adapt-epochs 0 --finetune-epochs "$epochs" "${rate[@]}" \
+    --method fixed --mask search --kept "$kept" --out "$runs/$name"
+done
 train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 28 --target-blocks 8.9 "${rate[@]}" \
   --fresh-policy --prime-epochs 12 --set policy.stem_stride=2 --set policy.stages=1,1,2 \
   --set adapt.levels=27,16,10,7,5 --out "$runs/resnet56"
@@ -38,10 +44,12 @@ train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 28 "${r
 for run in resnet32 resnet56; do
   measure $run --fixed first-k --fixed random-k --fixed distribute-k
 done
-measure resnet32-search7
+for run in resnet32-search5 resnet32-search7 resnet32-search7-long; do
+  measure $run
+done
 measure resnet56-search9
 for blocks in 5 8 10; do # the frontier of one trained policy
   bdexport retarget "$runs/resnet32" --target-blocks $blocks "${data[@]}" --out "$runs/resnet32-at-$blocks.safetensors"
   measure resnet32-at-$blocks.safetensors
 done
-bdexport report "$runs/resnet32" "$runs/resnet56" "$runs"/results/*.json "${data[@]}" --out "$runs/report"
+bdexport report "$runs/resnet32" "$runs/resnet56" "$runs"/results/*.json "${data[@]}" --overwrite --out "$runs/report"

@@ -102,6 +102,7 @@ def _config(batch: int, keep: float, num_blocks: int) -> TrainConfig:
     return replace(
         config,
         pretrain=replace(config.pretrain, batch=batch, epochs=10, learning_rate=0.0),
+        prime=replace(config.prime, batch=batch, epochs=10, learning_rate=0.0),
         adapt=replace(config.adapt, batch=batch, epochs=10, learning_rate=0.0, keep_low=keep, keep_high=keep),
         curriculum=replace(config.curriculum, batch=batch, epochs=10, learning_rate=0.0),
         finetune=replace(config.finetune, batch=batch, epochs=10, network_learning_rate=0.0, policy_learning_rate=0.0),

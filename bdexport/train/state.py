@@ -124,7 +124,9 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
             raise MalformedError("its settings are no object")
         if isinstance(before.get("settings"), dict):  # a group that its version did not have: as if at its defaults
             before["settings"] = TrainConfig().to_json() | before["settings"]
-        before.setdefault("base_sha256", description["base_sha256"])  # its version did not ask which file it was
+        unasked = "base_sha256" not in before  # its version did not ask which file the base was
+        if unasked:
+            before["base_sha256"] = description.get("base_sha256")
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({why(error)})", remedy="choose another --out") from error
     changed = differences(before, json.loads(json.dumps(description)))
@@ -138,7 +140,7 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
             f"{run}: holds a run with other settings: {'; '.join(lasting)}",
             remedy="repeat the settings it was started with to resume it, or choose another --out",
         )
-    if changed:
+    if changed or unasked:
         write_json(path, description)
     return True
 

@@ -195,7 +195,7 @@ def test_other_settings_are_named(straight: tuple[Path, Recorder]) -> None:
 
 
 def test_another_base_of_the_same_name_is_noticed(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
-    """Oracle: the base's hash differs; a run of a version that did not record it goes on."""
+    """Oracle: the base's hash differs; a run of a version that did not record it goes on, once with any."""
     out = tmp_path / "run"
     shutil.copytree(straight[0], out)
     with pytest.raises(TrainingError, match="base_sha256 was None, now 'abc'"):
@@ -206,6 +206,8 @@ def test_another_base_of_the_same_name_is_noticed(straight: tuple[Path, Recorder
     recorder = Recorder()
     train(request(out, base_sha256="abc"), CONFIG, recorder)
     assert any("complete already" in note for note in recorder.notes)
+    with pytest.raises(TrainingError, match="base_sha256 was 'abc', now 'def'"):  # from then on it is known
+        train(request(out, base_sha256="def"), CONFIG, Recorder())
 
 
 def test_a_run_without_a_finished_epoch_takes_other_settings(tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ def test_a_base_is_known_by_its_bytes(variant: Callable[..., Finished], tmp_path
     with pytest.raises(CheckpointError, match="of another file than the run's base") as caught:
         add_to_zoo(one.addition(base_evaluation=path), tmp_path / "zoo")
     assert BASE_SHA in str(caught.value)
+    assert measured["checkpoint_sha256"] in str(caught.value)
     path.write_text(json.dumps(measured | {"checkpoint_sha256": BASE_SHA}))
     card = add_to_zoo(one.addition(base_evaluation=path), tmp_path / "zoo")
     assert "--base base.th --fresh-policy" in card["command"]
