@@ -6,7 +6,8 @@
 #   benchmarks/cifar10_gpu.sh CIFAR_FOLDER RUNS_FOLDER
 #
 # Not run on a GPU yet. An interrupted call goes on where it was. The test set is read by `bdexport evaluate` and
-# `bdexport report` alone, after every choice. From a checkout that is not installed: BDEXPORT="python3 -m bdexport" PYTHONPATH=. benchmarks/cifar10_gpu.sh ..
+# `bdexport report` alone, after every choice. From a checkout that is not installed:
+# BDEXPORT="python3 -m bdexport" PYTHONPATH=. benchmarks/cifar10_gpu.sh ..
 # The numbers below can be given in the environment, e.g. BASE_EPOCHS=60 FINETUNE_EPOCHS=20 where time is short, or
 # ARCH=resnet20 DATASET=digits DEVICE=cpu TARGET=4 KEPT=4 LEVELS=9,6,4,3 SPEED="--batch 32 --rounds 1 --steps 1" to see
 # that the script itself runs.

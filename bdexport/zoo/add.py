@@ -192,6 +192,7 @@ def _base(addition: Addition, checkpoint: Checkpoint) -> dict[str, Any]:
             f"{addition.base_evaluation}: of another file than the run's base {training['base']}",
             got=f"SHA-256 {measured['checkpoint_sha256']}",
             expected=recorded,
+            remedy="evaluate the file that the run started from",
         )
     known = KNOWN_BASES.get(measured["checkpoint_sha256"], {})
     source, licence = addition.base_source or known.get("source"), addition.base_licence or known.get("licence")
