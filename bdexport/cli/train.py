@@ -116,6 +116,7 @@ def train(
             base=None if base is None else base.name,
             base_sha256=None if base is None else sha256_file(checkpoint_file(base)),
             teachers=tuple((path.name, load_checkpoint(path)) for path in teacher or []),
+            teachers_sha256=tuple(sha256_file(checkpoint_file(path)) for path in teacher or []),
             base_only=base_only,
             fresh_policy=fresh_policy,
             device=device,

@@ -160,6 +160,7 @@ def _record(request: TrainRequest, config: TrainConfig, state: RunState, complet
         "base_sha256": request.base_sha256,
         "fresh_policy": request.fresh_policy,
         "teachers": [name for name, _ in request.teachers],
+        "teachers_sha256": list(request.teachers_sha256),
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "settings": config.to_json(),
         "seconds": round(sum(row["seconds"] for row in state.history), 1),

@@ -27,6 +27,7 @@ class TrainRequest:
     base: str | None = None  # what to call the base in the record
     base_sha256: str | None = None  # .. and which file it was
     teachers: tuple[tuple[str, Checkpoint], ...] = ()  # names and networks to distil from; none: the base
+    teachers_sha256: tuple[str, ...] = ()  # .. and which files they were
     base_only: bool = False
     fresh_policy: bool = False  # leave the base's policy aside and learn a new one
     device: str = "auto"
@@ -95,6 +96,7 @@ def description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
         "base": request.base,
         "base_sha256": request.base_sha256,
         "teachers": [name for name, _ in request.teachers],
+        "teachers_sha256": list(request.teachers_sha256),
         "base_only": request.base_only,
         "fresh_policy": request.fresh_policy,
     }

@@ -124,9 +124,8 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
             raise MalformedError("its settings are no object")
         if isinstance(before.get("settings"), dict):  # a group that its version did not have: as if at its defaults
             before["settings"] = TrainConfig().to_json() | before["settings"]
-        unasked = "base_sha256" not in before  # its version did not ask which file the base was
-        if unasked:
-            before["base_sha256"] = description.get("base_sha256")
+        unasked = [name for name in ("base_sha256", "teachers_sha256") if name not in before]  # by its older version
+        before |= {name: description[name] for name in unasked if name in description}
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({why(error)})", remedy="choose another --out") from error
     changed = differences(before, json.loads(json.dumps(description)))

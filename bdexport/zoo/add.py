@@ -126,6 +126,7 @@ def card_of(addition: Addition) -> dict[str, Any]:
         "data": training["dataset"] | {"test": evaluation["dataset"]["images"]},
         "base": base,
         "teachers": training.get("teachers", []),
+        "teachers_sha256": training.get("teachers_sha256", []),  # older runs know their names only
         "result": {
             "dataset": evaluation["dataset"]["name"],
             "split": evaluation["dataset"]["split"],

@@ -72,13 +72,17 @@ def test_options_without_effect_are_refused(
     assert not out.exists()
 
 
-def test_the_record_says_which_file_the_base_was(tmp_path: Path) -> None:
+def test_the_record_says_which_files_base_and_teacher_were(tmp_path: Path) -> None:
     """Oracle: the file's own hash, in what a resumed run must agree with and in the model's record."""
     assert main([*TINY, "--out", str(tmp_path / "base")]) == 0
     line = ["train", "--base", str(tmp_path / "base"), "--dataset", "digits", "--preset", "smoke", "--device", "cpu"]
     line += ["--method", "fixed", "--mask", "101", "--adapt-epochs", "0", "--finetune-epochs", "1", "--batch", "256"]
+    line += ["--teacher", str(tmp_path / "base")]
     assert main([*line, "--fresh-policy", "--out", str(tmp_path / "run")]) == 0
     expected = sha256_file(tmp_path / "base" / "model.safetensors")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["base_sha256"] == expected
-    training = load_checkpoint(tmp_path / "run").training
-    assert (training["base_sha256"], training["fresh_policy"]) == (expected, True)
+    for record in (
+        json.loads((tmp_path / "run" / "run.json").read_text()),
+        load_checkpoint(tmp_path / "run").training,
+    ):
+        assert (record["base_sha256"], record["teachers_sha256"]) == (expected, [expected])
+        assert record["fresh_policy"]

@@ -208,6 +208,8 @@ def test_another_base_of_the_same_name_is_noticed(straight: tuple[Path, Recorder
     assert any("complete already" in note for note in recorder.notes)
     with pytest.raises(TrainingError, match="base_sha256 was 'abc', now 'def'"):  # from then on it is known
         train(request(out, base_sha256="def"), CONFIG, Recorder())
+    with pytest.raises(TrainingError, match=r"teachers_sha256 was \[\], now \['123'\]"):
+        train(request(out, base_sha256="abc", teachers_sha256=("123",)), CONFIG, Recorder())
 
 
 def test_a_run_without_a_finished_epoch_takes_other_settings(tmp_path: Path) -> None:
