@@ -1,13 +1,15 @@
 """How fast training is: images per second of each phase, and which share of the machine's peak that is.
 
     python benchmarks/training.py [--arch resnet32] [--batch 256] [--threads 2] [--device cpu] [--precision bf16]
-                                  [--keep 0.5] [--rounds 5] [--steps 4] [--json FILE]
+                                  [--keep 0.5] [--rounds 5] [--steps 4] [--warmup 0] [--json FILE]
 
 The steps are those of ``bdexport train --preset cpu`` (bdexport/train/phases/), augmentation included, on random
 images; time does not depend on what they show. ``--keep`` is the share of blocks that the policy's samples keep. Each
-phase has a copy of the network; phases take turns, ``--steps`` steps each, after a turn that is not counted. The speed
-is the median over the rounds. ``FLOPs`` are those of the convolutions and matrix products that a step really runs,
-backward pass included, as torch counts them; the peak is what one large matrix product reaches in the same precision.
+phase has a copy of the network; phases take turns, ``--steps`` steps each, after a turn and ``--warmup`` steps that
+are not counted (a GPU needs about 100: kernels are chosen anew for every number of images that a block runs on). The
+speed is the median over the rounds. fp32 is without TF32. ``FLOPs`` are those of the convolutions and matrix products
+that a step really runs, backward pass included, as torch counts them; the peak is what one large matrix product
+reaches in the same precision.
 Prints a table last.
 """
 
@@ -139,7 +141,9 @@ def peak_flops(device: str, precision: str, rounds: int = 7) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Images/s, FLOPs/s and share of peak, by phase; the phases take turns."""
     ready = turns(arguments)
-    flops = {name: turn.flops(arguments.steps) for name, turn in ready.items()}  # the first turn is the warm-up
+    flops = {name: turn.flops(arguments.steps) for name, turn in ready.items()}  # the first turn is a warm-up
+    for turn in ready.values():
+        turn.seconds(arguments.warmup)
     times: dict[str, list[float]] = {name: [] for name in ready}
     peaks = []
     for _ in range(arguments.rounds):
@@ -175,14 +179,16 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.allow_tf32 = False
     phases = measure(arguments)
     data = {
         "schema": "bdexport.benchmark.training/1",
         **{name: getattr(arguments, name) for name in ("arch", "batch", "threads", "device", "precision", "keep")},
-        **{name: getattr(arguments, name) for name in ("rounds", "steps")},
+        **{name: getattr(arguments, name) for name in ("rounds", "steps", "warmup")},
         "phases": phases,
         "machine": machine(),
         "gpus": [gpu.name for gpu in gpus()] if arguments.device != "cpu" else [],

@@ -60,7 +60,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def digits_base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A network of three blocks, pretrained on digits, that training runs start from."""
-    from test_train_run import CONFIG, Recorder, request
+    from training_cases import CONFIG, Recorder, request
 
     from bdexport.checkpoint import load_checkpoint
     from bdexport.train.pipeline import train

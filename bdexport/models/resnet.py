@@ -187,8 +187,11 @@ class ResNet(nn.Module):
         what it sees at inference.
         """
         x = self.stem(x)
-        for index, block in enumerate(self.blocks):
-            x = run_block(block, x, masks[:, index])
+        # Known for all blocks before the first one runs, so that a GPU is waited for once and not once for each block.
+        counts = masks.sum(dim=0).tolist()
+        kept_first = masks.logical_not().t().to(torch.uint8).argsort(dim=1, stable=True)
+        for block, count, rows in zip(self.blocks, counts, kept_first, strict=True):
+            x = _run_rows(block, x, rows[:count])
         logits: Tensor = self.head(x)
         return logits
 
@@ -215,8 +218,12 @@ ROW_MULTIPLE = 16
 
 def run_block(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
     """One block on a batch: run on the images that ``keep`` (bool (N,)) names, dropped for the others."""
+    return _run_rows(block, x, keep.nonzero().squeeze(1))
+
+
+def _run_rows(block: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+    """One block on a batch: run on the images ``kept`` (int64, ascending), dropped for the others."""
     assert isinstance(block, Block)
-    kept = keep.nonzero().squeeze(1)
     if len(kept) == len(x):
         kept_out: Tensor = block(x)
         return kept_out

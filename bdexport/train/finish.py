@@ -39,7 +39,7 @@ def finish(
     model = setting.model
     if state.best is not None:
         model.load_state_dict(state.best.weights)
-    training = _record(request, config, state, complete=True)
+    training = _record(request, config, setting, state, complete=True)
     if setting.world.size > 1:
         training["processes"] = setting.world.size
     decides = learns_decisions(request, config)
@@ -139,7 +139,10 @@ def with_last_good(
     if best is None:
         kept = "no model before it is worth keeping"
     else:
-        training = _record(request, config, state, complete=False) | {"stopped": error.what, "epoch": best.figures}
+        training = _record(request, config, setting, state, complete=False) | {
+            "stopped": error.what,
+            "epoch": best.figures,
+        }
         if setting.fixed_mask is not None:
             training |= _fixed_mask(config, setting)
         # What came with the base was trained before.
@@ -151,7 +154,9 @@ def with_last_good(
     return DivergedError(f"{error.what}; {kept}", remedy=error.remedy)
 
 
-def _record(request: TrainRequest, config: TrainConfig, state: RunState, complete: bool) -> dict[str, Any]:
+def _record(
+    request: TrainRequest, config: TrainConfig, setting: Setting, state: RunState, complete: bool
+) -> dict[str, Any]:
     """The training result, but for what it reached."""
     return {
         "bdexport": __version__,
@@ -165,6 +170,8 @@ def _record(request: TrainRequest, config: TrainConfig, state: RunState, complet
         "settings": config.to_json(),
         "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "machine": machine(),
+        "device": torch.cuda.get_device_name(setting.device) if setting.device.startswith("cuda") else None,
+        "precision": "bf16" if setting.bf16 else "fp32",
         "torch": torch.__version__,
     }
 

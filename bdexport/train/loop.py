@@ -185,7 +185,8 @@ def restore(state: RunState, setting: Setting) -> None:
             setting.classifier.load_state_dict(state.classifier)
             setting.critic.load_state_dict(state.critic)
             setting.price = state.price
-            setting.memory = (state.memory[0], state.memory[1]) if state.memory else None
+            memory = [part.to(setting.device) for part in state.memory]
+            setting.memory = (memory[0], memory[1]) if memory else None
         setting.fixed_mask, setting.order = state.fixed_mask, state.order
         if state.teacher is not None:
             teacher = frozen_copy(setting.model)

@@ -18,6 +18,7 @@ points of accuracy earn), so that its best policy is nearly the same mask for al
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,20 @@ def worth(success: Tensor, levels: list[int], order: list[int], chance: float) -
     ``order``: blocks from the least to the most important. Before the first level stands guessing (``chance``).
     """
     before = torch.cat([torch.full_like(success[:, :1], chance), success[:, :-1]], dim=1)
-    sizes = torch.tensor([n - m for m, n in zip([0, *levels], levels, strict=False)], device=success.device)
+    sizes, level_of = _steps(tuple(levels), tuple(order), success.device)
     per_block = 100 * (success - before) / sizes
-    level_of = [next((i for i, n in enumerate(levels) if place < n), None) for place in range(len(order))]
-    out = torch.full((len(success), len(order)), -LOGIT_LIMIT, device=success.device)  # blocks beyond the last level
-    for place, level in enumerate(level_of):
-        if level is not None:
-            out[:, order[len(order) - 1 - place]] = per_block[:, level]
-    return out
+    beyond = torch.full_like(per_block[:, :1], -LOGIT_LIMIT)  # blocks beyond the last level
+    return torch.cat([per_block, beyond], dim=1)[:, level_of]
+
+
+@lru_cache(maxsize=16)  # the same in every step: to make it anew costs two copies to the GPU, which it waits for
+def _steps(levels: tuple[int, ...], order: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks each level adds, (L,), and which level brings in each block, (K,), L where none does."""
+    sizes = [n - m for m, n in zip((0, *levels), levels, strict=False)]
+    level_of = [0] * len(order)
+    for place, block in enumerate(reversed(order)):
+        level_of[block] = next((i for i, n in enumerate(levels) if place < n), len(levels))
+    return torch.tensor(sizes, device=device), torch.tensor(level_of, device=device)
 
 
 @torch.no_grad()
@@ -115,7 +122,7 @@ class MarginalPhase(PolicyPhase):
         assert setting.memory is not None
         features, success = setting.memory
         chance = 1 / setting.model.network.spec.num_classes
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=features.device)
         for _ in range(setting.config.policy.lessons):
             drawn = torch.randint(0, len(features), (LESSON,), generator=setting.generator, device=features.device)
             rows = setting.world.mine(drawn)
@@ -129,8 +136,8 @@ class MarginalPhase(PolicyPhase):
             (evenly * loss).backward()  # type: ignore[no-untyped-call]
             setting.world.average_gradients(p for group in optimiser.param_groups for p in group["params"])
             optimiser.step()
-            total += critic_loss.item()
-        mean = setting.world.mean(torch.tensor(total / setting.config.policy.lessons))  # all processes must judge alike
+            total += critic_loss.detach()
+        mean = setting.world.mean((total / setting.config.policy.lessons).float())  # all processes must judge alike
         if not torch.isfinite(mean):
             # Outcomes of a network that is lost are no numbers; the critic itself is the policy's.
             seen = torch.isfinite(features).all() and torch.isfinite(success).all()

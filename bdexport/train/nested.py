@@ -14,6 +14,8 @@ linear. Inference does not change: p >= 0.5 is the mask at u = 0.5.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,15 @@ def most_probable(probabilities: Tensor, kept: Tensor) -> Tensor:
 
 
 def importance(order: list[int], device: torch.device | str) -> Tensor:
-    """Places (K,) of blocks that are listed from the least to the most important one."""
-    places = torch.empty(len(order), device=device)
-    places[torch.tensor(order, device=device)] = torch.arange(len(order), device=device).float()
-    return places
+    """Places (K,) of blocks that are listed from the least to the most important one. Not to be written to."""
+    return _importance(tuple(order), torch.device(device))
+
+
+@lru_cache(maxsize=16)  # the same in every step, several times: a GPU would wait for each copy
+def _importance(order: tuple[int, ...], device: torch.device) -> Tensor:
+    places = torch.empty(len(order))
+    places[list(order)] = torch.arange(len(order)).float()
+    return places.to(device)
 
 
 def cut_points(num_blocks: int, closed: int, count: int, generator: torch.Generator) -> list[int]:

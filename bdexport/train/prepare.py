@@ -26,6 +26,10 @@ def chosen_device(wanted: str, world: World) -> tuple[str, str]:
     """The device and why; UsageError on one that is unknown or not there."""
     if world.size > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{world.local_rank}", "one CUDA device for each process"
+    if world.size > 1 and wanted.startswith("cuda:"):
+        raise UsageError(
+            "device", got=f"{wanted} for {world.size} processes", expected="a GPU for each", remedy="use --device cuda"
+        )
     if wanted == "auto":
         return ("cuda", "a CUDA device is present") if torch.cuda.is_available() else ("cpu", "no CUDA device")
     if wanted.startswith("cuda") and not torch.cuda.is_available():

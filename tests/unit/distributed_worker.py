@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from test_train_run import CONFIG, CutError, Recorder, request
+from training_cases import CONFIG, CutError, Recorder, request
 
 from bdexport.architecture import GateKind, GateSpec, ResNetSpec, policy_spec
 from bdexport.cli.failures import explain

@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 import torch
 from test_sequential import gated_checkpoint, varied_images
-from test_train_run import CONFIG, CutError, Recorder, request, weights_of
 from tiny import SIZE, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
+from training_cases import CONFIG, CutError, Recorder, request, weights_of
 
 from bdexport.architecture import GateKind, GateSpec
 from bdexport.build import build_bundle

@@ -53,6 +53,17 @@ def test_masked_batch_equals_the_definition(shortcut: str, rule: str, kind: str)
     assert torch.allclose(got, expected, atol=1e-5), (got - expected).abs().max()
 
 
+def test_a_masked_batch_reads_its_masks_once() -> None:
+    """Oracle: the operations that torch runs: no block looks for its images, for which a GPU would be waited for."""
+    network = ResNet(TINY).eval()
+    masks = torch.rand(8, 6) < 0.5
+    with torch.no_grad(), torch.profiler.profile() as profiled:
+        network.forward_masked(torch.randn(8, 3, 16, 16), masks)
+    names = [event.name for event in profiled.events()]
+    assert names.count("aten::argsort") == 1
+    assert not {"aten::nonzero", "aten::item"} & set(names)
+
+
 def test_gradients_reach_only_the_blocks_that_run() -> None:
     """Oracle: a block that no image keeps has no gradient; one that some keep has."""
     network = ResNet(TINY)

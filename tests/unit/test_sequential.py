@@ -12,11 +12,11 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
-from test_train_run import CONFIG, CutError, Recorder, request, weights_of
 from tiny import SIZE, tiny_checkpoint, tiny_model
 from torch import Tensor
 from torch.distributions import Bernoulli
 from torch.nn import functional as F
+from training_cases import CONFIG, CutError, Recorder, request, weights_of
 
 from bdexport.architecture import GateSpec, ResNetSpec
 from bdexport.build import build_bundle

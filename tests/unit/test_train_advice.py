@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from test_train_run import CONFIG, Recorder, request
+from training_cases import CONFIG, Recorder, request
 
 from bdexport.config import Estimator, FinetuneConfig, Method, PolicyConfig, TrainConfig, preset
 from bdexport.errors import DivergedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import CASES, LONGER, Learned, learned
-from test_train_run import Recorder, request
+from training_cases import Recorder, request
 
 from bdexport.checkpoint import load_checkpoint
 from bdexport.errors import UsageError
 from bdexport.train.distributed import ALONE, World, check_batches, joined
 from bdexport.train.pipeline import train
+from bdexport.train.prepare import chosen_device
 from bdexport.train.state import load_state
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -24,7 +26,8 @@ PATIENCE_S = 250  # far more than any of this takes on a free machine; a hang wo
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # what this test can import
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
 
 
 def errors_in(text: str) -> list[str]:
@@ -138,3 +141,9 @@ def test_half_an_environment_is_refused(places: dict[str, str], message: str, mo
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message), joined("cpu"):
         pass
+
+
+def test_one_gpu_for_all_processes_is_refused() -> None:
+    """Oracle: the error names device, number of processes and remedy."""
+    with pytest.raises(UsageError, match=r"got cuda:0 for 2 processes, expected a GPU for each; use --device cuda"):
+        chosen_device("cuda:0", World(0, 2, 0, 2))

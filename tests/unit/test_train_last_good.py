@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train_run import CONFIG, CutError, Recorder, request
+from training_cases import CONFIG, CutError, Recorder, request
 
 from bdexport.architecture import ResNetSpec
 from bdexport.checkpoint import load_checkpoint

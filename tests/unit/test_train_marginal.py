@@ -7,25 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train_run import CONFIG, CutError, Recorder, request
 from tiny import tiny_model
 from torch import nn
+from training_cases import MARGINAL, CutError, Recorder, request
 
-from bdexport.checkpoint import load_checkpoint
-from bdexport.config import CurriculumConfig, FinetuneConfig, PolicyConfig, PrimeConfig, TrainConfig
+from bdexport.checkpoint import build_model, load_checkpoint
+from bdexport.config import TrainConfig
 from bdexport.errors import UsageError
+from bdexport.train.loop import restore
 from bdexport.train.marginal import LOGIT_LIMIT, FinetuneMargins, tie_levels, worth
 from bdexport.train.phases import Setting
 from bdexport.train.pipeline import train
-
-MARGINAL = replace(
-    CONFIG,
-    prime=PrimeConfig(epochs=1, batch=64),
-    adapt=replace(CONFIG.adapt, levels="3,2,1", order_images=64),
-    curriculum=CurriculumConfig(epochs=1, batch=64, epoch_share=0.5),
-    finetune=FinetuneConfig(epochs=2, batch=64, level_share=0.3),
-    policy=PolicyConfig(estimator="marginal", learns="head", hidden=16, target_blocks=2.0, memory=256, lessons=4),
-)
+from bdexport.train.state import load_state
 
 
 def test_worth_is_points_of_accuracy_per_block() -> None:
@@ -78,6 +71,20 @@ def test_a_run_resumes_to_the_same_end(tmp_path: Path) -> None:
     assert expected.policy.hidden == 16
     mean = expected.training["validation"]["policy"]["blocks_used"]["mean"]
     assert mean <= 2.0 + 1e-9
+
+
+def test_what_was_remembered_goes_to_the_device_of_the_run(tmp_path: Path) -> None:
+    """Oracle: the device that the run was given; a state is read to the CPU, and a step joins old and new outcomes."""
+    train(request(tmp_path / "run"), MARGINAL, Recorder())
+    state = load_state(tmp_path / "run")
+    assert state is not None
+    setting = Setting(
+        build_model(load_checkpoint(tmp_path / "run")), [], None, MARGINAL, "cpu", False, torch.Generator()
+    )
+    setting.device = "meta"
+    restore(state, setting)
+    assert setting.memory is not None
+    assert [part.device.type for part in setting.memory] == ["meta", "meta"]
 
 
 @pytest.mark.parametrize(

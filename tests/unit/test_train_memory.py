@@ -8,8 +8,8 @@ from typing import cast
 
 import pytest
 import torch
-from test_train_run import CONFIG, request
 from torch import Tensor, nn
+from training_cases import CONFIG, request
 
 from bdexport.errors import TrainingError
 from bdexport.models.pair import BlockDropNet

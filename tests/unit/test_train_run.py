@@ -10,96 +10,26 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training_cases import CONFIG, CutError, Recorder, request, weights_of
 
-from bdexport.architecture import ResNetSpec
 from bdexport.checkpoint import load_checkpoint
 from bdexport.config import (
     AdaptConfig,
-    CurriculumConfig,
-    FinetuneConfig,
     PolicyConfig,
     PretrainConfig,
     TrainConfig,
 )
-from bdexport.dataset import load_dataset
 from bdexport.errors import DivergedError, OutputError, TrainingError, UsageError
 from bdexport.files import holding
-from bdexport.preprocess import Preprocess
 from bdexport.train.choice import good_model
 from bdexport.train.pipeline import train
-from bdexport.train.request import TrainRequest
 from bdexport.train.state import METRICS_FILE, STATE_FILE, Best, RunState, load_state
-
-CONFIG = TrainConfig(
-    preset="smoke",
-    precision="fp32",
-    distillation_weight=0.5,
-    distillation="cached",
-    recalibrate_images=200,
-    pretrain=PretrainConfig(epochs=5, batch=32, learning_rate=0.1),
-    adapt=AdaptConfig(epochs=1, batch=64),
-    curriculum=CurriculumConfig(epochs=2, batch=64, blocks_per_epoch=2, epoch_share=0.3),
-    finetune=FinetuneConfig(epochs=2, batch=64),
-    policy=PolicyConfig(target_blocks=2.0, reward="probability"),
-)
-
-
-class CutError(Exception):
-    """Stands for the moment a run is killed."""
-
-
-class Recorder:
-    """Collects lines and notes; can end the run in the middle of an epoch."""
-
-    def __init__(self, cut_in: tuple[str, int] | None = None) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.cut_in = cut_in
-
-    @contextmanager
-    def epoch(self, title: str, _steps: int) -> Iterator[Callable[[], None]]:
-        step = 0
-
-        def advance() -> None:
-            nonlocal step
-            step += 1
-            if self.cut_in is not None and title.startswith(self.cut_in[0]) and step == self.cut_in[1]:
-                raise CutError
-
-        yield advance
-
-    def line(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def request(out: Path, **changes: Any) -> TrainRequest:
-    """A network of three blocks on 12x12 digits."""
-    return replace(
-        TrainRequest(
-            network=ResNetSpec("cifar", "basic", (1, 1, 1), (8, 8, 16), "option_a", 10),
-            preprocess=Preprocess(size=(12, 12)),
-            train=load_dataset("digits", None, "train", limit=512),
-            validation=load_dataset("digits", None, "validation"),
-            out=out,
-            device="cpu",
-        ),
-        **changes,
-    )
-
-
-def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(path).state
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +86,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import os, signal
-from test_train_run import CONFIG, Recorder, request
+from training_cases import CONFIG, Recorder, request
 from bdexport.train.pipeline import train
 class Killer(Recorder):
     def line(self, row):
@@ -168,7 +98,7 @@ train(request(Path({out!r})), CONFIG, Killer())
 def test_kill_minus_nine(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
     """Oracle: the uninterrupted run's weights, after a real SIGKILL of a real process."""
     out = tmp_path / "run"
-    script = KILLED.format(tests=str(Path(__file__).parent), out=str(out))
+    script = KILLED.format(tests=str(Path(__file__).parents[1]), out=str(out))
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "model.safetensors").exists()

@@ -84,15 +84,14 @@ class Phase:
         parts = [("network", "loss", loss)]
         if policy_loss is not None:
             parts.append(("policy", "policy's loss", policy_loss))
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        (loss if policy_loss is None else loss + policy_loss).backward()  # type: ignore[no-untyped-call]
+        # Looked at only now, so that a GPU has the backward pass to do meanwhile; no weight has changed yet.
         for part, name, one in parts:  # the network's first: a network that is lost spoils the policy's rewards
             mean = world.mean(one.detach())  # of the whole batch: all processes must judge alike
             if not torch.isfinite(mean):
                 raise DivergedError(f"{self.name}: the {name} is {mean.item()}", remedy=self.calmer(part))
-        if policy_loss is not None:
-            loss = loss + policy_loss
-        for optimiser in self.optimisers:
-            optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
         world.average_gradients(parameter for group in groups for parameter in group["params"])
         for optimiser in self.optimisers:
