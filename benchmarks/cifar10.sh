@@ -29,7 +29,9 @@ train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 40 --ta
   --fresh-policy --prime-epochs 20 --set policy.stem_stride=2 --set policy.stages=1,1,2 --out "$runs/resnet32"
 train --base "$runs/resnet32-adapted" --adapt-epochs 0 --finetune-epochs 40 "${rate[@]}" \
   --method fixed --mask search --kept 7 --out "$runs/resnet32-search7"
-# Fixed masks again, from the network of the policy that ships: 5 blocks, and 7 for longer.
+# The policy for longer; and fixed masks again from its network, of 5 blocks, and of 7 for as long.
+train --base zoo:resnet32-cifar10 --adapt-epochs 0 --finetune-epochs 32 --target-blocks 6.8 "${rate[@]}" \
+  --out "$runs/resnet32-long"
 for mask in "5 18 resnet32-search5" "7 32 resnet32-search7-long"; do
   read -r kept epochs name <<<"$mask"
   train --base zoo:resnet32-cifar10 --adapt-epochs 0 --finetune-epochs "$epochs" "${rate[@]}" \
@@ -44,7 +46,7 @@ train --base "$runs/resnet56-adapted" --adapt-epochs 0 --finetune-epochs 28 "${r
 for run in resnet32 resnet56; do
   measure $run --fixed first-k --fixed random-k --fixed distribute-k
 done
-for run in resnet32-search5 resnet32-search7 resnet32-search7-long; do
+for run in resnet32-long resnet32-search5 resnet32-search7 resnet32-search7-long; do
   measure $run
 done
 measure resnet56-search9
