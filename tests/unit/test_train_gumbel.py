@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from training_cases import Recorder, request
 
 from bdexport.architecture import PolicySpec, ResNetSpec
 from bdexport.checkpoint import load_checkpoint
@@ -22,16 +20,13 @@ from bdexport.config import (
     PretrainConfig,
     TrainConfig,
 )
-from bdexport.dataset import load_dataset
 from bdexport.errors import UsageError
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
-from bdexport.preprocess import Preprocess
 from bdexport.train.data import Batch
 from bdexport.train.gumbel import relaxed_gates, sample_gates, straight_through
 from bdexport.train.phases import Curriculum, Finetune, PolicyPhase, Setting
 from bdexport.train.pipeline import train
-from bdexport.train.request import TrainRequest
 from bdexport.train.settings import with_assignments
 
 TINY = ResNetSpec("cifar", "basic", (1, 1, 1), (4, 4, 8), "option_a", 10)
@@ -217,37 +212,9 @@ def test_gradient_points_the_way_of_reinforce(phase_type: type[PolicyPhase]) -> 
     assert torch.nn.functional.cosine_similarity(estimate, exact, dim=0) > 0.8
 
 
-class Rows:
-    """Keeps the lines of a run."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    @contextmanager
-    def epoch(self, _title: str, _steps: int) -> Iterator[Callable[[], None]]:
-        yield lambda: None
-
-    def line(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def note(self, text: str) -> None:
-        """Not looked at."""
-
-
-def request(out: Path) -> TrainRequest:
-    return TrainRequest(
-        network=ResNetSpec("cifar", "basic", (1, 1, 1), (8, 8, 16), "option_a", 10),
-        preprocess=Preprocess(size=(12, 12)),
-        train=load_dataset("digits", None, "train", limit=512),
-        validation=load_dataset("digits", None, "validation"),
-        out=out,
-        device="cpu",
-    )
-
-
 def test_a_run_with_gates_learns_and_meets_its_budget(tmp_path: Path) -> None:
     """Oracle: chance is 10 %, the budget 2 of 3 blocks."""
-    rows = Rows()
+    rows = Recorder()
     train(request(tmp_path / "run"), CONFIG, rows)
     result = load_checkpoint(tmp_path / "run").training["validation"]["policy"]
     assert result["accuracy"] > 30
@@ -268,5 +235,5 @@ def test_a_run_with_gates_learns_and_meets_its_budget(tmp_path: Path) -> None:
 def test_settings_without_a_gradient_are_refused(assignments: list[str], message: str, tmp_path: Path) -> None:
     """Oracle: the sentence, and no folder."""
     with pytest.raises(UsageError, match=message):
-        train(request(tmp_path / "run"), with_assignments(CONFIG, assignments), Rows())
+        train(request(tmp_path / "run"), with_assignments(CONFIG, assignments), Recorder())
     assert not (tmp_path / "run").exists()

@@ -124,8 +124,8 @@ def test_other_settings_are_named(straight: tuple[Path, Recorder]) -> None:
         train(request(straight[0]), changed, Recorder())
 
 
-def test_another_base_of_the_same_name_is_noticed(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
-    """Oracle: the base's hash differs; a run of a version that did not record it goes on, once with any."""
+def test_another_base_or_teacher_of_the_same_name_is_noticed(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: a hash differs; a run of a version that did not record it goes on, once with any."""
     out = tmp_path / "run"
     shutil.copytree(straight[0], out)
     with pytest.raises(TrainingError, match="base_sha256 was None, now 'abc'"):
