@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import platform
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,16 +20,17 @@ from bdexport import __version__
 from bdexport.architecture import Shortcut
 from bdexport.backends import backend_class, get_builder
 from bdexport.backends.base import Backend, BuildOptions
+from bdexport.build_engines import build_engines
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
 from bdexport.calibrate import CalibrationRequest, Scales, scales_for
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import CALIBRATED, BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
-from bdexport.engine_cache import EngineCache, engine_key, engine_recipe
-from bdexport.errors import BuildError, OutputError, UsageError
+from bdexport.engine_cache import EngineCache
+from bdexport.errors import UsageError
 from bdexport.export import Progress, Specs, export_parts
-from bdexport.files import default_cache_folder, making_folder, sha256_file, write_bytes
+from bdexport.files import default_cache_folder, making_folder, sha256_file
 from bdexport.fusing import Fusing, check_fusing, check_size
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
@@ -45,7 +44,6 @@ from bdexport.zoo import zoo_name
 GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
 DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
 STATISTICS = "policy_statistics"  # of a checkpoint's training record; the manifest keeps it apart
-BUILT, REUSED, REBUILT = "built", "reused", "rebuilt"
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def bundle_from_model(
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
         scales = _scales(graphs, model, checkpoint, config, calibration, report)
         typed = typed_graphs(graphs, config.precision, backend.name, Path(typed_folder), scales)
-        engines, outcomes, notes = _build_engines(
+        engines, outcomes, notes = build_engines(
             typed, staging / ENGINES, backend, options, config.jobs, model, cache, report
         )
         notes += [] if scales is None else scales.notes
@@ -205,107 +203,6 @@ def _scales(
     request = calibration or CalibrationRequest()
     names = checkpoint.class_names
     return scales_for(model, graphs, checkpoint.preprocess, request, class_names=names, progress=report)[0]
-
-
-# ---- engines ----------------------------------------------------------------------------------------------------
-
-
-def _build_engines(
-    graphs: Mapping[str, Path],
-    folder: Path,
-    backend: Backend,
-    options: BuildOptions,
-    jobs: int,
-    model: BlockDropNet,
-    cache: EngineCache | None,
-    report: Progress,
-) -> tuple[dict[str, Path], dict[str, str], list[str]]:
-    """Engine files by part, what became of each (:class:`BuiltBundle`), and notes."""
-    folder.mkdir()
-    recipe = engine_recipe(backend, options)
-    notes: list[str] = []
-    going = _Going(report, len(graphs))
-    options = replace(options, cache_folder=None if cache is None else cache.folder.parent, progress=going.step)
-
-    def engine_of(part: str) -> tuple[Path, str]:
-        engine = folder / f"{part}{backend.engine_suffix}"
-        key = engine_key(recipe, graphs[part])
-        outcome = BUILT if cache is None else _from_cache(cache, key, engine, part, notes)
-        if outcome != REUSED:
-            backend.build_part(part, graphs[part], engine, options, model)
-            if not engine.is_file():
-                raise BuildError(f"{part} [{backend.name}]: the backend left no engine", expected=engine.name)
-            if cache is not None:
-                _to_cache(cache, key, engine, notes)
-        return engine, outcome
-
-    # Threads, not processes: backends build in native code, which leaves the interpreter free.
-    done: dict[str, tuple[Path, str]] = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(engine_of, part): part for part in graphs}
-        try:
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                going.finished(futures[future])
-        except BaseException:  # a part that failed, or Ctrl-C: do not start the others, nor go on with those begun
-            going.on = False
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    engines = {part: done[part][0] for part in graphs}
-    return engines, {part: done[part][1] for part in graphs}, notes
-
-
-class _Going:
-    """How far the engines are, as the bar shows it, and whether to go on with them. Told by several threads."""
-
-    def __init__(self, report: Progress, parts: int) -> None:
-        self._report, self._parts = report, parts
-        self._shares: dict[str, float] = {}
-        self._lock = threading.Lock()
-        self.on = True
-        report("engines", 0, parts)
-
-    def step(self, part: str, share: float) -> bool:
-        """See :data:`bdexport.backends.base.PartProgress`."""
-        with self._lock:
-            self._shares[part] = share
-            self._report("engines", sum(self._shares.values()), self._parts)
-        return self.on
-
-    def finished(self, part: str) -> None:
-        """The part is there, built or from the cache."""
-        self.step(part, 1.0)
-
-
-def _from_cache(cache: EngineCache, key: str, engine: Path, part: str, notes: list[str]) -> str:
-    try:
-        data = cache.fetch(key)
-    except ValueError:
-        notes.append(f"engine cache: the copy of {part} was damaged and has been built again")
-        return REBUILT
-    except OSError as error:
-        _note_once(notes, f"engine cache: {cache.folder} cannot be read ({error.strerror}); engines were built")
-        return BUILT
-    if data is None:
-        return BUILT
-    write_bytes(engine, data)
-    return REUSED
-
-
-def _to_cache(cache: EngineCache, key: str, engine: Path, notes: list[str]) -> None:
-    try:
-        cache.store(key, engine.read_bytes())
-    except OutputError as error:  # the bundle does not need the cache, but its owner should know
-        reason = getattr(error.__cause__, "strerror", None) or error
-        _note_once(notes, f"engine cache: {cache.folder} cannot be written ({reason}); engines are not kept")
-
-
-def _note_once(notes: list[str], note: str) -> None:
-    if note not in notes:
-        notes.append(note)
-
-
-# ---- manifest ---------------------------------------------------------------------------------------------------
 
 
 def _part_entries(

@@ -40,7 +40,8 @@ from bdexport.backends.tensorrt_common import (
     read_layers,
     write_engine,
 )
-from bdexport.build import BUILT, REUSED, BuiltBundle, build_bundle, bundle_from_model
+from bdexport.build import BuiltBundle, build_bundle, bundle_from_model
+from bdexport.build_engines import BUILT, REUSED
 from bdexport.bundle import Bundle, open_bundle
 from bdexport.calibrate import CalibrationRequest, calibrated
 from bdexport.cli.main import main

@@ -17,7 +17,8 @@ import bdexport
 from bdexport.backends.base import BuildOptions
 from bdexport.backends.null import NullBackend
 from bdexport.backends.torch import TorchBackend
-from bdexport.build import BUILT, REBUILT, REUSED, build_bundle, bundle_from_model, default_bundle_path
+from bdexport.build import build_bundle, bundle_from_model, default_bundle_path
+from bdexport.build_engines import BUILT, REBUILT, REUSED
 from bdexport.bundle import open_bundle
 from bdexport.checkpoint import save_checkpoint
 from bdexport.config import BuildConfig
