@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from bdexport.cli.console import STDOUT
-from bdexport.errors import UsageError
+from bdexport.errors import OutputError, UsageError
 
 LEAVE_OUT = "leave it out"
 
@@ -34,8 +34,18 @@ def writable(target: str | None) -> str | None:
     if target is not None and target != STDOUT:
         from bdexport.files import check_writable
 
-        check_writable(Path(target))
+        path = Path(target)
+        check_writable(path)
+        if path.is_file() and not _may_be_json(path):
+            raise OutputError(f"{target}: the file is there and holds no JSON", remedy="choose another name for --json")
     return target
+
+
+def _may_be_json(path: Path) -> bool:
+    """Whether nothing but an older result is lost when the file is replaced."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    return start[:1] in (b"", b"{", b"[")
 
 
 def refuse_threads(context: typer.Context, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -68,6 +69,18 @@ class Dataset:
         for start in range(0, len(self), batch):
             rows = slice(start, start + batch)
             yield preprocess.normalise(self.fitted(preprocess, rows)), self.labels[rows]
+
+    def digest(self) -> str:
+        """SHA-256 over class names, labels and the images: their pixels, or for files their names and sizes."""
+        digest = hashlib.sha256("\n".join(self.class_names).encode())
+        digest.update(np.ascontiguousarray(self.labels).data)
+        if isinstance(self.source, np.ndarray):
+            digest.update(np.ascontiguousarray(self.source).data)
+        else:
+            for path in self.source:
+                size = path.stat().st_size if path.is_file() else -1
+                digest.update(f"{path.name} {size}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def first(self, count: int) -> Dataset:
         """The first ``count`` images, or all when there are fewer."""

@@ -58,13 +58,16 @@ class Curves:
         }
 
 
+MENDED = "give the run's command again, which mends it"
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``. Raises ReportError naming the line that is damaged."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ReportError(f"{path}: not text ({why(error)})", remedy="name another run") from error
+        raise ReportError(f"{path}: not text ({why(error)})", remedy=MENDED) from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -72,7 +75,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise MalformedError("no object with a phase")
         except (ValueError, RecursionError) as error:
             raise ReportError(
-                f"{path}: line {number} is damaged ({why(error)})", remedy="resume or repeat the run"
+                f"{path}: line {number} is damaged ({why(error)})",
+                remedy="give the run's command again, which mends it",
             ) from error
         rows.append(row)
     return rows

@@ -6,6 +6,8 @@ from dataclasses import fields
 
 from bdexport.config import TrainConfig
 
+HEAVY = 100.0  # a loss weight beyond that is as likely at fault as a rate
+
 
 def calmer(config: TrainConfig, group: str, part: str, bf16: bool) -> str:
     """Against a loss or a weight that is not finite.
@@ -17,8 +19,22 @@ def calmer(config: TrainConfig, group: str, part: str, bf16: bool) -> str:
     names = [field.name for field in fields(rates) if field.name.endswith("learning_rate")]
     own = "network_learning_rate" if part == "network" else "policy_learning_rate"
     name = own if own in names else names[0]
-    precision = ", or --precision fp32" if bf16 else ""
-    return f"in another --out, try --set {group}.{name}={getattr(rates, name) / 3:.2g}{precision}"
+    others = ["--precision fp32"] if bf16 else []
+    if config.distillation_weight > HEAVY:
+        others.append("--distillation 1")
+    if config.method in ("act", "sact") and config.halting.ponder_weight > HEAVY:
+        others.append("--set halting.ponder_weight=0.01")
+    return ", or ".join([f"in another --out, try --set {group}.{name}={getattr(rates, name) / 3:.2g}", *others])
+
+
+def last_learned(config: TrainConfig, frozen: str) -> str:
+    """The group of the phase that trained the network before the phase ``frozen``, which only runs it.
+
+    Without one, what the base gives is at fault, and lowering no rate helps: the phase's own group.
+    """
+    if config.adapt.epochs:
+        return "adapt"
+    return "pretrain" if config.pretrain.epochs else frozen
 
 
 def against_collapse(config: TrainConfig, keeps: bool) -> str:

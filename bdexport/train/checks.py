@@ -25,7 +25,8 @@ def checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
     if request.base_only and request.initial is not None:
         raise UsageError("--base-only with --base: nothing to train", remedy="leave one of them out")
     for split in (request.train, request.validation):
-        check_classes(split, request.network.num_classes, split.class_names)
+        known = () if request.initial is None else request.initial.class_names
+        check_classes(split, request.network.num_classes, known)
     if request.base_only:
         config = replace(
             config,
@@ -56,7 +57,7 @@ def checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
         )
     _check_policy(config.policy, request.network.num_blocks)
     if config.method == "blockdrop" and config.policy.estimator == "marginal" and not request.base_only:
-        _check_marginal(config)
+        _check_marginal(config, request.network.num_blocks)
     return config
 
 
@@ -74,11 +75,19 @@ def _check_policy(policy: PolicyConfig, num_blocks: int) -> None:
             raise UsageError("alpha", got=alpha, expected="above 0.5, at most 1")
 
 
-def _check_marginal(config: TrainConfig) -> None:
-    if not config.adapt.levels:
+def _check_marginal(config: TrainConfig, num_blocks: int) -> None:
+    levels = levels_from_text(config.adapt.levels, num_blocks)
+    if not levels:
         raise UsageError("estimator marginal", got="no levels", expected="--set adapt.levels=15,10,7,5 or the like")
     if config.policy.target_blocks is None:
         raise UsageError("estimator marginal", got="no block budget", expected="--target-blocks")
+    if len(levels) < 2 or config.policy.target_blocks > levels[0]:
+        raise UsageError(
+            "adapt.levels",
+            got=f"{config.adapt.levels} for {config.policy.target_blocks:g} blocks on average",
+            expected="two levels or more, the highest not below the budget: the policy gives each image one of them",
+            remedy="pass --set adapt.levels=.. or another --target-blocks",
+        )
 
 
 def _check_fixed(request: TrainRequest, config: TrainConfig) -> None:
@@ -88,6 +97,8 @@ def _check_fixed(request: TrainRequest, config: TrainConfig) -> None:
             raise UsageError("fixed.kept", got=kept, expected=f"1 to {num_blocks} blocks", remedy="pass --kept K")
         return
     fixed_strategy(mask, kept, 0, BlockDropNet(request.network))
+    if kept == 0:
+        raise UsageError("fixed.kept", got=kept, expected=f"1 to {num_blocks} blocks", remedy="pass --kept K")
 
 
 def check_size(model: BlockDropNet, preprocess: Preprocess) -> None:

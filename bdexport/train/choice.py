@@ -15,6 +15,7 @@ from bdexport.train.reporter import Reporter
 from bdexport.train.state import Best, RunState, Weights, weights_of
 
 COLLAPSED_EPOCHS = 3  # so many finetuning epochs in a row end a run whose policy has collapsed
+WRECKED_LOSS = 1e4  # beyond what a loss that can still be learned from comes to, a teacher's share included
 BUDGET_TOLERANCE = 0.02  # of K: a model this little above the target still meets it
 
 
@@ -91,12 +92,19 @@ class GoodModel:
     has_policy: bool  # or gates: whatever decides has learned
 
 
+def decision_trained(row: dict[str, Any]) -> bool:
+    """Whether policy or gates had learned by this epoch of a run that has them."""
+    return row["phase"] in ("curriculum", "finetune", "finetune_halting")
+
+
 def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
     """The best finetuned model, or before any the last epoch's; None where there is none or its policy is collapsed."""
     if not state.history:
         return None
     row = state.history[-1]
-    has_policy = row["phase"] in ("curriculum", "finetune", "finetune_halting")
+    has_policy = decision_trained(row)
+    if row["train"]["loss"] > WRECKED_LOSS or (has_policy and row["validation"]["blocks_used"]["mean"] == 0):
+        return None
     if "score" not in row:
         return GoodModel(state.model, row, has_policy)
     if state.best is None:

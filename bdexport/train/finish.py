@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bdexport import __version__
@@ -15,9 +16,9 @@ from bdexport.evaluate import keep_all, policy_statistics
 from bdexport.hardware import machine
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
-from bdexport.retarget import policy_logits, retarget
+from bdexport.retarget import policy_logits, retarget, shift_for
 from bdexport.train.advice import against_one_mask
-from bdexport.train.choice import good_model
+from bdexport.train.choice import decision_trained, good_model
 from bdexport.train.data import TrainingData
 from bdexport.train.loop import validation_outcome
 from bdexport.train.phases import Setting
@@ -44,6 +45,8 @@ def finish(
         training["processes"] = setting.world.size
     decides = learns_decisions(request, config)
     if decides:
+        if not goes_on(request, config) and not any(decision_trained(row) for row in state.history):
+            reporter.note("warning: what decides about blocks was not trained: its masks are those of a random start")
         training |= _decided_result(request, config, setting, data, reporter)
     elif config.method == "fixed":
         training |= _fixed_result(request, config, setting, data)
@@ -71,7 +74,10 @@ def _decided_result(
         result["logit_shift"] = _settle_budget(config, setting, data, reporter)
     settled = _settle_batch_norm(config, setting, data, reporter)
     outcome = validation_outcome(setting, data.validation, None)
-    if outcome.unique_masks == 1 and config.method in ("blockdrop", "sequential"):
+    used = float(outcome.blocks_used.mean())
+    if used in (0.0, float(setting.num_blocks)) and config.method in ("blockdrop", "sequential"):
+        reporter.note(f"warning: the policy {'keeps' if used else 'drops'} every block for every image")
+    elif outcome.unique_masks == 1 and config.method in ("blockdrop", "sequential"):
         reporter.note(f"warning: {against_one_mask(config)}")
     figures = outcome.to_json(count_flops(setting.model, request.preprocess.size), with_policy=gates is None)
     decided = {"policy": figures} if gates is None else {"gates": {"kind": gates.spec.kind, **figures}}
@@ -88,8 +94,16 @@ def _settle_budget(config: TrainConfig, setting: Setting, data: TrainingData, re
         return 0.0
     setting.model.eval()
     logits = policy_logits(setting.model, data.validation.batches(config.evaluation_batch))
-    shift = retarget(setting.model, logits, target)
-    reporter.note(f"policy logits shifted by {shift:+.3f}: {target:g} blocks on average on the validation split")
+    shift = shift_for(logits, target)
+    reached = float((logits + np.float32(shift) >= 0).sum(axis=1).mean())
+    if reached == 0:
+        reporter.note(
+            f"warning: no shift of the policy's logits keeps any block within {target:g} on average: they are left as "
+            "they are; raise --target-blocks, or learn for more epochs"
+        )
+        return 0.0
+    retarget(setting.model, logits, target)
+    reporter.note(f"policy logits shifted by {shift:+.3f}: {reached:.2f} blocks on average on the validation split")
     return shift
 
 
@@ -171,7 +185,7 @@ def _record(
         "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "machine": machine(),
         "device": torch.cuda.get_device_name(setting.device) if setting.device.startswith("cuda") else None,
-        "precision": "bf16" if setting.bf16 else "fp32",
+        "precision": " and ".join(state.precisions),
         "torch": torch.__version__,
     }
 

@@ -36,6 +36,8 @@ def _run_phases(
     setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter, events: EventLog
 ) -> None:
     phases = [phase(setting) for phase in phases_of(setting.config)]
+    if state.phase > len(phases) or (state.phase < len(phases) and state.epoch > phases[state.phase].epochs):
+        raise TrainingError(f"the run's {STATE_FILE} is beyond its last epoch", remedy="train into another folder")
     for index in range(state.phase, len(phases)):
         phase = phases[index]
         if phase.epochs > state.epoch:
@@ -76,7 +78,13 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
         state.fixed_mask, state.order = setting.fixed_mask, setting.order
     phase.start()
     for optimiser, saved in zip(phase.optimisers, state.optimisers, strict=False):
-        optimiser.load_state_dict(saved)
+        try:
+            optimiser.load_state_dict(saved)
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"the run's {STATE_FILE} holds other optimisers than {phase.name}'s ({error})",
+                remedy="train into another folder",
+            ) from error
 
 
 def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporter) -> dict[str, Any]:

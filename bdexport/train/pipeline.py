@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from bdexport.config import TrainConfig
-from bdexport.errors import DivergedError
+from bdexport.dataset import unnamed_classes
+from bdexport.errors import DivergedError, TrainingError
 from bdexport.files import holding
 from bdexport.train.checks import agree, check_same_run, checked
 from bdexport.train.distributed import ALONE, World, check_batches
@@ -21,7 +22,7 @@ from bdexport.train.phases import Phase, Setting
 from bdexport.train.prepare import bytes_to_load, chosen_device, chosen_precision, new_setting, training_data
 from bdexport.train.reporter import Reporter
 from bdexport.train.request import TrainRequest, just_pruned
-from bdexport.train.state import MODEL_FILE, RunState, load_state
+from bdexport.train.state import MODEL_FILE, STATE_FILE, RunState, load_state, save_metrics
 
 
 def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world: World = ALONE) -> Path:
@@ -59,17 +60,13 @@ def _run(
     world = setting.world
     if world.size > 1:
         reporter.note(f"{world.size} processes, each with its shard of every batch")
-    state = world.once(lambda: load_state(request.out))
-    if state is None:
-        state = RunState()
-    else:
-        restore(state, setting)
-        reporter.note(f"resuming {request.out}: {len(state.history)} epochs are done")
+    state = _standing(request, setting, resumed, reporter)
     if state.finished and (request.out / MODEL_FILE).is_file():
+        world.once(lambda: save_metrics(request.out, state))  # a report reads them: mended, if they were damaged
         reporter.note(f"{request.out} is complete already")
         return request.out / MODEL_FILE
-    if resumed and not state.history:
-        reporter.note(f"resuming {request.out} from its start: its first epoch was not finished")
+    for note in () if request.initial is None else unnamed_classes(request.train, request.initial.class_names):
+        reporter.note(note)
     if config.distillation_weight > 0 and not request.teachers and just_pruned(request):
         reporter.note("warning: the teacher is the pruned base itself; better: --teacher with the network it was")
     plan = memory_plan(setting, request.preprocess.size, bytes_to_load(request, setting.device))
@@ -85,3 +82,28 @@ def _run(
         except DivergedError as error:
             raise with_last_good(error, request, config, setting, state) from error
         return finish(request, config, setting, data, state, reporter)
+
+
+def _standing(request: TrainRequest, setting: Setting, resumed: bool, reporter: Reporter) -> RunState:
+    """Where the run stands, with its weights put in place; says what it goes on from, and if in another precision."""
+    precision = "bf16" if setting.bf16 else "fp32"
+    state = setting.world.once(lambda: load_state(request.out))
+    if state is None:
+        if (request.out / MODEL_FILE).exists():
+            raise TrainingError(
+                f"{request.out}: holds a model, but not the {STATE_FILE} of the run that made it",
+                remedy="move the model away to train it again, or choose another --out",
+            )
+        state = RunState()
+    else:
+        restore(state, setting)
+        reporter.note(f"resuming {request.out}: {len(state.history)} epochs are done")
+    if state.finished:
+        return state
+    if resumed and not state.history:
+        reporter.note(f"resuming {request.out} from its start: its first epoch was not finished")
+    if precision not in state.precisions:
+        if state.precisions and state.history:
+            reporter.note(f"note: the run was in {state.precisions[-1]} so far, and goes on in {precision}")
+        state.precisions.append(precision)
+    return state

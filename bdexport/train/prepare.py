@@ -7,9 +7,9 @@ import torch
 
 from bdexport.checkpoint import Checkpoint, build_model
 from bdexport.config import TrainConfig
-from bdexport.dataset import Dataset
+from bdexport.dataset import Dataset, check_classes
 from bdexport.dataset.base import Pixels, all_of
-from bdexport.errors import ImageError, UsageError
+from bdexport.errors import DatasetError, ImageError, UsageError
 from bdexport.hardware import machine
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.policy import PolicyNet
@@ -83,8 +83,17 @@ def _teacher(name: str, found: Checkpoint, request: TrainRequest, device: str) -
     """A network to distil from, frozen. It must know the same classes and read the same preprocessed images."""
     if found.network.num_classes != request.network.num_classes:
         raise UsageError(
-            f"teacher {name}", got=f"{found.network.num_classes} classes", expected=request.network.num_classes
+            f"teacher {name}",
+            got=f"{found.network.num_classes} classes",
+            expected=request.network.num_classes,
+            remedy="name a network for the same data",
         )
+    try:
+        check_classes(request.train, request.network.num_classes, found.class_names)
+    except DatasetError as error:
+        raise UsageError(
+            f"teacher {name}: {error.what}", got=error.got, expected=error.expected, remedy=error.remedy
+        ) from error
     if found.preprocess != request.preprocess:
         raise UsageError(
             f"teacher {name}: another preprocessing than the base's",

@@ -92,7 +92,12 @@ def description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
         "policy": wanted_policy(request, config).to_json(),
         "gates": None if (gates := wanted_gates(config)) is None else gates.to_json(),
         "preprocess": request.preprocess.to_json(),
-        "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
+        "dataset": {
+            "name": request.train.name,
+            "train": len(request.train),
+            "validation": len(request.validation),
+            "sha256": [request.train.digest(), request.validation.digest()],
+        },
         "base": request.base,
         "base_sha256": request.base_sha256,
         "teachers": [name for name, _ in request.teachers],

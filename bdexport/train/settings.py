@@ -13,26 +13,28 @@ from bdexport.errors import UsageError
 Settings = TypeVar("Settings")
 
 ANY = float("inf")
-HIGHEST_RATE = 1e30  # what diverges is stopped with advice; beyond that, Adam itself overflows
+HIGHEST = 1e30  # what diverges is stopped with advice; beyond that, float32 itself overflows
 RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not listed is anything from 0 on
+    # A batch: batch norm needs two images.
     "seed": (0, 2**63 - 1),  # what torch's generators take
     "distillation_temperature": (0.01, 1000),
     "evaluation_batch": (1, ANY),
-    "pretrain.batch": (1, ANY),
-    "prime.batch": (1, ANY),
-    "adapt.batch": (1, ANY),
+    "pretrain.batch": (2, ANY),
+    "prime.batch": (2, ANY),
+    "adapt.batch": (2, ANY),
     "adapt.keep_low": (0, 1),
     "adapt.keep_high": (0, 1),
     "adapt.full_share": (0, 1),
     "adapt.final_rate": (0, 1),
     "adapt.order_images": (1, ANY),
-    "curriculum.batch": (1, ANY),
+    "curriculum.batch": (2, ANY),
     "curriculum.epoch_share": (0, 1),
     "curriculum.blocks_per_epoch": (1, ANY),
-    "finetune.batch": (1, ANY),
+    "finetune.batch": (2, ANY),
     "finetune.policy_share": (0, 1),
     "finetune.full_share": (0, 0.99),  # the policy learns nothing from images that run every block
     "finetune.level_share": (0, 0.99),
+    "fixed.search_images": (1, ANY),
     "halting.margin": (1e-6, 0.5),
     "halting.initial_logit": (-100, 100),
     "policy.samples": (1, 1000),
@@ -45,7 +47,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "policy.stem_stride": (1, 16),
     "policy.initial_keep_logit": (-100, 100),
     "policy.wrong_prediction_penalty": (0, 1e6),
-    **{f"{name}learning_rate": (0, HIGHEST_RATE) for name in ("curriculum.", "finetune.network_", "finetune.policy_")},
+    **{f"{name}learning_rate": (0, HIGHEST) for name in ("curriculum.", "finetune.network_", "finetune.policy_")},
 }
 
 
@@ -185,8 +187,11 @@ def _converted(path: str, value: Any, kind: Any) -> Any:
         raise UsageError(path, got=repr(value), expected=expected, remedy=how_to_set(path)) from None
     # A number is a count, a rate or a weight, but for those that RANGES lets be negative.
     lowest = min(0.0, RANGES.get(path, (0.0, ANY))[0])
-    if isinstance(converted, float | int) and not lowest <= converted < ANY:
+    highest = HIGHEST if isinstance(converted, float) else ANY
+    if isinstance(converted, float | int) and not lowest <= converted <= highest:
         expected = "a finite number, not negative" if lowest == 0 else f"a finite number, at least {lowest:g}"
+        if highest < converted < ANY:
+            expected = f"at most {highest:g}"
         raise UsageError(path, got=repr(value), expected=expected, remedy=how_to_set(path))
     return converted
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,7 @@ class RunState:
     best: Best | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    precisions: list[str] = field(default_factory=list)  # fp32 or bf16; both where a run went on elsewhere
 
 
 def generator_for(seed: int, phase: int, epoch: int, device: str) -> torch.Generator:
@@ -81,6 +83,11 @@ def save_state(run: Path, state: RunState) -> None:
     buffer = io.BytesIO()  # torch's own file writer turns a full disk into an assertion
     torch.save(blob, buffer)
     write_bytes(run / STATE_FILE, buffer.getvalue())
+    save_metrics(run, state)
+
+
+def save_metrics(run: Path, state: RunState) -> None:
+    """Write the epochs of the state as ``metrics.jsonl``."""
     write_text(run / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in state.history))
 
 
@@ -90,14 +97,23 @@ def load_state(run: Path) -> RunState | None:
     if not path.is_file():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
         blob = torch.load(path, map_location="cpu", weights_only=True)
         if blob["best"] is not None:
             score, weights, figures = blob["best"]
             blob["best"] = Best(tuple(score), weights, figures)
         if not all(isinstance(row, dict) and isinstance(row.get("phase"), str) for row in blob["history"]):
             raise ValueError("an epoch of its history names no phase")
+        if not all(isinstance(blob[name], int) and blob[name] >= 0 for name in ("phase", "epoch")):
+            raise ValueError("phase and epoch are no counts")
         return RunState(**blob)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+    except (
+        *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, IndexError, TypeError, ValueError),
+        zipfile.BadZipFile,
+    ) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(
             f"{path}: the run's state cannot be read ({first})", remedy="train into another folder, or delete this one"
@@ -126,6 +142,10 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
             before["settings"] = TrainConfig().to_json() | before["settings"]
         unasked = [name for name in ("base_sha256", "teachers_sha256") if name not in before]  # by its older version
         before |= {name: description[name] for name in unasked if name in description}
+        data = before.get("dataset")
+        if isinstance(data, dict) and "sha256" not in data and "dataset" in description:
+            unasked.append("dataset")
+            before["dataset"] = data | {"sha256": description["dataset"]["sha256"]}
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: unreadable ({why(error)})", remedy="choose another --out") from error
     changed = differences(before, json.loads(json.dumps(description)))

@@ -32,7 +32,7 @@ def test_json_on_stdout_is_nothing_but_json(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch", "0"], "pretrain.batch: got 0, expected at least 1"),
+        (["--batch", "0"], "pretrain.batch: got 0, expected at least 2"),
         (["--set", "preset=paper"], "--preset"),
         (["--base", "nowhere.th"], "nowhere.th: no such file"),
         (["--arch", "resnet9"], "unknown architecture"),
@@ -59,6 +59,8 @@ def test_a_wrong_request_leaves_no_run(
         (["--method", "act", "--estimator", "marginal"], "leave it out"),
         (["--method", "act"], "two blocks or more"),  # ResNet-8 has one a stage
         (["--method", "fixed", "--mask", "000"], "at least one block"),
+        (["--method", "fixed", "--mask", "first-k", "--kept", "0"], "pass --kept"),
+        (["--set", "halting.margin=0.4"], "--set halting.margin has no effect with method blockdrop"),
     ],
 )
 def test_options_without_effect_are_refused(
@@ -72,17 +74,29 @@ def test_options_without_effect_are_refused(
     assert not out.exists()
 
 
+def test_json_replaces_no_file_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the bytes that were there; an older result is replaced."""
+    result = tmp_path / "model.safetensors"
+    result.write_bytes(b"\x10\x00 a model")
+    assert main(["zoo", "--json", str(result)]) == 1
+    assert "holds no JSON" in capsys.readouterr().err
+    assert result.read_bytes() == b"\x10\x00 a model"
+    result.write_text("{}\n")
+    assert main(["zoo", "--json", str(result)]) == 0
+    assert json.loads(result.read_text())["schema"]
+
+
 def test_the_record_says_which_files_base_and_teacher_were(tmp_path: Path) -> None:
     """Oracle: the file's own hash, in what a resumed run must agree with and in the model's record."""
     assert main([*TINY, "--out", str(tmp_path / "base")]) == 0
     line = ["train", "--base", str(tmp_path / "base"), "--dataset", "digits", "--preset", "smoke", "--device", "cpu"]
     line += ["--method", "fixed", "--mask", "101", "--adapt-epochs", "0", "--finetune-epochs", "1", "--batch", "256"]
     line += ["--teacher", str(tmp_path / "base")]
-    assert main([*line, "--fresh-policy", "--out", str(tmp_path / "run")]) == 0
+    assert main([*line, "--out", str(tmp_path / "run")]) == 0
     expected = sha256_file(tmp_path / "base" / "model.safetensors")
     for record in (
         json.loads((tmp_path / "run" / "run.json").read_text()),
         load_checkpoint(tmp_path / "run").training,
     ):
         assert (record["base_sha256"], record["teachers_sha256"]) == (expected, [expected])
-        assert record["fresh_policy"]
+        assert record["fresh_policy"] is False

@@ -12,7 +12,7 @@ from training_cases import CONFIG, Recorder, request
 
 from bdexport.config import Estimator, FinetuneConfig, Method, PolicyConfig, TrainConfig, preset
 from bdexport.errors import DivergedError
-from bdexport.train.advice import against_collapse, against_one_mask, calmer
+from bdexport.train.advice import against_collapse, against_one_mask, calmer, last_learned
 from bdexport.train.pipeline import train
 from bdexport.train.settings import with_assignments
 
@@ -57,6 +57,22 @@ def test_gamma_is_named_where_it_decides(estimator: Estimator, target: float | N
 def test_a_third_of_the_learning_rate_that_diverged(group: str, part: str, bf16: bool, expected: str) -> None:
     """Oracle: by hand, of the preset cpu; fp32 is advised only where it is not what ran."""
     assert calmer(preset("cpu", 15), group, part, bf16) == f"in another --out, try {expected}"
+
+
+def test_a_heavy_loss_is_named_beside_the_rate() -> None:
+    """Oracle: by hand; a weight of 1e30 needs no high rate to diverge."""
+    heavy = with_assignments(preset("cpu", 15), ["distillation_weight=1e30"])
+    assert calmer(heavy, "finetune", "network", bf16=False).endswith(", or --distillation 1")
+    heavy = with_assignments(preset("cpu", 15), ["method=act", "halting.ponder_weight=1e30"])
+    assert calmer(heavy, "finetune", "network", bf16=False).endswith(", or --set halting.ponder_weight=0.01")
+
+
+def test_a_frozen_network_was_spoiled_by_the_phase_before() -> None:
+    """Oracle: by hand, of the preset cpu."""
+    assert last_learned(preset("cpu", 15), "curriculum") == "adapt"
+    none = with_assignments(preset("cpu", 15), ["adapt.epochs=0"])
+    assert last_learned(none, "curriculum") == "pretrain"
+    assert last_learned(with_assignments(none, ["pretrain.epochs=0"]), "curriculum") == "curriculum"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_cases import CONFIG, CutError, Recorder, request, weights_of
@@ -27,6 +29,7 @@ from bdexport.config import (
 )
 from bdexport.errors import DivergedError, OutputError, TrainingError, UsageError
 from bdexport.files import holding
+from bdexport.train import pipeline
 from bdexport.train.choice import good_model
 from bdexport.train.pipeline import train
 from bdexport.train.state import METRICS_FILE, STATE_FILE, Best, RunState, load_state
@@ -140,6 +143,109 @@ def test_another_base_or_teacher_of_the_same_name_is_noticed(straight: tuple[Pat
         train(request(out, base_sha256="def"), CONFIG, Recorder())
     with pytest.raises(TrainingError, match=r"teachers_sha256 was \[\], now \['123'\]"):
         train(request(out, base_sha256="abc", teachers_sha256=("123",)), CONFIG, Recorder())
+
+
+def test_other_data_of_the_same_size_are_noticed(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: one pixel, one label and one class name more or less; the run is as it was."""
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    same = request(out)
+    pixels = np.array(same.train.source)
+    pixels[7, 3, 3] ^= 1
+    labels = same.train.labels.copy()
+    labels[[0, 1]] = labels[[1, 0]] if labels[0] != labels[1] else (labels[0] + 1) % 10
+    names = (*same.train.class_names[:-1], "nine")
+    changes = [{"source": pixels}, {"labels": labels}, {"class_names": names}]
+    for other in (replace(same.train, **change) for change in changes):  # type: ignore[arg-type]
+        with pytest.raises(TrainingError, match=r"dataset\.sha256 was"):
+            train(request(out, train=other), CONFIG, Recorder())
+    assert train(same, CONFIG, Recorder()).is_file()
+
+
+def test_a_run_of_an_older_version_without_the_data_s_hash_goes_on(
+    straight: tuple[Path, Recorder], tmp_path: Path
+) -> None:
+    """Oracle: the hash is there afterwards."""
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    record = json.loads((out / "run.json").read_text())
+    digests = record["dataset"].pop("sha256")
+    (out / "run.json").write_text(json.dumps(record))
+    assert train(request(out), CONFIG, Recorder()).is_file()
+    assert json.loads((out / "run.json").read_text())["dataset"]["sha256"] == digests
+
+
+def test_a_model_without_the_state_that_made_it_is_not_trained_over(
+    straight: tuple[Path, Recorder], tmp_path: Path
+) -> None:
+    """Oracle: the model's bytes."""
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    (out / STATE_FILE).unlink()
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match=r"holds a model, but not the state\.pt"):
+        train(request(out), CONFIG, Recorder())
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_complete_run_mends_its_metrics(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: the file as the run had left it."""
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    before = (out / METRICS_FILE).read_bytes()
+    (out / METRICS_FILE).write_bytes(b"\xff\x00")
+    train(request(out), CONFIG, Recorder())
+    assert (out / METRICS_FILE).read_bytes() == before
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(tmp_path: Path) -> None:
+    """Oracle: the note on resuming, and both precisions in the model's record."""
+    out = tmp_path / "run"
+    config = replace(CONFIG, precision="auto", pretrain=replace(CONFIG.pretrain, epochs=1))
+    chosen = iter([(True, "bf16 units"), (False, "none here")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "chosen_precision", lambda _config, _device: next(chosen))
+        with pytest.raises(CutError):
+            train(request(out), config, Recorder(cut_in=("adapt", 1)))
+        recorder = Recorder()
+        train(request(out), config, recorder)
+    assert "note: the run was in bf16 so far, and goes on in fp32" in recorder.notes
+    assert load_checkpoint(out).training["precision"] == "bf16 and fp32"
+
+
+def test_a_policy_that_was_not_trained_is_called_that(tmp_path: Path) -> None:
+    """Oracle: no phase in which it learns has an epoch."""
+    none = replace(
+        CONFIG,
+        pretrain=replace(CONFIG.pretrain, epochs=1),
+        adapt=replace(CONFIG.adapt, epochs=0),
+        curriculum=replace(CONFIG.curriculum, epochs=0),
+        finetune=replace(CONFIG.finetune, epochs=0),
+    )
+    recorder = Recorder()
+    train(request(tmp_path / "run"), none, recorder)
+    assert any("was not trained" in note for note in recorder.notes)
+
+
+def test_a_budget_that_no_shift_meets_leaves_the_policy_as_it_is(tmp_path: Path) -> None:
+    """Oracle: all logits of a policy without weights are its bias, so that a shift keeps all blocks or none."""
+    whole = train(request(tmp_path / "base"), replace(CONFIG, pretrain=PretrainConfig(epochs=1)), Recorder())
+    base = load_checkpoint(whole)
+    constant = {"policy.fc.weight": torch.zeros_like(base.state["policy.fc.weight"])}
+    constant["policy.fc.bias"] = torch.full_like(base.state["policy.fc.bias"], 2.0)
+    initial = replace(base, state=base.state | constant)
+    recorder = Recorder()
+    still = replace(
+        CONFIG,
+        adapt=replace(CONFIG.adapt, epochs=0),
+        curriculum=replace(CONFIG.curriculum, epochs=0),
+        finetune=replace(CONFIG.finetune, epochs=0),
+    )
+    out = tmp_path / "run"
+    train(request(out, network=base.network, initial=initial, base="base"), still, recorder)
+    assert any("no shift of the policy's logits keeps any block" in note for note in recorder.notes)
+    assert any("keeps every block for every image" in note for note in recorder.notes)
+    assert load_checkpoint(out).training["validation"]["policy"]["blocks_used"]["mean"] == 3
 
 
 def test_a_run_without_a_finished_epoch_takes_other_settings(tmp_path: Path) -> None:
@@ -259,7 +365,20 @@ def test_a_damaged_state_is_reported(straight: tuple[Path, Recorder], tmp_path: 
         state.write_bytes(damaged)
         with pytest.raises(TrainingError, match=r"state\.pt: the run's state cannot be read"):
             train(request(out), CONFIG, Recorder())
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    middle = largest.header_offset + largest.file_size // 2 + 100  # a weight: the pickle does not notice
+    state.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(TrainingError, match=r"cannot be read \(.* in it is damaged\)"):
+        train(request(out), CONFIG, Recorder())
     blob = torch.load(io.BytesIO(whole), weights_only=True)
+    for wrong in ({"epoch": "x"}, {"phase": 1.5}, {"phase": -1}):
+        torch.save(blob | wrong, state)
+        with pytest.raises(TrainingError, match=r"phase and epoch are no counts"):
+            train(request(out), CONFIG, Recorder())
+    torch.save(blob | {"phase": 99}, state)
+    with pytest.raises(TrainingError, match=r"beyond its last epoch"):
+        train(request(out), CONFIG, Recorder())
     torch.save(blob | {"history": [{}]}, state)
     with pytest.raises(TrainingError, match=r"cannot be read \(an epoch of its history names no phase\)"):
         train(request(out), CONFIG, Recorder())
@@ -327,8 +446,18 @@ def test_the_last_good_model_is_the_best_before_the_collapse() -> None:
     """Oracle: by hand; the best finetuned epoch where its policy kept some blocks, before any the last epoch's."""
     weights = {"network.x": torch.ones(1)}
 
-    def state_of(*rows: tuple[str, int], best: tuple[int, float] | None) -> RunState:
-        history: list[dict[str, Any]] = [{"phase": name, "epoch": epoch} for name, epoch in rows]
+    def state_of(
+        *rows: tuple[str, int], best: tuple[int, float] | None, loss: float = 2.0, kept: float = 2.0
+    ) -> RunState:
+        history: list[dict[str, Any]] = [
+            {
+                "phase": name,
+                "epoch": epoch,
+                "train": {"loss": loss},
+                "validation": {"blocks_used": {"mean": kept}},
+            }
+            for name, epoch in rows
+        ]
         for row in history:
             if row["phase"] == "finetune":  # the phase whose epochs are scored
                 row["score"] = [1.0]
@@ -344,6 +473,8 @@ def test_the_last_good_model_is_the_best_before_the_collapse() -> None:
     assert tuned is not None
     assert (tuned.weights["network.x"].item(), tuned.figures["epoch"]) == (0.0, 1)
     assert good_model(state_of(("finetune", 1), best=(1, 0.0)), 3) is None
+    assert good_model(state_of(("curriculum", 1), best=None, kept=0.0), 3) is None
+    assert good_model(state_of(("adapt", 1), best=None, loss=157135.0), 3) is None
 
 
 def test_a_short_run_that_keeps_everything_is_warned_about(tmp_path: Path) -> None:

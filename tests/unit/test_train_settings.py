@@ -57,6 +57,9 @@ def test_a_refused_value_is_named_in_full() -> None:
         "distillation_temperature=0",
         "evaluation_batch=0",
         "adapt.batch=0",
+        "finetune.batch=1",
+        "adapt.weight_decay=1e39",
+        "fixed.search_images=0",
         "adapt.keep_high=2",
         "adapt.keep_high=0.1",  # below keep_low
         "curriculum.epoch_share=3",
@@ -72,9 +75,8 @@ def test_a_refused_value_is_named_in_full() -> None:
 )
 def test_numbers_that_no_run_can_work_with_are_refused(assignment: str) -> None:
     """Oracle: each of them ended a run in an internal error or a loss that is not a number."""
-    config = with_assignments(TrainConfig(), [assignment])
     with pytest.raises(UsageError, match=assignment.partition(".")[0].partition("=")[0]):
-        check_ranges(config)
+        check_ranges(with_assignments(TrainConfig(), [assignment]))
 
 
 @pytest.mark.parametrize("text", ["24,48", "24,48,0", "24,48,x", "24,48,9999999", "24,48,-96"])

@@ -99,7 +99,10 @@ class Phase:
 
     def calmer(self, part: str = "network") -> str:
         """What to change when ``part`` (network, policy or gates) has diverged."""
-        return advice.calmer(self.setting.config, self.settings or self.name, part, self.setting.bf16)
+        config, group = self.setting.config, self.settings or self.name
+        if part == "network" and not self.learns_network:
+            group = advice.last_learned(config, group)
+        return advice.calmer(config, group, part, self.setting.bf16)
 
     def _classification_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy plus, with a teacher, the softened KL divergence (Hinton et al., 2015)."""
