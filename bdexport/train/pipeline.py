@@ -65,10 +65,8 @@ def _run(
         world.once(lambda: save_metrics(request.out, state))  # a report reads them: mended, if they were damaged
         reporter.note(f"{request.out} is complete already")
         return request.out / MODEL_FILE
-    for note in () if request.initial is None else unnamed_classes(request.train, request.initial.class_names):
+    for note in _doubts(request, config):
         reporter.note(note)
-    if config.distillation_weight > 0 and not request.teachers and just_pruned(request):
-        reporter.note("warning: the teacher is the pruned base itself; better: --teacher with the network it was")
     plan = memory_plan(setting, request.preprocess.size, bytes_to_load(request, setting.device))
     check_memory(plan, phases[state.phase :], reporter.note)
 
@@ -82,6 +80,18 @@ def _run(
         except DivergedError as error:
             raise with_last_good(error, request, config, setting, state) from error
         return finish(request, config, setting, data, state, reporter)
+
+
+def _doubts(request: TrainRequest, config: TrainConfig) -> list[str]:
+    """What may be meant otherwise than it is, in a run that can go on all the same."""
+    doubts = [] if request.initial is None else unnamed_classes(request.train, request.initial.class_names)
+    if config.distillation_weight > 0 and not request.teachers and just_pruned(request):
+        doubts.append("warning: the teacher is the pruned base itself; better: --teacher with the network it was")
+    absent = sorted(set(range(request.network.num_classes)) - set(request.validation.labels.tolist()))
+    if absent:
+        names = ", ".join(repr(request.validation.class_names[label]) for label in absent[:10])
+        doubts.append(f"warning: no validation image is of {len(absent)} of the classes ({names}): choices ignore them")
+    return doubts
 
 
 def _standing(request: TrainRequest, setting: Setting, resumed: bool, reporter: Reporter) -> RunState:

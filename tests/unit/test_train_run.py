@@ -227,6 +227,15 @@ def test_a_policy_that_was_not_trained_is_called_that(tmp_path: Path) -> None:
     assert any("was not trained" in note for note in recorder.notes)
 
 
+def test_a_class_without_validation_images_is_named(tmp_path: Path) -> None:
+    """Oracle: the zeros are taken out of the validation split."""
+    whole = request(tmp_path / "run")
+    few = whole.validation.take(np.flatnonzero(whole.validation.labels != 0))
+    recorder = Recorder()
+    train(replace(whole, validation=few, base_only=True), replace(CONFIG, pretrain=PretrainConfig(epochs=1)), recorder)
+    assert "warning: no validation image is of 1 of the classes ('0'): choices ignore them" in recorder.notes
+
+
 def test_a_budget_that_no_shift_meets_leaves_the_policy_as_it_is(tmp_path: Path) -> None:
     """Oracle: all logits of a policy without weights are its bias, so that a shift keeps all blocks or none."""
     whole = train(request(tmp_path / "base"), replace(CONFIG, pretrain=PretrainConfig(epochs=1)), Recorder())
