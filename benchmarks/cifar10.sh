@@ -50,8 +50,10 @@ for run in resnet32-long resnet32-search5 resnet32-search7 resnet32-search7-long
   measure $run
 done
 measure resnet56-search9
-for blocks in 5 8 10; do # the frontier of one trained policy
-  bdexport retarget "$runs/resnet32" --target-blocks $blocks "${data[@]}" --out "$runs/resnet32-at-$blocks.safetensors"
-  measure resnet32-at-$blocks.safetensors
+for run in resnet32 resnet32-long; do # the frontier of a trained policy
+  for blocks in 5 8 10; do
+    bdexport retarget "$runs/$run" --target-blocks $blocks "${data[@]}" --out "$runs/$run-at-$blocks.safetensors"
+    measure $run-at-$blocks.safetensors
+  done
 done
 bdexport report "$runs/resnet32" "$runs/resnet56" "$runs"/results/*.json "${data[@]}" --overwrite --out "$runs/report"
