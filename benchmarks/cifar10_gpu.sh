@@ -24,8 +24,7 @@ $python -c 'import matplotlib' || { echo "the report needs bdexport[report]" >&2
 data=(--dataset "$dataset")
 [ "$dataset" = digits ] || data+=(--data "$cifar")
 train() { # NAME [ARGUMENT ...]
-  $bdexport train "${data[@]}" --preset marginal --seed 0 --device "$device" --set adapt.levels="$levels" \
-    --out "$runs/$1" "${@:2}"
+  $bdexport train "${data[@]}" --preset marginal --seed 0 --device "$device" --out "$runs/$1" "${@:2}"
 }
 mkdir -p "$runs/results"
 for network in resnet32 "$arch"; do
@@ -34,10 +33,10 @@ for network in resnet32 "$arch"; do
 done
 train base --arch "$arch" --base-only --pretrain-epochs "$base_epochs"
 train adapted --base "$runs/base" --adapt-epochs "$adapt_epochs" --curriculum-epochs 0 --finetune-epochs 0 \
-  --target-blocks "$target" --set recalibrate_images=0
+  --target-blocks "$target" --set adapt.levels="$levels" --set recalibrate_images=0
 finetuning=(--base "$runs/adapted" --adapt-epochs 0 --finetune-epochs "$finetune_epochs" --teacher "$runs/base"
   --set finetune.network_learning_rate=0.05)
-train policy "${finetuning[@]}" --target-blocks "$target"
+train policy "${finetuning[@]}" --target-blocks "$target" --set adapt.levels="$levels"
 train search "${finetuning[@]}" --method fixed --mask search --kept "$kept"
 for run in base policy search; do
   $bdexport evaluate "$runs/$run" "${data[@]}" --json "$runs/results/$run.json"

@@ -42,10 +42,14 @@ def writable(target: str | None) -> str | None:
 
 
 def _may_be_json(path: Path) -> bool:
-    """Whether nothing but an older result is lost when the file is replaced."""
-    with path.open("rb") as file:
-        start = file.read(64).lstrip()
-    return start[:1] in (b"", b"{", b"[")
+    """Whether nothing but an older result is lost when the file is replaced: it is empty or JSON."""
+    from json import loads
+
+    try:
+        text = path.read_bytes()
+        return not text.strip() or loads(text) is not None
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def refuse_threads(context: typer.Context, device: str) -> None:

@@ -83,6 +83,7 @@ def train(
     from bdexport.checkpoint.reading import checkpoint_file
     from bdexport.files import sha256_file
     from bdexport.train.distributed import joined
+    from bdexport.train.request import goes_on
     from bdexport.train.unused import check_used
 
     settings = {
@@ -112,8 +113,6 @@ def train(
         found, num_blocks = _base(base, arch)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
         _refuse_without_effect(context, config, found, base_only=base_only, fresh_policy=fresh_policy)
-        keeps_policy = found is not None and found.policy is not None and not fresh_policy
-        check_used(set_ or [], config, with_base=found is not None, base_only=base_only, keeps_policy=keeps_policy)
         request = replace(
             _request(dataset, data, config.validation_share, arch, found, out),
             base=None if base is None else base.name,
@@ -124,6 +123,8 @@ def train(
             fresh_policy=fresh_policy,
             device=device,
         )
+        going_on = goes_on(request, config)
+        check_used(set_ or [], config, with_base=found is not None, base_only=base_only, goes_on=going_on)
         _run(request, config, world, json)
 
 
@@ -143,8 +144,6 @@ def _check_options(
         raise UsageError("--kept", got=f"the mask {mask}, which says itself what it keeps", remedy="leave --kept out")
     if fresh_policy and base is None:
         raise UsageError("--fresh-policy", got="no --base, and so a fresh policy anyway", remedy="leave it out")
-    if fresh_policy and method == "fixed":
-        raise UsageError("--fresh-policy", got="method fixed, which has no policy to learn", remedy="leave it out")
 
 
 POLICY_OPTIONS = ("gamma", "target_blocks", "alpha", "estimator", "samples", "reward")
@@ -170,6 +169,8 @@ def _refuse_without_effect(
     refuse(context, epochs_of(*sorted(missing)), f"with method {config.method}, which has no such phase")
     if not any(phase.uses_policy for phase in phases):
         refuse(context, POLICY_OPTIONS, f"with method {config.method}, which has no policy to learn")
+    if config.method == "fixed":
+        refuse(context, ("fresh_policy",), "with method fixed, which learns none")
     estimator = config.policy.estimator
     if config.method == "blockdrop":
         ignored = IGNORED_BY_ESTIMATOR.get(estimator, ())

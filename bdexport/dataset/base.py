@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,9 +71,10 @@ class Dataset:
             rows = slice(start, start + batch)
             yield preprocess.normalise(self.fitted(preprocess, rows)), self.labels[rows]
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over class names, labels and the images: their pixels, or for files their names and sizes."""
-        digest = hashlib.sha256("\n".join(self.class_names).encode())
+        digest = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape"))
         digest.update(np.ascontiguousarray(self.labels).data)
         if isinstance(self.source, np.ndarray):
             digest.update(np.ascontiguousarray(self.source).data)

@@ -74,10 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict) or not isinstance(row.get("phase"), str):
                 raise MalformedError("no object with a phase")
         except (ValueError, RecursionError) as error:
-            raise ReportError(
-                f"{path}: line {number} is damaged ({why(error)})",
-                remedy="give the run's command again, which mends it",
-            ) from error
+            raise ReportError(f"{path}: line {number} is damaged ({why(error)})", remedy=MENDED) from error
         rows.append(row)
     return rows
 

@@ -81,11 +81,11 @@ def _check_marginal(config: TrainConfig, num_blocks: int) -> None:
         raise UsageError("estimator marginal", got="no levels", expected="--set adapt.levels=15,10,7,5 or the like")
     if config.policy.target_blocks is None:
         raise UsageError("estimator marginal", got="no block budget", expected="--target-blocks")
-    if len(levels) < 2 or config.policy.target_blocks > levels[0]:
+    if len(levels) < 2 or not levels[-1] <= config.policy.target_blocks <= levels[0]:
         raise UsageError(
             "adapt.levels",
             got=f"{config.adapt.levels} for {config.policy.target_blocks:g} blocks on average",
-            expected="two levels or more, the highest not below the budget: the policy gives each image one of them",
+            expected="two levels or more, and a budget between them: the policy gives each image one of them",
             remedy="pass --set adapt.levels=.. or another --target-blocks",
         )
 

@@ -103,10 +103,10 @@ def good_model(state: RunState, num_blocks: int) -> GoodModel | None:
         return None
     row = state.history[-1]
     has_policy = decision_trained(row)
-    if row["train"]["loss"] > WRECKED_LOSS or (has_policy and row["validation"]["blocks_used"]["mean"] == 0):
-        return None
     if "score" not in row:
-        return GoodModel(state.model, row, has_policy)
+        wrecked = row["train"]["loss"] > WRECKED_LOSS
+        collapsed = has_policy and row["validation"]["blocks_used"]["mean"] == 0
+        return None if wrecked or collapsed else GoodModel(state.model, row, has_policy)
     if state.best is None:
         return None
     # Halting stages that run every block have not collapsed: at first, they all do.

@@ -185,7 +185,7 @@ def _record(
         "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "machine": machine(),
         "device": torch.cuda.get_device_name(setting.device) if setting.device.startswith("cuda") else None,
-        "precision": " and ".join(state.precisions),
+        "precision": " and ".join(dict.fromkeys(state.precisions)),
         "torch": torch.__version__,
     }
 

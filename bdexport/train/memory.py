@@ -120,7 +120,7 @@ def batch_remedy(plan: MemoryPlan, phase: Phase) -> str:
     fitting = plan.fitting_batch(phase, phase.batch)
     if fitting is None:
         return "no batch fits: free some memory, or take a smaller network"
-    return f"try --set {phase.name}.batch={fitting}"
+    return f"try --set {phase.settings or phase.name}.batch={fitting}"
 
 
 @contextmanager

@@ -60,8 +60,8 @@ def _run(
     world = setting.world
     if world.size > 1:
         reporter.note(f"{world.size} processes, each with its shard of every batch")
-    state = _standing(request, setting, resumed, reporter)
-    if state.finished and (request.out / MODEL_FILE).is_file():
+    state, has_model = _standing(request, setting, resumed, reporter)
+    if state.finished and has_model:
         world.once(lambda: save_metrics(request.out, state))  # a report reads them: mended, if they were damaged
         reporter.note(f"{request.out} is complete already")
         return request.out / MODEL_FILE
@@ -94,12 +94,16 @@ def _doubts(request: TrainRequest, config: TrainConfig) -> list[str]:
     return doubts
 
 
-def _standing(request: TrainRequest, setting: Setting, resumed: bool, reporter: Reporter) -> RunState:
-    """Where the run stands, with its weights put in place; says what it goes on from, and if in another precision."""
+def _standing(request: TrainRequest, setting: Setting, resumed: bool, reporter: Reporter) -> tuple[RunState, bool]:
+    """Where the run stands, with its weights put in place, and whether its model is there.
+
+    Says what it goes on from, and if in another precision.
+    """
     precision = "bf16" if setting.bf16 else "fp32"
-    state = setting.world.once(lambda: load_state(request.out))
+    # Asked of rank 0 alone: other machines need not have the folder.
+    state, has_model = setting.world.once(lambda: (load_state(request.out), (request.out / MODEL_FILE).is_file()))
     if state is None:
-        if (request.out / MODEL_FILE).exists():
+        if has_model:
             raise TrainingError(
                 f"{request.out}: holds a model, but not the {STATE_FILE} of the run that made it",
                 remedy="move the model away to train it again, or choose another --out",
@@ -108,12 +112,11 @@ def _standing(request: TrainRequest, setting: Setting, resumed: bool, reporter: 
     else:
         restore(state, setting)
         reporter.note(f"resuming {request.out}: {len(state.history)} epochs are done")
-    if state.finished:
-        return state
     if resumed and not state.history:
         reporter.note(f"resuming {request.out} from its start: its first epoch was not finished")
-    if precision not in state.precisions:
-        if state.precisions and state.history:
-            reporter.note(f"note: the run was in {state.precisions[-1]} so far, and goes on in {precision}")
+    before = state.precisions[-1:]
+    if before != [precision] and not (before and state.finished):
+        if before and state.history:
+            reporter.note(f"note: the run was in {before[0]} so far, and goes on in {precision}")
         state.precisions.append(precision)
-    return state
+    return state, has_model

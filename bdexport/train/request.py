@@ -96,7 +96,7 @@ def description(request: TrainRequest, config: TrainConfig) -> dict[str, Any]:
             "name": request.train.name,
             "train": len(request.train),
             "validation": len(request.validation),
-            "sha256": [request.train.digest(), request.validation.digest()],
+            "sha256": [request.train.digest, request.validation.digest],
         },
         "base": request.base,
         "base_sha256": request.base_sha256,

@@ -15,22 +15,21 @@ Settings = TypeVar("Settings")
 ANY = float("inf")
 HIGHEST = 1e30  # what diverges is stopped with advice; beyond that, float32 itself overflows
 RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not listed is anything from 0 on
-    # A batch: batch norm needs two images.
     "seed": (0, 2**63 - 1),  # what torch's generators take
     "distillation_temperature": (0.01, 1000),
     "evaluation_batch": (1, ANY),
-    "pretrain.batch": (2, ANY),
-    "prime.batch": (2, ANY),
-    "adapt.batch": (2, ANY),
+    "pretrain.batch": (1, ANY),
+    "prime.batch": (1, ANY),
+    "adapt.batch": (1, ANY),
     "adapt.keep_low": (0, 1),
     "adapt.keep_high": (0, 1),
     "adapt.full_share": (0, 1),
     "adapt.final_rate": (0, 1),
     "adapt.order_images": (1, ANY),
-    "curriculum.batch": (2, ANY),
+    "curriculum.batch": (1, ANY),
     "curriculum.epoch_share": (0, 1),
     "curriculum.blocks_per_epoch": (1, ANY),
-    "finetune.batch": (2, ANY),
+    "finetune.batch": (1, ANY),
     "finetune.policy_share": (0, 1),
     "finetune.full_share": (0, 0.99),  # the policy learns nothing from images that run every block
     "finetune.level_share": (0, 0.99),

@@ -17,6 +17,7 @@ import io
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,10 +110,12 @@ def load_state(run: Path) -> RunState | None:
             raise ValueError("an epoch of its history names no phase")
         if not all(isinstance(blob[name], int) and blob[name] >= 0 for name in ("phase", "epoch")):
             raise ValueError("phase and epoch are no counts")
+        if not all(precision in ("fp32", "bf16") for precision in blob.get("precisions", [])):
+            raise ValueError("its precisions are none")
         return RunState(**blob)
     except (
         *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, IndexError, TypeError, ValueError),
-        zipfile.BadZipFile,
+        *(zipfile.BadZipFile, zlib.error),
     ) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(

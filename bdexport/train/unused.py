@@ -25,45 +25,50 @@ IGNORED = {  # .. and what each has no use for
         "order_spread",
     ),
 }
-LEVELS = ("levels", "order_images")  # of the settings adapt: the marginal estimator has them, too
 SHARES = ("policy_share", "full_share", "level_share", "policy_learning_rate")
 TEACHING = ("distillation", "distillation_temperature", "mirrored_teacher")
+OF_ANY_RUN = ("seed", "precision", "validation_share", "evaluation_batch")
 
 
 def check_used(
-    assignments: Iterable[str], config: TrainConfig, *, with_base: bool, base_only: bool, keeps_policy: bool
+    assignments: Iterable[str], config: TrainConfig, *, with_base: bool, base_only: bool, goes_on: bool
 ) -> None:
     """Raise :class:`UsageError` for the first ``NAME=VALUE`` whose setting this run does not use.
 
-    ``keeps_policy``: the run goes on with the base's policy.
+    ``goes_on``: with the policy, or the gates, of the base (:func:`bdexport.train.request.goes_on`).
     """
     for assignment in assignments:
         path, _, value = (part.strip() for part in assignment.partition("="))
-        if path.endswith(".epochs") and value == "0":  # none at all is what such a run gives
-            continue
-        why = _why_unused(path, config, with_base=with_base, base_only=base_only, keeps_policy=keeps_policy)
+        why = why_unused(path, value, config, with_base=with_base, base_only=base_only, goes_on=goes_on)
         if why is not None:
             raise UsageError(f"--set {path} has no effect {why}", remedy="leave it out")
 
 
-def _why_unused(path: str, config: TrainConfig, *, with_base: bool, base_only: bool, keeps_policy: bool) -> str | None:
+def why_unused(
+    path: str, value: str, config: TrainConfig, *, with_base: bool, base_only: bool, goes_on: bool
+) -> str | None:
+    """In which run the setting has no effect, as in "with method fixed"; None where it has one."""
+    if path.endswith(".epochs") and not value.strip("0"):  # none at all is what such a run gives
+        return None
     group, _, name = path.rpartition(".")
-    if base_only and group and group != "pretrain":
+    if base_only and group != "pretrain" and path not in OF_ANY_RUN:
         return "with --base-only, which trains the base network and nothing else"
     if with_base and group == "pretrain":
         return "with --base, which is trained already"
-    if keeps_policy and (group == "prime" or (group == "policy" and name in NETS + STARTS)):
-        return "on the base's own policy (--fresh-policy leaves that aside)"
     if path in TEACHING and config.distillation_weight == 0:
         return "without distillation"
-    return _why_unused_by_method(group, name, config)
+    why = _why_unused_by_method(group, name, config)
+    fresh_only = group == "prime" or path == "halting.initial_logit" or (group == "policy" and name in NETS + STARTS)
+    if why is None and goes_on and fresh_only:
+        why = "on what decides in the base already (--fresh-policy leaves that aside)"
+    return why
 
 
 def _why_unused_by_method(group: str, name: str, config: TrainConfig) -> str | None:
     phases = phases_of(config)
     has = {phase.settings or phase.name for phase in phases}
     method = f"with method {config.method}"
-    if group in PHASES and group not in has and not (group == "adapt" and name in LEVELS):
+    if group in PHASES and group not in has:
         return f"{method}, which has no such phase"
     if group == "halting" and config.method not in ("act", "sact"):
         return method
@@ -87,8 +92,8 @@ def _why_unused_by_mask(name: str, mask: str) -> str | None:
 
 
 def _why_unused_by_policy(name: str, config: TrainConfig) -> str | None:
-    if config.method == "sequential":
-        return "with method sequential, which has no policy network" if name in NETS else None
+    if config.method == "sequential" and name in NETS:
+        return "with method sequential, which has no policy network"
     estimator = config.policy.estimator
     if name in IGNORED.get(estimator, ()) or any(name in own and who != estimator for who, own in OWN.items()):
         return f"with estimator {estimator}"

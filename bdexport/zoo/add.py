@@ -30,7 +30,9 @@ from bdexport.dataset import needs_folder
 from bdexport.errors import BdexportError, CheckpointError, OutputError, UsageError
 from bdexport.files import sha256_file, writing
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.train.settings import with_assignments
 from bdexport.train.state import METRICS_FILE
+from bdexport.train.unused import why_unused
 from bdexport.zoo import CARD_SCHEMA, LOG_SUFFIX, MAX_BYTES, zoo_folder
 from bdexport.zoo.card import card_to_markdown
 
@@ -247,9 +249,16 @@ def training_command(checkpoint: Checkpoint) -> str:
     if needs_folder(training["dataset"]["name"]):
         words += ["--data", "DIR"]
     words += ["--preset", recorded["preset"]]
-    for name, value in changed_settings(recorded, checkpoint.network.num_blocks):
-        if not (name == "pretrain.epochs" and training["base"] is not None):  # a base rules it out by itself
-            words += ["--set", f"{name}={'none' if value is None else value}"]
+    num_blocks, with_base = checkpoint.network.num_blocks, training["base"] is not None
+    changed = [
+        (name, "none" if value is None else str(value)) for name, value in changed_settings(recorded, num_blocks)
+    ]
+    config = with_assignments(preset(recorded["preset"], num_blocks), [f"{name}={value}" for name, value in changed])
+    for name, value in changed:
+        if with_base and name.startswith("pretrain."):  # a base rules them out, also no epochs at all
+            continue
+        if why_unused(name, value, config, with_base=with_base, base_only=False, goes_on=False) is None:
+            words += ["--set", f"{name}={value}"]
     return shlex.join([*words, "--out", "RUN"])
 
 

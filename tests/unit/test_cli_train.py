@@ -32,7 +32,7 @@ def test_json_on_stdout_is_nothing_but_json(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch", "0"], "pretrain.batch: got 0, expected at least 2"),
+        (["--batch", "0"], "pretrain.batch: got 0, expected at least 1"),
         (["--set", "preset=paper"], "--preset"),
         (["--base", "nowhere.th"], "nowhere.th: no such file"),
         (["--arch", "resnet9"], "unknown architecture"),
@@ -60,6 +60,10 @@ def test_a_wrong_request_leaves_no_run(
         (["--method", "act"], "two blocks or more"),  # ResNet-8 has one a stage
         (["--method", "fixed", "--mask", "000"], "at least one block"),
         (["--method", "fixed", "--mask", "first-k", "--kept", "0"], "pass --kept"),
+        (
+            ["--arch", "resnet20", "--method", "fixed", "--base", "zoo:resnet20-digits", "--fresh-policy"],
+            "--fresh-policy has no effect",
+        ),
         (["--set", "halting.margin=0.4"], "--set halting.margin has no effect with method blockdrop"),
     ],
 )
@@ -81,6 +85,8 @@ def test_json_replaces_no_file_of_another_kind(tmp_path: Path, capsys: pytest.Ca
     assert main(["zoo", "--json", str(result)]) == 1
     assert "holds no JSON" in capsys.readouterr().err
     assert result.read_bytes() == b"\x10\x00 a model"
+    result.write_text("[section]\nname = 1\n")
+    assert main(["zoo", "--json", str(result)]) == 1
     result.write_text("{}\n")
     assert main(["zoo", "--json", str(result)]) == 0
     assert json.loads(result.read_text())["schema"]

@@ -87,10 +87,16 @@ def test_what_was_remembered_goes_to_the_device_of_the_run(tmp_path: Path) -> No
     assert [part.device.type for part in setting.memory] == ["meta", "meta"]
 
 
+HIGH = replace(MARGINAL.policy, target_blocks=3.0)
+
+
 @pytest.mark.parametrize(
     ("config", "text"),
     [
         (replace(MARGINAL, adapt=replace(MARGINAL.adapt, levels="")), "no levels"),
+        (replace(MARGINAL, adapt=replace(MARGINAL.adapt, levels="2")), "two levels or more"),
+        (replace(MARGINAL, policy=replace(MARGINAL.policy, target_blocks=0.5)), "a budget between them"),
+        (replace(MARGINAL, adapt=replace(MARGINAL.adapt, levels="2,1"), policy=HIGH), "a budget between them"),
         (replace(MARGINAL, policy=replace(MARGINAL.policy, target_blocks=None)), "no block budget"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_cases import CONFIG, CutError, Recorder, request, weights_of
+from training_cases import CONFIG, MARGINAL, CutError, Recorder, request, weights_of
 
 from bdexport.checkpoint import load_checkpoint
 from bdexport.config import (
@@ -385,6 +385,9 @@ def test_a_damaged_state_is_reported(straight: tuple[Path, Recorder], tmp_path: 
         torch.save(blob | wrong, state)
         with pytest.raises(TrainingError, match=r"phase and epoch are no counts"):
             train(request(out), CONFIG, Recorder())
+    torch.save(blob | {"precisions": [3]}, state)
+    with pytest.raises(TrainingError, match=r"its precisions are none"):
+        train(request(out), CONFIG, Recorder())
     torch.save(blob | {"phase": 99}, state)
     with pytest.raises(TrainingError, match=r"beyond its last epoch"):
         train(request(out), CONFIG, Recorder())
@@ -422,6 +425,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_model(tmp_pa
     assert all(torch.equal(weight, state.model[name]) for name, weight in found.state.items())
     calm = replace(CONFIG, finetune=replace(CONFIG.finetune, epochs=1))
     assert train(request(tmp_path / "calm", initial=found, base=kept.name), calm, Recorder()).is_file()
+
+
+@pytest.mark.parametrize("phase", ["prime", "curriculum"])
+def test_a_policy_s_phase_that_diverges_names_its_own_rate(phase: str, tmp_path: Path) -> None:
+    """Oracle: the network is frozen there; lowering the rate of the phase before it would not help."""
+    short = replace(MARGINAL if phase == "prime" else CONFIG, pretrain=replace(CONFIG.pretrain, epochs=1))
+    wild = replace(short, **{phase: replace(getattr(short, phase), epochs=2, learning_rate=1e30)})
+    with pytest.raises(DivergedError, match=rf"try --set {phase}\.learning_rate=3.3e\+29"):
+        train(request(tmp_path / "run"), wild, Recorder())
 
 
 def test_weights_that_the_last_step_spoiled_are_not_saved(tmp_path: Path) -> None:
@@ -483,6 +495,10 @@ def test_the_last_good_model_is_the_best_before_the_collapse() -> None:
     assert (tuned.weights["network.x"].item(), tuned.figures["epoch"]) == (0.0, 1)
     assert good_model(state_of(("finetune", 1), best=(1, 0.0)), 3) is None
     assert good_model(state_of(("curriculum", 1), best=None, kept=0.0), 3) is None
+    for change in ({"kept": 0.0}, {"loss": 157135.0}):  # a collapse, or a wreck, after a good epoch
+        after = good_model(state_of(("finetune", 1), ("finetune", 2), best=(1, 2.0), **change), 3)
+        assert after is not None
+        assert after.figures["epoch"] == 1
     assert good_model(state_of(("adapt", 1), best=None, loss=157135.0), 3) is None
 
 

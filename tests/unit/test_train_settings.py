@@ -57,7 +57,6 @@ def test_a_refused_value_is_named_in_full() -> None:
         "distillation_temperature=0",
         "evaluation_batch=0",
         "adapt.batch=0",
-        "finetune.batch=1",
         "adapt.weight_decay=1e39",
         "fixed.search_images=0",
         "adapt.keep_high=2",

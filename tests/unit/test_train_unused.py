@@ -9,7 +9,7 @@ from bdexport.errors import UsageError
 from bdexport.train.settings import with_assignments
 from bdexport.train.unused import check_used
 
-NO_BASE = {"with_base": False, "base_only": False, "keeps_policy": False}
+NO_BASE = {"with_base": False, "base_only": False, "goes_on": False}
 
 
 def config_of(name: str, *assignments: str) -> TrainConfig:
@@ -20,8 +20,8 @@ def config_of(name: str, *assignments: str) -> TrainConfig:
     ("name", "given", "situation", "why"),
     [
         ("cpu", ["pretrain.epochs=7"], {"with_base": True}, "trained already"),
-        ("cpu", ["policy.widths=8,8,8"], {"with_base": True, "keeps_policy": True}, "the base's own policy"),
-        ("cpu", ["policy.initial_keep_logit=3"], {"with_base": True, "keeps_policy": True}, "the base's own policy"),
+        ("cpu", ["policy.widths=8,8,8"], {"with_base": True, "goes_on": True}, "what decides in the base"),
+        ("cpu", ["policy.initial_keep_logit=3"], {"with_base": True, "goes_on": True}, "what decides in the base"),
         ("cpu", ["finetune.epochs=2"], {"base_only": True}, "--base-only"),
         ("cpu", ["halting.margin=0.4"], {}, "method blockdrop"),
         ("cpu", ["fixed.mask=search"], {}, "method blockdrop"),
@@ -37,6 +37,11 @@ def config_of(name: str, *assignments: str) -> TrainConfig:
         ("cpu", ["method=fixed", "fixed.mask=111111100000000", "fixed.kept=3"], {}, "says itself what it keeps"),
         ("cpu", ["method=fixed", "fixed.mask=first-k", "fixed.search_images=3"], {}, "the mask first-k"),
         ("cpu", ["method=act", "adapt.epochs=5"], {}, "no such phase"),
+        ("marginal", ["method=act", "adapt.levels=15,7"], {}, "no such phase"),
+        ("cpu", ["method=act", "halting.initial_logit=1"], {"with_base": True, "goes_on": True}, "what decides"),
+        ("cpu", ["method=sequential", "policy.cuts=3"], {}, "estimator self_critical"),
+        ("cpu", ["method=fixed", "policy.widths=8,8,8"], {"with_base": True}, "no policy to learn"),
+        ("cpu", ["retarget=false"], {"base_only": True}, "--base-only"),
         ("cpu", ["method=sequential", "policy.hidden=7"], {}, "no policy network"),
     ],
 )
@@ -50,14 +55,16 @@ def test_they_are_refused(name: str, given: list[str], situation: dict[str, bool
     ("name", "given", "situation"),
     [
         ("marginal", ["adapt.epochs=0", "adapt.levels=15,7", "adapt.order_images=64"], {"with_base": True}),
-        ("marginal", ["prime.epochs=0"], {"with_base": True, "keeps_policy": True}),
+        ("marginal", ["prime.epochs=0"], {"with_base": True, "goes_on": True}),
         ("cpu", ["method=sequential", "policy.learns=all", "finetune.level_share=0"], {}),
+        ("cpu", ["method=sequential", "policy.order_images=50", "policy.initial_keep_logit=2"], {"with_base": True}),
+        ("cpu", ["seed=3", "pretrain.epochs=2", "validation_share=0.2"], {"base_only": True}),
         ("cpu", ["method=act", "halting.ponder_weight=0.05", "finetune.network_learning_rate=0.1"], {}),
         ("cpu", ["method=fixed", "fixed.mask=search", "fixed.kept=7", "fixed.search_images=30"], {}),
         ("cpu", ["policy.estimator=gumbel", "policy.temperature=0.5", "policy.samples=2"], {}),
         ("cpu", ["policy.estimator=nested", "policy.cuts=3", "policy.softness=0.1"], {}),
         ("cpu", ["policy.widths=8,8,8", "policy.stem_stride=2"], {"with_base": True}),
-        ("cpu", ["retarget=false", "recalibrate_images=0", "seed=3"], {"with_base": True, "keeps_policy": True}),
+        ("cpu", ["retarget=false", "recalibrate_images=0", "seed=3"], {"with_base": True, "goes_on": True}),
     ],
 )
 def test_others_pass(name: str, given: list[str], situation: dict[str, bool]) -> None:

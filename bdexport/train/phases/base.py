@@ -81,7 +81,7 @@ class Phase:
     def _learn(self, loss: Tensor, policy_loss: Tensor | None = None) -> None:
         """One step of every optimiser. ``policy_loss``: what only the policy, or the gates, learns from, if any."""
         world = self.setting.world
-        parts = [("network", "loss", loss)]
+        parts = [("network" if self.learns_network else "policy", "loss", loss)]
         if policy_loss is not None:
             parts.append(("policy", "policy's loss", policy_loss))
         for optimiser in self.optimisers:
