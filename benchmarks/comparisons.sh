@@ -36,9 +36,7 @@ compare sact --method sact --set halting.ponder_weight=0.05
 for weight in 15 30 50; do # they have no budget: dearer blocks, fewer of them
   compare act-$weight --method act --set halting.ponder_weight=0.$weight
 done
-for weight in 15 30; do
-  compare sact-$weight --method sact --set halting.ponder_weight=0.$weight
-done
+compare sact-30 --method sact --set halting.ponder_weight=0.30
 for seed in 1 2; do # how much of a lead is chance
   compare marginal-seed-$seed --seed $seed --estimator marginal "${budget[@]}"
   compare searched-7-seed-$seed --seed $seed --method fixed --mask search --kept 7
