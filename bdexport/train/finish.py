@@ -185,6 +185,7 @@ def _record(
         "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "machine": machine(),
         "device": torch.cuda.get_device_name(setting.device) if setting.device.startswith("cuda") else None,
+        "threads": torch.get_num_threads(),
         "precision": " and ".join(dict.fromkeys(state.precisions)),
         "torch": torch.__version__,
     }

@@ -52,6 +52,7 @@ def test_it_learns(straight: tuple[Path, Recorder]) -> None:
         "finetune"
     ] * 2
     assert training["complete"]
+    assert training["threads"] == torch.get_num_threads()
     assert training["validation"]["policy"]["accuracy"] > 30
     assert 0 < training["validation"]["policy"]["blocks_used"]["mean"] < 3
     assert sum(mask["count"] for mask in training["policy_statistics"]["masks"]) == 180
