@@ -24,7 +24,7 @@ from bdexport.config import (
     PretrainConfig,
     TrainConfig,
 )
-from bdexport.errors import OutputError, TrainingError, UsageError
+from bdexport.errors import DatasetError, OutputError, TrainingError, UsageError
 from bdexport.files import holding
 from bdexport.train import pipeline
 from bdexport.train.pipeline import train
@@ -170,6 +170,20 @@ def test_a_run_of_an_older_version_without_the_data_s_hash_goes_on(
     (out / "run.json").write_text(json.dumps(record))
     assert train(request(out), CONFIG, Recorder()).is_file()
     assert json.loads((out / "run.json").read_text())["dataset"]["sha256"] == digests
+
+
+def test_a_base_or_teacher_of_other_classes_is_refused(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
+    """Oracle: one class is called something else; the message names both, and nothing is written."""
+    base = load_checkpoint(straight[0])
+    other = replace(base, class_names=(*base.class_names[:-1], "nine"))
+    named = request(tmp_path / "run", network=base.network, initial=other, base="base")
+    data = [replace(split, class_names=(*base.class_names[:-1], "IX")) for split in (named.train, named.validation)]
+    with pytest.raises(DatasetError, match=r"label 9 is 'IX', expected 'nine'"):
+        train(replace(named, train=data[0], validation=data[1]), CONFIG, Recorder())
+    taught = request(tmp_path / "run", network=base.network, initial=base, teachers=(("its teacher", other),))
+    with pytest.raises(UsageError, match=r"teacher its teacher: .*label 9 is '9', expected 'nine'"):
+        train(taught, CONFIG, Recorder())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_the_state_that_made_it_is_not_trained_over(
@@ -338,6 +352,9 @@ def test_a_damaged_state_is_reported(straight: tuple[Path, Recorder], tmp_path: 
         torch.save(blob | wrong, state)
         with pytest.raises(TrainingError, match=r"phase and epoch are no counts"):
             train(request(out), CONFIG, Recorder())
+    torch.save(blob | {"epoch": 3, "optimisers": [{"state": {}, "param_groups": []}]}, state)
+    with pytest.raises(TrainingError, match=r"holds other optimisers than pretrain's"):
+        train(request(out), CONFIG, Recorder())
     torch.save(blob | {"precisions": [3]}, state)
     with pytest.raises(TrainingError, match=r"its precisions are none"):
         train(request(out), CONFIG, Recorder())
