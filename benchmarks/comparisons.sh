@@ -5,8 +5,9 @@
 #
 # The base is benchmarks/checkpoints/resnet32-adapted.safetensors (its policy's backbone is primed, its head is not
 # trained). All finetune for EPOCHS (3) epochs, without a teacher; what has a policy learns it in 2 x 0.2 epochs before
-# that and is shifted to 6.8 of 15 blocks at the end. An interrupted call goes on where it was. One thread; about
-# three hours on one core. With a ResNet-56, one run more has it as its teacher. The test set is read by `bdexport evaluate` alone, after every choice.
+# that and is shifted to 6.8 of 15 blocks at the end. An interrupted call goes on where it was. One thread;
+# about four hours on one core, by the sum of its parts. With a ResNet-56, one run more has it as its teacher. The test
+# set is read by `bdexport evaluate` alone, after every choice.
 set -euo pipefail
 cifar=$1 public=$2 runs=$3 epochs=${4:-3} teacher=${5:-}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -46,10 +46,10 @@ def _may_be_json(path: Path) -> bool:
     from json import loads
 
     try:
-        text = path.read_bytes()
-        return not text.strip() or loads(text) is not None
+        loads(path.read_bytes().strip() or b"{}")
     except (OSError, ValueError, RecursionError):
         return False
+    return True
 
 
 def refuse_threads(context: typer.Context, device: str) -> None:

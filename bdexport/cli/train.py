@@ -112,7 +112,7 @@ def train(
     with joined(device) as world:
         found, num_blocks = _base(base, arch)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
-        _refuse_without_effect(context, config, found, base_only=base_only, fresh_policy=fresh_policy)
+        _refuse_without_effect(context, config, base_only=base_only)
         request = replace(
             _request(dataset, data, config.validation_share, arch, found, out),
             base=None if base is None else base.name,
@@ -124,7 +124,7 @@ def train(
             device=device,
         )
         going_on = goes_on(request, config)
-        check_used(set_ or [], config, with_base=found is not None, base_only=base_only, goes_on=going_on)
+        check_used(settings, set_ or [], config, with_base=found is not None, base_only=base_only, goes_on=going_on)
         _run(request, config, world, json)
 
 
@@ -146,39 +146,12 @@ def _check_options(
         raise UsageError("--fresh-policy", got="no --base, and so a fresh policy anyway", remedy="leave it out")
 
 
-POLICY_OPTIONS = ("gamma", "target_blocks", "alpha", "estimator", "samples", "reward")
-IGNORED_BY_ESTIMATOR = {"marginal": ("gamma", "alpha", "samples", "reward"), "nested": ("alpha", "samples")}
-
-
-def _refuse_without_effect(
-    context: typer.Context, config: TrainConfig, base: Checkpoint | None, *, base_only: bool, fresh_policy: bool
-) -> None:
-    """Refuse options that this run would not use. Raises UsageError."""
-    from bdexport.train.methods import phases_of
-
-    def epochs_of(*phases: str) -> list[str]:  # none at all is what such a run gives
-        return [name for phase in phases if context.params[name := f"{phase}_epochs"]]
-
+def _refuse_without_effect(context: typer.Context, config: TrainConfig, *, base_only: bool) -> None:
+    """Refuse what is no setting and would not be used; settings: :mod:`bdexport.train.unused`. Raises UsageError."""
     if base_only:
-        later = epochs_of("prime", "adapt", "curriculum", "finetune")
-        ignored = ("method", "mask", "kept", "teacher", "distillation", *later, *POLICY_OPTIONS)
-        refuse(context, ignored, "with --base-only, which trains the base network and nothing else")
-        return
-    phases = phases_of(config)
-    missing = {"prime", "adapt", "curriculum"} - {phase.name for phase in phases}
-    refuse(context, epochs_of(*sorted(missing)), f"with method {config.method}, which has no such phase")
-    if not any(phase.uses_policy for phase in phases):
-        refuse(context, POLICY_OPTIONS, f"with method {config.method}, which has no policy to learn")
+        refuse(context, ("teacher",), "with --base-only, which trains the base network and nothing else")
     if config.method == "fixed":
         refuse(context, ("fresh_policy",), "with method fixed, which learns none")
-    estimator = config.policy.estimator
-    if config.method == "blockdrop":
-        ignored = IGNORED_BY_ESTIMATOR.get(estimator, ())
-        refuse(context, ignored, f"with estimator {estimator}", f"choose another --estimator, or {LEAVE_OUT}")
-    if base is not None:
-        refuse(context, epochs_of("pretrain"), "with --base, which is trained already")
-    if base is not None and base.policy is not None and not fresh_policy:
-        refuse(context, epochs_of("prime"), "on the base's own policy", f"pass --fresh-policy, or {LEAVE_OUT}")
     if config.distillation_weight == 0:
         refuse(context, ("teacher",), "without distillation", f"pass --distillation 1, or {LEAVE_OUT}")
 

@@ -92,13 +92,10 @@ def _check_marginal(config: TrainConfig, num_blocks: int) -> None:
 
 def _check_fixed(request: TrainRequest, config: TrainConfig) -> None:
     mask, kept, num_blocks = config.fixed.mask, config.fixed.kept, request.network.num_blocks
-    if mask == "search":
-        if kept is None or not 1 <= kept <= num_blocks:
-            raise UsageError("fixed.kept", got=kept, expected=f"1 to {num_blocks} blocks", remedy="pass --kept K")
-        return
-    fixed_strategy(mask, kept, 0, BlockDropNet(request.network))
-    if kept == 0:
+    if kept == 0 or (mask == "search" and (kept is None or not 1 <= kept <= num_blocks)):
         raise UsageError("fixed.kept", got=kept, expected=f"1 to {num_blocks} blocks", remedy="pass --kept K")
+    if mask != "search":
+        fixed_strategy(mask, kept, 0, BlockDropNet(request.network))
 
 
 def check_size(model: BlockDropNet, preprocess: Preprocess) -> None:

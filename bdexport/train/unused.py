@@ -1,12 +1,14 @@
-"""Settings that a run would not use: whoever sets one expects an effect, so that ``--set`` refuses it."""
+"""Settings that a run would not use: whoever sets one, by an option or by ``--set``, expects an effect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from bdexport.config import TrainConfig
 from bdexport.errors import UsageError
 from bdexport.train.methods import phases_of
+from bdexport.train.settings import OPTION_OF
 
 PHASES = ("pretrain", "prime", "adapt", "curriculum", "finetune")
 NETS = ("hidden", "input_pool", "stem_stride", "stages", "widths")  # what the policy network is
@@ -27,21 +29,35 @@ IGNORED = {  # .. and what each has no use for
 }
 SHARES = ("policy_share", "full_share", "level_share", "policy_learning_rate")
 TEACHING = ("distillation", "distillation_temperature", "mirrored_teacher")
+BATCH = "--batch"
 OF_ANY_RUN = ("seed", "precision", "validation_share", "evaluation_batch")
 
 
 def check_used(
-    assignments: Iterable[str], config: TrainConfig, *, with_base: bool, base_only: bool, goes_on: bool
+    options: Mapping[str, Any],
+    assignments: Iterable[str],
+    config: TrainConfig,
+    *,
+    with_base: bool,
+    base_only: bool,
+    goes_on: bool,
 ) -> None:
-    """Raise :class:`UsageError` for the first ``NAME=VALUE`` whose setting this run does not use.
+    """Raise :class:`UsageError` for the first setting that was asked for and that this run does not use.
 
-    ``goes_on``: with the policy, or the gates, of the base (:func:`bdexport.train.request.goes_on`).
+    ``options``: settings by their names, as options of ``bdexport train`` gave them (None: not given); ``assignments``:
+    ``NAME=VALUE`` of ``--set``; ``goes_on``: with the policy, or the gates, of the base
+    (:func:`bdexport.train.request.goes_on`).
     """
+    asked = [(OPTION_OF[path], path, str(value)) for path, value in options.items() if value is not None]
     for assignment in assignments:
         path, _, value = (part.strip() for part in assignment.partition("="))
+        asked.append((f"--set {path}", path, value))
+    for flag, path, value in asked:
+        if flag == BATCH:  # of every phase, whichever the run has
+            continue
         why = why_unused(path, value, config, with_base=with_base, base_only=base_only, goes_on=goes_on)
         if why is not None:
-            raise UsageError(f"--set {path} has no effect {why}", remedy="leave it out")
+            raise UsageError(f"{flag} has no effect {why}", remedy="leave it out")
 
 
 def why_unused(

@@ -10,6 +10,7 @@ from bdexport.train.settings import with_assignments
 from bdexport.train.unused import check_used
 
 NO_BASE = {"with_base": False, "base_only": False, "goes_on": False}
+ONLY_BASE = NO_BASE | {"with_base": True}
 
 
 def config_of(name: str, *assignments: str) -> TrainConfig:
@@ -48,7 +49,7 @@ def config_of(name: str, *assignments: str) -> TrainConfig:
 def test_they_are_refused(name: str, given: list[str], situation: dict[str, bool], why: str) -> None:
     """Oracle: by hand, from what each phase reads; the last one given is at fault, the others are not."""
     with pytest.raises(UsageError, match=rf"--set {given[-1].partition('=')[0]} has no effect .*{why}"):
-        check_used(given, config_of(name, *given), **(NO_BASE | situation))
+        check_used({}, given, config_of(name, *given), **(NO_BASE | situation))
 
 
 @pytest.mark.parametrize(
@@ -69,4 +70,14 @@ def test_they_are_refused(name: str, given: list[str], situation: dict[str, bool
 )
 def test_others_pass(name: str, given: list[str], situation: dict[str, bool]) -> None:
     """Oracle: what the documents and benchmarks of this project set."""
-    check_used(given, config_of(name, *given), **(NO_BASE | situation))
+    check_used({}, given, config_of(name, *given), **(NO_BASE | situation))
+
+
+def test_options_are_judged_like_settings() -> None:
+    """Oracle: the option's own name in the message; a batch is every phase's, whichever the run has."""
+    config = config_of("marginal")
+    check_used({"pretrain.batch": 64, "finetune.batch": 64, "policy.reward": None}, [], config, **ONLY_BASE)
+    with pytest.raises(UsageError, match=r"^--gamma has no effect with estimator marginal; leave it out"):
+        check_used({"policy.wrong_prediction_penalty": 7.0}, [], config, **ONLY_BASE)
+    with pytest.raises(UsageError, match=r"^--pretrain-epochs has no effect with --base"):
+        check_used({"pretrain.epochs": 3}, [], config, **ONLY_BASE)
