@@ -27,6 +27,8 @@ IGNORED = {  # .. and what each has no use for
         "order_spread",
     ),
 }
+OF_LEVELS = ("full_share", "order_images")  # of adapt: with levels only ..
+OF_CHANCE = ("keep_low", "keep_high")  # .. and only without
 SHARES = ("policy_share", "full_share", "level_share", "policy_learning_rate")
 TEACHING = ("distillation", "distillation_temperature", "mirrored_teacher")
 BATCH = "--batch"
@@ -73,7 +75,7 @@ def why_unused(
         return "with --base, which is trained already"
     if path in TEACHING and config.distillation_weight == 0:
         return "without distillation"
-    why = _why_unused_by_method(group, name, config)
+    why = _why_unused_by_method(group, name, config) or _why_unused_by_others(group, name, config)
     fresh_only = group == "prime" or path == "halting.initial_logit" or (group == "policy" and name in NETS + STARTS)
     if why is None and goes_on and fresh_only:
         why = "on what decides in the base already (--fresh-policy leaves that aside)"
@@ -98,6 +100,21 @@ def _why_unused_by_method(group: str, name: str, config: TrainConfig) -> str | N
         return _why_unused_by_policy(name, config)
     if (group, name) == ("finetune", "optimiser") and _estimator(config) == "marginal":
         return "with estimator marginal, which has SGD"
+    return None
+
+
+def _why_unused_by_others(group: str, name: str, config: TrainConfig) -> str | None:
+    """Settings that mean something only beside another one."""
+    levels = bool(config.adapt.levels)
+    of_the_estimator = levels and _estimator(config) == "marginal" and name in ("levels", "order_images")
+    if group in PHASES and getattr(config, group).epochs == 0 and not (group == "adapt" and of_the_estimator):
+        return f"without epochs of {group} (--{group}-epochs)"
+    if group == "adapt" and name in (OF_CHANCE if levels else OF_LEVELS):
+        return f"{'with' if levels else 'without'} adapt.levels"
+    if group == "policy" and name == "budget_weight" and config.policy.target_blocks is None:
+        return "without a budget (--target-blocks)"
+    if group == "policy" and name == "order_spread" and config.policy.order_images == 0:
+        return "without policy.order_images"
     return None
 
 

@@ -44,6 +44,14 @@ def config_of(name: str, *assignments: str) -> TrainConfig:
         ("cpu", ["method=fixed", "policy.widths=8,8,8"], {"with_base": True}, "no policy to learn"),
         ("cpu", ["retarget=false"], {"base_only": True}, "--base-only"),
         ("cpu", ["method=sequential", "policy.hidden=7"], {}, "no policy network"),
+        ("cpu", ["adapt.epochs=0", "adapt.batch=7"], {}, "without epochs of adapt"),
+        ("marginal", ["adapt.epochs=0", "adapt.full_share=0.5"], {}, "without epochs of adapt"),
+        ("cpu", ["adapt.epochs=0", "adapt.levels=15,7"], {}, "without epochs of adapt"),
+        ("cpu", ["finetune.epochs=0", "finetune.schedule=step"], {}, "without epochs of finetune"),
+        ("cpu", ["adapt.full_share=0.5"], {}, "without adapt.levels"),
+        ("marginal", ["adapt.keep_low=0.5"], {}, "with adapt.levels"),
+        ("paper", ["policy.budget_weight=7"], {}, "without a budget"),
+        ("cpu", ["policy.order_spread=2"], {}, "without policy.order_images"),
     ],
 )
 def test_they_are_refused(name: str, given: list[str], situation: dict[str, bool], why: str) -> None:
@@ -56,6 +64,10 @@ def test_they_are_refused(name: str, given: list[str], situation: dict[str, bool
     ("name", "given", "situation"),
     [
         ("marginal", ["adapt.epochs=0", "adapt.levels=15,7", "adapt.order_images=64"], {"with_base": True}),
+        ("cpu", ["policy.target_blocks=7", "policy.budget_weight=7"], {}),
+        ("cpu", ["policy.order_images=50", "policy.order_spread=2"], {}),
+        ("cpu", ["adapt.levels=15,7", "adapt.full_share=0.5", "adapt.order_images=64"], {}),
+        ("cpu", ["adapt.keep_low=0.5", "adapt.keep_high=0.8"], {}),
         ("marginal", ["prime.epochs=0"], {"with_base": True, "goes_on": True}),
         ("cpu", ["method=sequential", "policy.learns=all", "finetune.level_share=0"], {}),
         ("cpu", ["method=sequential", "policy.order_images=50", "policy.initial_keep_logit=2"], {"with_base": True}),
