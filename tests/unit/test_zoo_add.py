@@ -17,6 +17,7 @@ from bdexport.cli.main import main
 from bdexport.cli.train import resolved_config
 from bdexport.errors import BdexportError, CheckpointError, OutputError, UsageError
 from bdexport.files import sha256_file
+from bdexport.train.unused import PHASES, check_used
 from bdexport.zoo import add
 from bdexport.zoo.add import Addition, add_to_zoo, changed_settings, standard_error, training_command
 
@@ -105,7 +106,10 @@ def test_the_card_is_what_was_measured(finished: Finished, tmp_path: Path) -> No
 
 
 def test_the_command_trains_with_the_recorded_settings(finished: Finished) -> None:
-    """Oracle: the record, from the command's words by way of the command line's own functions."""
+    """Oracle: the record, from the command's words by way of the command line's own functions.
+
+    Settings of a phase that the run did not have are not in the command, which would be refused with them.
+    """
     checkpoint = load_checkpoint(finished.run)
     words = shlex.split(training_command(checkpoint))
     assert words[:6] == ["bdexport", "train", "--arch", "resnet8", "--dataset", "digits"]
@@ -113,7 +117,14 @@ def test_the_command_trains_with_the_recorded_settings(finished: Finished) -> No
     assignments = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
     assert "policy.wrong_prediction_penalty=2.5" in assignments
     config = resolved_config(words[words.index("--preset") + 1], checkpoint.network.num_blocks, {}, assignments)
-    assert config.to_json() == checkpoint.training["settings"]
+    check_used({}, assignments, config, with_base=False, base_only=False, goes_on=False)
+    again, recorded = config.to_json(), checkpoint.training["settings"]
+    absent = {name for name in PHASES if recorded[name]["epochs"] == 0}
+    assert absent == {name for name in PHASES if again[name]["epochs"] == 0}
+    assert {name: again[name] for name in recorded if name not in absent} == {
+        name: recorded[name] for name in recorded if name not in absent
+    }
+    assert set(again) == set(recorded)
 
 
 def test_settings_younger_than_the_run_were_off(finished: Finished) -> None:
