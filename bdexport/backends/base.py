@@ -151,6 +151,14 @@ class SharingSession(Protocol):
         """The results of ``calls``, in order; each runs the parts that it runs on one thread."""
 
 
+@runtime_checkable
+class ForkingSession(Protocol):
+    """A session that says what becomes of it in a process forked from the one that opened it."""
+
+    def in_fork(self) -> Session:
+        """What serves in the forked process: itself, or a new one. Raises UsageError where neither can."""
+
+
 class Backend(Protocol):
     """Builds engines and opens sessions."""
 

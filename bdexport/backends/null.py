@@ -112,6 +112,10 @@ class NullSession(ArrayRows):
             x = self.run(part, x)
         return x
 
+    def in_fork(self) -> NullSession:
+        """See :meth:`bdexport.backends.base.ForkingSession.in_fork`."""
+        return self
+
     def close(self) -> None:
         self._closed = True
 

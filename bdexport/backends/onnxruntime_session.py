@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error
+from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks
 from bdexport.backends.onnxruntime_common import (
     BLOCK_PROPERTY,
     BLOCKED,
@@ -39,6 +40,7 @@ from bdexport.backends.onnxruntime_link import (
     output_name,
 )
 from bdexport.errors import BackendError
+from bdexport.files import sha256_file
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks, block_part
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ CACHED_MASKS = 4096
 Array = NDArray[Any]
 
 
-class OnnxRuntimeSession(ArrayRows):
+class OnnxRuntimeSession(ArrayRows, KeptInForks):
     """See :class:`bdexport.backends.base.Session`. Tensors are numpy arrays, between parts in the blocked layout.
 
     ``files``: the part's models. ``linked``: run whole paths in one session, see the module's text.
@@ -67,6 +69,8 @@ class OnnxRuntimeSession(ArrayRows):
         self.device, self.threads = "cpu", threads
         self.notes: tuple[str, ...] = (note,)
         self._manifest = manifest
+        self._again = partial(OnnxRuntimeSession, manifest, files, threads, note, linked, fused)
+        self._files = files
         engines = _read_engines(files) if linked else {}
         weights = _SharedWeights(engines)
         self._parts = {
@@ -155,6 +159,24 @@ class OnnxRuntimeSession(ArrayRows):
     def prepare_fused(self, batch: int = 1) -> None:
         """See :meth:`bdexport.backends.base.FusedSession.prepare_fused`: it was done when the session was opened."""
         self._check_open()
+
+    def in_fork(self) -> OnnxRuntimeSession:
+        """See :meth:`bdexport.backends.base.ForkingSession.in_fork`: one thread needs nobody; pools are made anew."""
+        if self._closed or self.threads == 1:
+            return self
+        for part, path in self._files.items():
+            self._check_unchanged(part, path)
+        return self._again()
+
+    def _check_unchanged(self, part: str, path: Path) -> None:
+        """The file is still the one that was checked when the bundle was opened; parts without one have no hash."""
+        entry = self._manifest.parts[part]
+        hashes = {file.sha256 for file in (entry.engine, entry.graph) if file is not None}
+        with Reported(part, f"cannot read {path} again in a forked process"):
+            digest = sha256_file(path)
+        if digest not in hashes:
+            what = f"{part} [onnxruntime]: {path} has changed since the bundle was loaded"
+            raise BackendError(what, remedy=LOAD_IN_WORKERS)
 
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.

@@ -6,6 +6,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+from bdexport.backends.forking import KeptInForks
 from bdexport.errors import BackendError
 from bdexport.hardware import machine
 
@@ -36,10 +37,19 @@ def import_openvino() -> Any:
     return sys.modules["openvino"]
 
 
+class _Core(KeptInForks):
+    def __init__(self) -> None:
+        self.made = import_openvino().Core()
+
+
 @lru_cache(maxsize=1)
+def _only_core() -> _Core:
+    return _Core()
+
+
 def core() -> Any:
     """OpenVINO's core: plugins are loaded once per process."""
-    return import_openvino().Core()
+    return _only_core().made
 
 
 def cpu_config(precision: str, threads: int) -> dict[str, Any]:

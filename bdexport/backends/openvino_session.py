@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error
+from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks
 from bdexport.backends.openvino_common import BF16, KERNELS, Reported, core, cpu_config, import_openvino
 from bdexport.backends.openvino_engine import (
     SourceModel,
@@ -33,12 +34,13 @@ from bdexport.parts import HEAD, STEM
 if TYPE_CHECKING:
     from bdexport.bundle import Manifest, PartEntry
 
+FORKED = "forked: OpenVINO's threads are not in a process forked after it was loaded"
 ARITHMETIC = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}  # layers whose precision is reported
 EMULATED = ("undef", "ref")  # how kernels begin that stand in for units that are not there
 Array = NDArray[Any]
 
 
-class OpenVinoSession(ArrayRows):
+class OpenVinoSession(ArrayRows, KeptInForks):
     """See :class:`bdexport.backends.base.Session`. Tensors are numpy arrays."""
 
     def __init__(
@@ -109,6 +111,16 @@ class OpenVinoSession(ArrayRows):
             engine.prepare(batch)
         for source in sources.values():  # they are parsed again where one is needed
             source.forget()
+
+    def in_fork(self) -> OpenVinoSession:
+        """See :meth:`bdexport.backends.base.ForkingSession.in_fork`.
+
+        The thread that calls does all the work there: OpenVINO's pool is one per process and is not made anew.
+        """
+        if self.threads > 1:
+            self.notes += (f"{FORKED}: 1 thread computes instead of {self.threads}; {LOAD_IN_WORKERS}",)
+            self.threads = 1
+        return self
 
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.

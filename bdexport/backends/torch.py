@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
+from bdexport.backends.forking import forked_error
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
@@ -129,6 +130,17 @@ class TorchSession(ArrayRows):
         for part in parts:
             x = self.run(part, x)
         return x
+
+    def in_fork(self) -> TorchSession:
+        """See :meth:`bdexport.backends.base.ForkingSession.in_fork`. With one thread, no pool is asked for."""
+        import torch
+
+        threads = torch.get_num_threads()  # of the whole process, whatever this session was opened with
+        if threads > 1:
+            why = f"whose pool of {threads} threads torch cannot make anew in this one"
+            more = ", before torch computes anything in the parent; or start workers by 'spawn'; or pass threads=1"
+            raise forked_error("session [torch]", why, more=more)
+        return self
 
     def close(self) -> None:
         self._closed = True

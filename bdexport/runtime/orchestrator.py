@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from time import perf_counter_ns
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends import get_backend
-from bdexport.backends.base import FusedSession, RunOptions, Session, Tensor, default_device
+from bdexport.backends.base import ForkingSession, FusedSession, RunOptions, Session, Tensor, default_device
+from bdexport.backends.forking import forked_error
 from bdexport.bundle import Bundle, Manifest, open_bundle
 from bdexport.cuda.exchange import is_device_array
 from bdexport.errors import BackendError, UsageError
@@ -84,6 +87,7 @@ class Orchestrator:
         mapping = bundle.manifest.mask_mapping
         self._mapped = None if mapping is None else MaskMapper(mapping, bundle.manifest.num_blocks)
         self._closed = False
+        self._process, self._adopting = os.getpid(), Lock()
 
     @property
     def manifest(self) -> Manifest:
@@ -223,9 +227,29 @@ class Orchestrator:
         """float32 (N, 3, H, W) on the host; images on the session's device as they are, for the session to check."""
         if self._closed:
             raise UsageError(f"orchestrator of {self.bundle.path}: used after close", remedy="load the bundle again")
+        if os.getpid() != self._process:
+            self._adopt()
         if is_device_array(images):
             return device_input(images, self.device)
         return network_input(images, self.manifest.preprocess, self.manifest.max_batch)
+
+    def _adopt(self) -> None:
+        """Go on in a process forked from the one that loaded the bundle. Raises UsageError where that cannot be."""
+        with self._adopting:
+            if self._process == os.getpid():  # another thread has done it meanwhile
+                return
+            session = self.session
+            if not isinstance(session, ForkingSession):
+                why = f"where device {session.device} cannot be used"
+                raise forked_error(f"orchestrator of {self.bundle.path}", why)
+            self.session = session.in_fork()
+            self._executor, _ = choose_executor(self.executor, self.session, self.manifest)
+            self._process = os.getpid()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Engines belong to one process: neither pickled nor copied."""
+        what = f"orchestrator of {self.bundle.path}: cannot be pickled or copied, since engines belong to one process"
+        raise UsageError(what, remedy="pass the bundle's path instead, and call bdexport.load in the worker")
 
     def _decide(self, x: Tensor) -> tuple[NDArray[np.float32], Masks]:
         """The only time that anything but the logits comes to the host."""

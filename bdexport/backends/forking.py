@@ -1,0 +1,46 @@
+"""Processes forked from one that has loaded a bundle: threads are not in them, and what waits for a thread hangs.
+
+A fork copies a process's memory and the one thread that called it. Two things hang then for ever (measured, Linux):
+handing work to a pool of the parent's, and destroying an ONNX Runtime session with threads or anything of OpenVINO's,
+which waits for threads that are not there; Python destroys both when the child ends, whether or not it ever used them.
+So what a session says here is never destroyed in a forked process; the operating system takes the memory back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from weakref import WeakSet
+
+from bdexport.errors import UsageError
+
+LOAD_IN_WORKERS = "load the bundle in each worker, after the fork"
+
+
+class KeptInForks:
+    """Base of what must not be destroyed in a process forked from the one that made it; its attributes are kept."""
+
+    def __new__(cls, *_arguments: object, **_named: object) -> KeptInForks:
+        made = super().__new__(cls)
+        _kept.add(made)
+        return made
+
+
+_kept: WeakSet[KeptInForks] = WeakSet()
+
+
+def _keep() -> None:
+    """Called in the child: one more reference to everything that the kept objects refer to, which nobody gives up."""
+    for made in list(_kept):
+        # The attributes and not the object alone: close() lets go of them.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dict(vars(made))))
+
+
+if hasattr(os, "register_at_fork"):  # no system without fork has it
+    os.register_at_fork(after_in_child=_keep)
+
+
+def forked_error(what: str, why: str, *, more: str = "") -> UsageError:
+    """What is raised for a session that a forked process cannot use."""
+    said = f"{what}: used in a process forked from the one that loaded it, {why}"
+    return UsageError(said, remedy=LOAD_IN_WORKERS + more)
