@@ -1,4 +1,4 @@
-"""Just enough of ONNX's file format (protobuf) to link graphs without the onnx package, which a production box lacks.
+"""Just enough of ONNX's file format (protobuf) for graphs without the onnx package, which a production box lacks.
 
 Field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3). A message is read as a
 list of (field number, value): int for a varint, bytes for anything with a length; fixed-size numbers do not occur at
@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 
 Fields = list[tuple[int, int | bytes]]
 
-MODEL_IR_VERSION, MODEL_GRAPH, MODEL_OPSET = 1, 7, 8
-GRAPH_NODE, GRAPH_NAME, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
+MODEL_IR_VERSION, MODEL_GRAPH, MODEL_OPSET, MODEL_PROPERTIES = 1, 7, 8, 14
+GRAPH_NODE, GRAPH_NAME, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, GRAPH_VALUE_INFO = 1, 2, 5, 11, 12, 13
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 3, 4, 5, 7
-ATTRIBUTE_NAME, ATTRIBUTE_GRAPH, ATTRIBUTE_TYPE, TYPE_GRAPH = 1, 6, 20, 5
+ATTRIBUTE_NAME, ATTRIBUTE_INTEGER, ATTRIBUTE_GRAPH, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 6, 8, 20
+TYPE_INTEGER, TYPE_GRAPH, TYPE_INTS = 2, 5, 7  # AttributeProto.AttributeType
 VALUE_NAME, VALUE_TYPE = 1, 2
-TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW = 1, 2, 8, 9
-FLOAT, BOOL = 1, 9  # TensorProto.DataType
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_INT64, TENSOR_NAME, TENSOR_RAW = 1, 2, 7, 8, 9
+FLOAT, INT64, BOOL = 1, 7, 9  # TensorProto.DataType
 
 
 def read_fields(data: bytes) -> Fields:
@@ -57,6 +58,25 @@ def only(fields: Fields, number: int) -> bytes:
     return found[0]
 
 
+def text(fields: Fields, number: int) -> str:
+    """The field of that number as text; empty where there is none. Raises ValueError for bytes that are no text."""
+    return next((value.decode() for field, value in fields if field == number and isinstance(value, bytes)), "")
+
+
+def integers(fields: Fields, number: int) -> list[int]:
+    """A repeated field of 64-bit integers, packed into one or not."""
+    values: list[int] = []
+    for field, value in fields:
+        if field == number and isinstance(value, int):
+            values.append(value)
+        elif field == number and isinstance(value, bytes):
+            position = 0
+            while position < len(value):
+                one, position = _read_varint(value, position)
+                values.append(one)
+    return [value - (1 << 64) if value >> 63 else value for value in values]
+
+
 def node(op: str, inputs: Sequence[str], output: str, attributes: Sequence[bytes] = (), domain: str = "") -> bytes:
     """A NodeProto with one output, named after it."""
     return message(
@@ -72,6 +92,17 @@ def with_input(node: bytes, name: str, other: str) -> bytes:
     old, new = name.encode(), other.encode()
     fields = read_fields(node)
     return message((field, new if field == NODE_INPUT and value == old else value) for field, value in fields)
+
+
+def integers_attribute(name: str, values: Sequence[int]) -> bytes:
+    """An AttributeProto that holds a list of integers, none of them negative."""
+    ints = [(ATTRIBUTE_INTS, value) for value in values]
+    return message([(ATTRIBUTE_NAME, name), *ints, (ATTRIBUTE_TYPE, TYPE_INTS)])
+
+
+def integer_attribute(name: str, value: int) -> bytes:
+    """An AttributeProto that holds an integer, not negative."""
+    return message([(ATTRIBUTE_NAME, name), (ATTRIBUTE_INTEGER, value), (ATTRIBUTE_TYPE, TYPE_INTEGER)])
 
 
 def graph_attribute(name: str, graph: bytes) -> bytes:

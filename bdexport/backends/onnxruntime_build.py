@@ -16,11 +16,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import NodeProto, helper, numpy_helper
 
 from bdexport import files
+from bdexport.backends import onnx_wire as wire
+from bdexport.backends.onnx_model import Model, Node, Value, conv_node
 from bdexport.backends.onnx_rewrite import conv_from_pad
 from bdexport.backends.onnxruntime_common import (
     BLOCK_PROPERTY,
@@ -52,121 +51,115 @@ def build_engine(part: str, graph: Path, engine: Path, block: int) -> None:
     """
     try:
         model = _read_graph(graph)
-        if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        if not any(node.op == "QuantizeLinear" for node in model.nodes):
             # Among integer kernels, which have no blocked layout, a float convolution costs two conversions of layout.
             conv_from_pad(model)
         cut_in, cut_out = _blocked_ends(part, model, block)
         built = _cut(model, part, cut_in, cut_out) if cut_in or cut_out else _optimised(model, part)
         _name_ends(built, part)
-    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError, *failures()) as error:
+    except (OSError, ValueError, *failures()) as error:
         reason = " ".join(str(error).split())
         raise BuildError(f"{part} [onnxruntime]: cannot build from {graph} ({reason})") from error
-    properties = {
-        PART_PROPERTY: part,
-        BLOCK_PROPERTY: str(block),
-        INPUT_PROPERTY: BLOCKED if cut_in else PLAIN,
-        OUTPUT_PROPERTY: BLOCKED if cut_out else PLAIN,
-    }
-    helper.set_model_props(built, properties)
-    files.write_bytes(engine, built.SerializeToString(deterministic=True))
+    built.set_properties(
+        {
+            PART_PROPERTY: part,
+            BLOCK_PROPERTY: str(block),
+            INPUT_PROPERTY: BLOCKED if cut_in else PLAIN,
+            OUTPUT_PROPERTY: BLOCKED if cut_out else PLAIN,
+        }
+    )
+    files.write_bytes(engine, built.to_bytes())
 
 
-def _read_graph(path: Path) -> onnx.ModelProto:
-    model = onnx.load(path)
-    onnx.checker.check_model(model)
-    if len(model.graph.input) != 1 or len(model.graph.output) != 1:
-        raise ValueError(f"{len(model.graph.input)} inputs, {len(model.graph.output)} outputs, expected one of each")
+def _read_graph(path: Path) -> Model:
+    model = Model(path.read_bytes())
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ValueError(f"{len(model.inputs)} inputs, {len(model.outputs)} outputs, expected one of each")
     return model
 
 
-def _blocked_ends(part: str, model: onnx.ModelProto, block: int) -> tuple[bool, bool]:
+def _blocked_ends(part: str, model: Model, block: int) -> tuple[bool, bool]:
     """Which ends of a part are activations in the blocked layout."""
 
-    def blocked(value: onnx.ValueInfoProto) -> bool:
-        return block > 1 and value.type.tensor_type.shape.dim[1].dim_value % block == 0
+    def blocked(value: Value) -> bool:
+        return block > 1 and (value.channels or 0) % block == 0
 
-    cut_in = part not in (POLICY, STEM, FULL) and blocked(model.graph.input[0])
-    cut_out = part not in (POLICY, HEAD, FULL) and blocked(model.graph.output[0])
+    cut_in = part not in (POLICY, STEM, FULL) and blocked(model.inputs[0])
+    cut_out = part not in (POLICY, HEAD, FULL) and blocked(model.outputs[0])
     return cut_in, cut_out
 
 
-def _optimised(model: onnx.ModelProto, part: str) -> onnx.ModelProto:
+def _optimised(model: Model, part: str) -> Model:
     """The model as ONNX Runtime would run it, its CPU-specific optimisations included."""
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads=1, optimise=True)
         options.optimized_model_filepath = str(Path(folder) / f"{part}.onnx")
-        import_onnxruntime().InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath)
+        import_onnxruntime().InferenceSession(model.to_bytes(), options, providers=["CPUExecutionProvider"])
+        return Model(Path(options.optimized_model_filepath).read_bytes())
 
 
 # ---- boundaries in the blocked layout -----------------------------------------------------------------------------
 
 
-def _cut(model: onnx.ModelProto, part: str, cut_in: bool, cut_out: bool) -> onnx.ModelProto:
+def _cut(model: Model, part: str, cut_in: bool, cut_out: bool) -> Model:
     try:
         return _without_guards(_optimised(_guarded(model, cut_in, cut_out), part), cut_in, cut_out)
     except NotBlockedError:
         return _wrapped(_optimised(model, part), cut_in, cut_out)
 
 
-def _guarded(model: onnx.ModelProto, cut_in: bool, cut_out: bool) -> onnx.ModelProto:
+def _guarded(model: Model, cut_in: bool, cut_out: bool) -> Model:
     """The part between identity convolutions, which ONNX Runtime blocks: its own ends are then blocked tensors."""
-    guarded = onnx.ModelProto()
-    guarded.CopyFrom(model)
-    graph = guarded.graph
+    guarded = Model(model.to_bytes())
     if cut_in:
-        value = graph.input[0]
-        conv = _identity_conv(graph, GUARD_IN, f"{GUARD_IN}/x", value.name, value)
-        graph.node.insert(0, conv)
+        value = guarded.inputs[0]
+        guarded.nodes.insert(0, _identity_conv(guarded, GUARD_IN, f"{GUARD_IN}/x", value.name, value))
         value.name = f"{GUARD_IN}/x"
     if cut_out:
-        value = graph.output[0]
-        graph.node.append(_identity_conv(graph, GUARD_OUT, value.name, f"{GUARD_OUT}/y", value))
+        value = guarded.outputs[0]
+        guarded.nodes.append(_identity_conv(guarded, GUARD_OUT, value.name, f"{GUARD_OUT}/y", value))
         value.name = f"{GUARD_OUT}/y"
     return guarded
 
 
-def _identity_conv(
-    graph: onnx.GraphProto, name: str, source: str, target: str, value: onnx.ValueInfoProto
-) -> NodeProto:
-    channels = value.type.tensor_type.shape.dim[1].dim_value
-    weight = np.eye(channels, dtype=np.float32).reshape(channels, channels, 1, 1)
-    graph.initializer.append(numpy_helper.from_array(weight, f"{name}.weight"))
-    return helper.make_node("Conv", [source, f"{name}.weight"], [target], name=name, kernel_shape=[1, 1])
+def _identity_conv(model: Model, name: str, source: str, target: str, value: Value) -> Node:
+    assert value.channels is not None  # a blocked end has them
+    weight = np.eye(value.channels, dtype=np.float32).reshape(value.channels, value.channels, 1, 1)
+    model.add_constant(f"{name}.weight", weight)
+    return conv_node(name, source, f"{name}.weight", target, (1, 1))
 
 
-def _without_guards(model: onnx.ModelProto, cut_in: bool, cut_out: bool) -> onnx.ModelProto:
+def _without_guards(model: Model, cut_in: bool, cut_out: bool) -> Model:
     """Remove the guards and the conversions outside them. Raises NotBlockedError where there are some inside them."""
-    graph = model.graph
     if cut_in:
-        reorder = _one(graph, "ReorderInput", source=graph.input[0].name)
-        guard = _one(graph, "Conv", source=reorder.output[0])
-        users = [node for node in graph.node if guard.output[0] in node.input]
+        reorder = _one(model, "ReorderInput", source=model.inputs[0].name)
+        guard = _one(model, "Conv", source=reorder.outputs[0])
+        users = [node for node in model.nodes if guard.outputs[0] in node.inputs]
         _require(bool(users) and all(_stays_blocked(user, "ReorderOutput") for user in users))
-        graph.node.remove(reorder)
-        graph.node.remove(guard)
-        graph.input[0].name = guard.output[0]
+        model.nodes.remove(reorder)
+        model.nodes.remove(guard)
+        model.inputs[0].name = guard.outputs[0]
     if cut_out:
-        reorder = _one(graph, "ReorderOutput", target=graph.output[0].name)
-        guard = _one(graph, "Conv", target=reorder.input[0])
-        makers = [node for node in graph.node if guard.input[0] in node.output]
+        reorder = _one(model, "ReorderOutput", target=model.outputs[0].name)
+        guard = _one(model, "Conv", target=reorder.inputs[0])
+        makers = [node for node in model.nodes if guard.inputs[0] in node.outputs]
         _require(len(makers) == 1 and _stays_blocked(makers[0], "ReorderInput"))
-        graph.node.remove(reorder)
-        graph.node.remove(guard)
-        graph.output[0].name = guard.input[0]
-    _drop_unused_initializers(graph)
+        model.nodes.remove(reorder)
+        model.nodes.remove(guard)
+        model.outputs[0].name = guard.inputs[0]
+    model.drop_unused_constants()
     return model
 
 
-def _one(graph: onnx.GraphProto, op: str, source: str | None = None, target: str | None = None) -> NodeProto:
+def _one(model: Model, op: str, source: str | None = None, target: str | None = None) -> Node:
     """The only node that reads ``source`` or makes ``target``; it must be ``op`` of the blocked layout."""
-    found: list[NodeProto] = [node for node in graph.node if source in node.input or target in node.output]
-    _require(len(found) == 1 and found[0].domain == NCHWC_DOMAIN and found[0].op_type == op)
+    found = [node for node in model.nodes if source in node.inputs or target in node.outputs]
+    _require(len(found) == 1 and found[0].domain == NCHWC_DOMAIN and found[0].op == op)
     return found[0]
 
 
-def _stays_blocked(node: NodeProto, conversion: str) -> bool:
-    return node.domain == NCHWC_DOMAIN and node.op_type != conversion
+def _stays_blocked(node: Node, conversion: str) -> bool:
+    return node.domain == NCHWC_DOMAIN and node.op != conversion
 
 
 def _require(condition: bool) -> None:
@@ -174,51 +167,43 @@ def _require(condition: bool) -> None:
         raise NotBlockedError
 
 
-def _wrapped(model: onnx.ModelProto, cut_in: bool, cut_out: bool) -> onnx.ModelProto:
+def _wrapped(model: Model, cut_in: bool, cut_out: bool) -> Model:
     """A part that works in NCHW inside, with blocked ends: the conversions are made explicit."""
-    graph = model.graph
     if cut_in:
-        value = graph.input[0]
-        channels = value.type.tensor_type.shape.dim[1].dim_value
+        value = model.inputs[0]
+        assert value.channels is not None  # a blocked end has them
         outer = f"{value.name}/blocked"
-        reorder = helper.make_node(
-            "ReorderOutput", [outer], [value.name], name=outer, domain=NCHWC_DOMAIN, channels=channels
-        )
-        graph.node.insert(0, reorder)
+        channels = [wire.integer_attribute("channels", value.channels)]
+        reorder = Node("ReorderOutput", [outer], [value.name], outer, NCHWC_DOMAIN, channels)
+        model.nodes.insert(0, reorder)
         value.name = outer
     if cut_out:
-        value = graph.output[0]
+        value = model.outputs[0]
         outer = f"{value.name}/blocked"
-        graph.node.append(helper.make_node("ReorderInput", [value.name], [outer], name=outer, domain=NCHWC_DOMAIN))
+        model.nodes.append(Node("ReorderInput", [value.name], [outer], outer, NCHWC_DOMAIN))
         value.name = outer
-    if not any(opset.domain == NCHWC_DOMAIN for opset in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(NCHWC_DOMAIN, 1))
+    model.add_opset(NCHWC_DOMAIN, 1)
     return model
-
-
-def _drop_unused_initializers(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
 
 
-def _name_ends(model: onnx.ModelProto, part: str) -> None:
+class _Names(dict[str, str]):
+    """Unique names for a part's tensors: the agreed ones for its two ends, the part before every other."""
+
+    def __init__(self, part: str, ends: dict[str, str]) -> None:
+        super().__init__(ends | {"": ""})
+        self._part = part
+
+    def __missing__(self, name: str) -> str:
+        return f"{self._part}:{name}"  # not "/", which the agreed names have
+
+
+def _name_ends(model: Model, part: str) -> None:
     """Unique names for all tensors, agreed names for the two ends, so that engines link without renaming."""
-    graph = model.graph
-    names = {graph.input[0].name: input_name(part), graph.output[0].name: output_name(part), "": ""}
-
-    def renamed(name: str) -> str:
-        return names.get(name, f"{part}:{name}")  # not "/", which the agreed names have
-
-    for node in graph.node:
-        node.input[:] = [renamed(name) for name in node.input]
-        node.output[:] = [renamed(name) for name in node.output]
+    source, target = model.inputs[0], model.outputs[0]
+    model.rename(_Names(part, {source.name: input_name(part), target.name: output_name(part)}))
+    for node in model.nodes:
         node.name = f"{part}:{node.name}" if node.name else ""
-    for tensor in graph.initializer:
-        tensor.name = renamed(tensor.name)
-    graph.input[0].name, graph.output[0].name = input_name(part), output_name(part)
-    graph.name = part
-    del graph.value_info[:]
+    source.name, target.name, model.name = input_name(part), output_name(part), part

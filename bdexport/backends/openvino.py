@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
+from bdexport.backends.onnx_model import Model
+from bdexport.backends.onnx_rewrite import conv_from_pad
 from bdexport.backends.openvino_common import (
     BF16,
     LEAST_OPENVINO,
@@ -83,23 +85,17 @@ class OpenVinoBackend(BuildsWhereItRuns):
             raise BuildError(f"{part} [openvino]: precision", got=options.precision, expected=expected)
         if options.precision == BF16 and (reason := no_bf16_reason()):
             raise BuildError(f"{part} [openvino]: bf16 is not available here ({reason})", remedy=FP32_REMEDY)
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
         try:
             self._convert(part, graph, engine, options.precision)
-        except (OSError, RuntimeError, ValueError, DecodeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise BuildError(f"{part} [openvino]: cannot build from {graph} ({reason})") from error
 
     def _convert(self, part: str, graph: Path, engine: Path, precision: str) -> None:
-        import onnx
-
-        from bdexport.backends.onnx_rewrite import conv_from_pad
-
-        source = onnx.load(graph)
+        source = Model(graph.read_bytes())
         # OpenVINO runs strided slices and padding by reference kernels, in NCHW.
         conv_from_pad(source)
-        model = core().read_model(source.SerializeToString())
+        model = core().read_model(source.to_bytes())
         for number, operation in enumerate(model.get_ordered_ops()):  # names count on through a process otherwise
             operation.set_friendly_name(f"{operation.get_type_name()}_{number}")
         with tempfile.TemporaryDirectory() as folder:

@@ -67,8 +67,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(folder: Path, backend: str, threads: int, before: str, after: str) -> subprocess.CompletedProcess[str]:
     """The service in a process of its own. Raises TimeoutExpired, with every process gone, where the child hangs."""
     line = [sys.executable, "-c", SERVICE, str(folder / backend), str(threads), str(folder), before, after]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(line, **pipes, text=True, start_new_session=True) as it:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as it:
         try:
             out, err = it.communicate(timeout=WAIT_S)
         except subprocess.TimeoutExpired:

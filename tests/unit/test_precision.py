@@ -191,10 +191,11 @@ def test_a_precision_that_a_backend_lacks_is_refused_with_its_reason(backend: st
 
 def test_onnxruntime_has_no_fp16_kernels_of_its_own(graphs: dict[str, Path]) -> None:
     """Oracle: the graph as ONNX Runtime optimises it. When this fails, FP16 can be offered on this processor."""
+    from bdexport.backends.onnx_model import Model
     from bdexport.backends.onnxruntime_build import _optimised
 
-    half = half_graph(BLOCK, onnx.load(graphs[BLOCK]), "fp16")
-    built = onnx.shape_inference.infer_shapes(_optimised(half, BLOCK))
+    half = Model(half_graph(BLOCK, onnx.load(graphs[BLOCK]), "fp16").SerializeToString())
+    built = onnx.shape_inference.infer_shapes(onnx.load_from_string(_optimised(half, BLOCK).to_bytes()))
     weights = {tensor.name: tensor.data_type for tensor in built.graph.initializer}
     convolutions = [node for node in built.graph.node if node.op_type in ("Conv", "FusedConv")]
     assert {weights[node.input[1]] for node in convolutions} == {TensorProto.FLOAT}
