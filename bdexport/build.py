@@ -19,7 +19,7 @@ import torch
 from bdexport import __version__
 from bdexport.architecture import Shortcut
 from bdexport.backends import backend_class, get_builder
-from bdexport.backends.base import Backend, BuildOptions
+from bdexport.backends.base import Backend, BuildOptions, RebuildingBackend
 from bdexport.build_engines import build_engines
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
 from bdexport.calibrate import CalibrationRequest, Scales, scales_for
@@ -41,7 +41,7 @@ from bdexport.verify import require, verify_against_model
 from bdexport.verify_accuracy import accuracy_text, require_accuracy
 from bdexport.zoo import zoo_name
 
-GRAPHS, ENGINES = "graphs", "engines"  # folders inside a bundle
+GRAPHS, ENGINES, SOURCES = "graphs", "engines", "sources"  # folders inside a bundle
 DEFAULT_PARENT = Path("engines")  # where bundles go when no place is named
 STATISTICS = "policy_statistics"  # of a checkpoint's training record; the manifest keeps it apart
 
@@ -139,12 +139,15 @@ def bundle_from_model(
         specs = part_specs(model, checkpoint.preprocess)
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
         scales = _scales(graphs, model, checkpoint, config, calibration, report)
-        typed = typed_graphs(graphs, config.precision, backend.name, Path(typed_folder), scales)
+        rebuilds = isinstance(backend, RebuildingBackend)
+        typed_place = staging / SOURCES if rebuilds else Path(typed_folder)
+        typed = typed_graphs(graphs, config.precision, backend.name, typed_place, scales)
         engines, outcomes, notes = build_engines(
             typed, staging / ENGINES, backend, options, config.jobs, model, cache, report
         )
         notes += [] if scales is None else scales.notes
-        parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
+        sources = {part: graph for part, graph in typed.items() if rebuilds and graph != graphs[part]}
+        parts = _part_entries(staging, graphs, engines, sources, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
         check_size(manifest, config.fused.max_bundle_mb)
         if scales is not None:
@@ -209,6 +212,7 @@ def _part_entries(
     staging: Path,
     graphs: Mapping[str, Path],
     engines: Mapping[str, Path],
+    sources: Mapping[str, Path],
     specs: Specs,
     model: BlockDropNet,
     checkpoint: Checkpoint,
@@ -221,6 +225,7 @@ def _part_entries(
             file_entry(staging, engines[part]),
             *specs[part],
             flops[part],
+            file_entry(staging, sources[part]) if part in sources else None,
         )
         for part in graphs
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +66,15 @@ class Bundle:
         return self._file(part, "engine")
 
     @property
-    def rebuild_command(self) -> str:
-        """What builds this bundle again where it is, but for the settings that have defaults."""
+    def build_command(self) -> str:
+        """What builds this bundle again from its checkpoint where it is, but for the settings that have defaults."""
         how = f"--backend {self.manifest.backend} --precision {self.manifest.precision}"
-        return f"bdexport build CHECKPOINT {how} --out {self.path} --overwrite"
+        return f"bdexport build CHECKPOINT {how} --out {shlex.quote(str(self.path))} --overwrite"
+
+    @property
+    def rebuild_command(self) -> str:
+        """What builds its engines again from its own graphs."""
+        return f"bdexport rebuild {shlex.quote(str(self.path))}"
 
     def _file(self, part: str, kind: str) -> Path:
         if part not in self.manifest.parts:

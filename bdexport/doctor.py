@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from bdexport import __version__
 from bdexport.hardware import GpuReport, gpu_report, gpu_to_json, machine, usable_cores
+from bdexport.packages import install_line
 
 State = Literal["ok", "build only", "missing", "broken"]  # build only: a backend whose engines run elsewhere
 TIMEOUT_S = 120.0  # for one import; torch from a cold network disk takes tens of seconds
@@ -192,7 +193,8 @@ import onnxruntime
 """
 _PROVIDERS_GPU = """
 if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-    remedy = 'pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "bdexport[gpu]"'
+    from bdexport.packages import install_line
+    remedy = f"pip uninstall -y onnxruntime onnxruntime-gpu, then {install_line('gpu')}"
     raise RuntimeError("its CUDA provider is not there: the package onnxruntime has replaced it")
 detail = "CUDA provider is there"
 """
@@ -230,7 +232,7 @@ def _package(
 ) -> Probe:
     first = imports or f"import {module}"
     version = "" if "version =" in first else f"version = {module}.__version__"
-    install = "pip install bdexport" if extra == "core" else f'pip install "bdexport[{extra}]"'
+    install = install_line(extra)
     reinstall = f"pip install --force-reinstall {package or name}"
     return Probe(name, extra, module, "\n".join((first, version, detail)), install, reinstall)
 

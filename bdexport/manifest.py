@@ -36,7 +36,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class PartEntry:
-    """One part: its ONNX graph, its engine (None where the backend needs no such file), tensors, FLOPs of one image."""
+    """One part: its ONNX graph, its engine (None where the backend needs no such file), tensors, FLOPs of one image.
+
+    ``source``: the graph that the engine was built from, where that is not ``graph`` (int8: the one with scales).
+    """
 
     name: str
     graph: FileEntry | None
@@ -44,6 +47,12 @@ class PartEntry:
     input: TensorSpec
     output: TensorSpec
     flops: int
+    source: FileEntry | None = None
+
+    def files(self) -> dict[str, FileEntry]:
+        """Its files, by what they are for."""
+        files = {"graph": self.graph, "engine": self.engine, "source": self.source}
+        return {kind: entry for kind, entry in files.items() if entry is not None}
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,7 @@ class Manifest:
 
     def files(self) -> list[FileEntry]:
         """Every file of the bundle but the manifest itself, in the parts' order."""
-        entries = [entry for part in self.parts.values() for entry in (part.graph, part.engine)]
-        return [entry for entry in entries if entry is not None]
+        return [entry for part in self.parts.values() for entry in part.files().values()]
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as ``manifest.json`` holds it; :func:`manifest_from_json` reads it back."""
@@ -110,7 +118,7 @@ def _part_to_json(part: PartEntry) -> dict[str, Any]:
         "input": part.input.to_json(),
         "output": part.output.to_json(),
         "flops": part.flops,
-    }
+    } | ({} if part.source is None else {"source": asdict(part.source)})
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -217,9 +225,9 @@ def _check_distinct(parts: list[PartEntry], where: str) -> None:
     """R9: no two files under one path, whatever the case: some file systems fold it, and bundles are copied around."""
     seen = {MANIFEST: "the manifest"}
     for part in parts:
-        for kind, entry in (("graph", part.graph), ("engine", part.engine)):
+        for kind, entry in part.files().items():
             user = f"{part.name} {kind}"
-            if entry is not None and (other := seen.setdefault(entry.path.casefold(), user)) != user:
+            if (other := seen.setdefault(entry.path.casefold(), user)) != user:
                 raise rule_error("R9", f"{where}: path {entry.path!r}", got=f"used by {other} and {user}")
 
 
@@ -233,16 +241,20 @@ def _read_part(reader: Reader) -> PartEntry:
         input=_read_tensor(reader, "input", INPUT_NAME),
         output=_read_tensor(reader, "output", OUTPUT_NAME),
         flops=reader.integer("flops", "R4", 0),
+        source=_file(reader.absent_or_mapping("source"), f"{reader.where} source"),
     )
     reader.finish()
     return part
 
 
 def _read_file(reader: Reader, key: str) -> FileEntry | None:
-    data = reader.optional_mapping(key)
+    return _file(reader.optional_mapping(key), f"{reader.where} {key}")
+
+
+def _file(data: dict[str, Any] | None, where: str) -> FileEntry | None:
     if data is None:
         return None
-    entry = Reader(data, f"{reader.where} {key}")
+    entry = Reader(data, where)
     file = FileEntry(entry.text("path", "R8"), entry.text("sha256", "R10"), entry.integer("bytes", "R10", 0))
     entry.finish()
     check_path(file.path, entry.where)

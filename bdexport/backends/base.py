@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.config import TensorRTConfig
-from bdexport.errors import UsageError
+from bdexport.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from bdexport.bundle import Bundle
+    from bdexport.bundle import Bundle, Manifest
     from bdexport.models.pair import BlockDropNet
 
 Tensor = Any  # a session's own handle: numpy.ndarray on the CPU
@@ -159,6 +159,29 @@ class ForkingSession(Protocol):
         """What serves in the forked process: itself, or a new one. Raises UsageError where neither can."""
 
 
+@dataclass(frozen=True)
+class Misfit:
+    """Why engines are not for this machine: ``what`` they are, ``got`` for what, and what is ``here``.
+
+    ``install``: the line that brings what they were built with, where one does. ``refused``: they cannot be run;
+    otherwise they only take longer to open.
+    """
+
+    what: str
+    got: str
+    here: str
+    install: str | None = None
+    refused: bool = True
+
+    def error(self, bundle: Bundle) -> BackendError:
+        """What a backend raises for such a bundle."""
+        remedy = f"build them anew from its graphs: {bundle.rebuild_command}, or bdexport.load(BUNDLE, rebuild=True)"
+        if self.install is not None:
+            remedy += f"; or run it with what built it: {self.install}"
+        what = f"{bundle.path} [{bundle.manifest.backend}]: its {self.what}"
+        return BackendError(what, got=self.got, expected=f"{self.here} (here)", remedy=remedy)
+
+
 class Backend(Protocol):
     """Builds engines and opens sessions."""
 
@@ -195,6 +218,16 @@ class Backend(Protocol):
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load every engine of ``bundle``. Raises BackendError naming the part, both sides and the remedy."""
+
+
+@runtime_checkable
+class RebuildingBackend(Backend, Protocol):
+    """A backend that builds engines from a bundle's graphs alone, on the machine that runs them."""
+
+    from_float: tuple[str, ...]  # precisions whose engines are built from the float32 graphs
+
+    def misfit(self, manifest: Manifest) -> Misfit | None:
+        """Why the engines are not for this machine; None where they are."""
 
 
 class BuildsWhereItRuns:

@@ -42,7 +42,7 @@ class Node:
             + [(wire.NODE_OP, self.op)]
             + [(wire.NODE_ATTRIBUTE, attribute) for attribute in self.attributes]
             + [(wire.NODE_DOMAIN, self.domain)] * bool(self.domain)
-            + self.rest
+            + [*self.rest]
         )
 
     def sizes(self) -> dict[str, list[int]]:

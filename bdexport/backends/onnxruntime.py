@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, Misfit, RunOptions, Session
 from bdexport.backends.onnxruntime_common import channel_block, import_onnxruntime
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession
 from bdexport.cuda import cuda_ordinal
-from bdexport.errors import BackendError, BuildError
+from bdexport.errors import BuildError
+from bdexport.packages import install_line
 from bdexport.parts import FULL
 
 if TYPE_CHECKING:
-    from bdexport.bundle import Bundle
+    from bdexport.bundle import Bundle, Manifest
     from bdexport.models.pair import BlockDropNet
 
 INT8 = "int8"  # Q/DQ in the graph; its convolutions of 8-bit integers are ONNX Runtime's own fusion of them
@@ -33,6 +34,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
 
     name = "onnxruntime"
     precisions: tuple[str, ...] = ("fp32", INT8)
+    from_float: tuple[str, ...] = ("fp32",)
     engine_suffix = ".onnx"
     computes = True
     fuses = True
@@ -40,7 +42,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
     def available(self) -> Availability:
         """Whether onnxruntime can be imported."""
         if importlib.util.find_spec("onnxruntime") is None:
-            return Availability(False, "onnxruntime is not installed", 'pip install "bdexport[cpu]"')
+            return Availability(False, "onnxruntime is not installed", install_line("cpu"))
         try:
             import_onnxruntime()
         except ImportError as error:
@@ -80,23 +82,25 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
             return open_on_cuda(bundle, options.device, ordinal, options.stream)
         if options.device != "cpu":
             raise no_device_error(self.name, options.device, "cpu or cuda")
-        self._check_built_for_this(bundle)
+        if (misfit := self.misfit(bundle.manifest)) is not None:
+            raise misfit.error(bundle)
         threads, note = chosen_threads(options.threads, bundle.manifest.parts[FULL].flops)
         files = {part: bundle.engine(part) for part in bundle.manifest.parts}
         return OnnxRuntimeSession(bundle.manifest, files, threads, note, fused=options.fused)
 
-    def _check_built_for_this(self, bundle: Bundle) -> None:
-        """Engines of another channel block would run and give wrong numbers, so this is never only a warning."""
-        manifest = bundle.manifest
-        remedy = f"rebuild it on this machine: {bundle.rebuild_command}"
+    def misfit(self, manifest: Manifest) -> Misfit | None:
+        """See :meth:`bdexport.backends.base.RebuildingBackend.misfit`.
+
+        Engines of another channel block would run and give wrong numbers, so that this is never only a warning.
+        """
         if manifest.fingerprint != self.fingerprint():
-            what = f"{bundle.path} [onnxruntime]: its engines are for another processor"
-            raise BackendError(what, got=manifest.fingerprint, expected=f"{self.fingerprint()} (here)", remedy=remedy)
+            return Misfit("engines are for another processor", manifest.fingerprint, self.fingerprint())
         for name, here in self.versions().items():
             built = manifest.versions.get(name)
             if built != here:
-                what = f"{bundle.path} [onnxruntime]: its engines are for another version of {name}"
-                raise BackendError(what, got=built, expected=f"{here} (here)", remedy=remedy)
+                install = f"pip install onnxruntime=={built}" if name == "onnxruntime" and built is not None else None
+                return Misfit(f"engines are for another version of {name}", str(built), here, install)
+        return None
 
 
 def open_graphs(bundle: Bundle) -> OnnxRuntimeSession:

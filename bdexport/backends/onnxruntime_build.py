@@ -57,7 +57,7 @@ def build_engine(part: str, graph: Path, engine: Path, block: int) -> None:
         cut_in, cut_out = _blocked_ends(part, model, block)
         built = _cut(model, part, cut_in, cut_out) if cut_in or cut_out else _optimised(model, part)
         _name_ends(built, part)
-    except (OSError, ValueError, *failures()) as error:
+    except (OSError, ValueError, *failures()) as error:  # type: ignore[misc]
         reason = " ".join(str(error).split())
         raise BuildError(f"{part} [onnxruntime]: cannot build from {graph} ({reason})") from error
     built.set_properties(

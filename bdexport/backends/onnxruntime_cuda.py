@@ -19,13 +19,13 @@ from bdexport.backends.onnxruntime_common import Reported, import_onnxruntime
 from bdexport.bundle import INPUT_NAME, OUTPUT_NAME
 from bdexport.cuda import open_cuda
 from bdexport.errors import BackendError
+from bdexport.packages import install_line
 
 if TYPE_CHECKING:
     from bdexport.bundle import Bundle, PartEntry
     from bdexport.cuda import Stream
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = 'pip uninstall onnxruntime, then pip install "bdexport[gpu]": both at once hide the CUDA provider'
 NO_CAPTURE = "ONNX Runtime's CUDA provider cannot be captured into a graph from outside"
 CACHED_BINDINGS = 64  # per part; one for each pair of addresses and batch
 
@@ -40,8 +40,9 @@ def open_on_cuda(bundle: Bundle, device: str, ordinal: int, stream: Any = None) 
     ort = import_onnxruntime()
     if PROVIDER not in ort.get_available_providers():
         what = "backend onnxruntime: no such device"
+        remedy = f"pip uninstall onnxruntime, then {install_line('gpu')}: both at once hide the CUDA provider"
         expected = f"cpu (this onnxruntime {ort.__version__} has no CUDA provider)"
-        raise BackendError(what, got=repr(device), expected=expected, remedy=INSTALL)
+        raise BackendError(what, got=repr(device), expected=expected, remedy=remedy)
     preload = getattr(ort, "preload_dlls", None)
     if preload is not None:
         preload()  # finds CUDA and cuDNN in pip's NVIDIA wheels

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, Misfit, RunOptions
 from bdexport.backends.onnx_model import Model
 from bdexport.backends.onnx_rewrite import conv_from_pad
 from bdexport.backends.openvino_common import (
     BF16,
+    FP32,
     LEAST_OPENVINO,
     PRECISIONS,
     core,
@@ -30,10 +31,11 @@ from bdexport.backends.openvino_common import (
 from bdexport.backends.openvino_engine import WEIGHTS, XML, requirements_here, write_engine
 from bdexport.backends.openvino_session import OpenVinoSession
 from bdexport.errors import BackendError, BuildError
+from bdexport.packages import install_line
 from bdexport.parts import FULL
 
 if TYPE_CHECKING:
-    from bdexport.bundle import Bundle
+    from bdexport.bundle import Bundle, Manifest
     from bdexport.models.pair import BlockDropNet
 
 ENGINE_VERSION = "openvino-engine"
@@ -47,6 +49,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
 
     name = "openvino"
     precisions: tuple[str, ...] = tuple(PRECISIONS)
+    from_float: tuple[str, ...] = (FP32, BF16)
     engine_suffix = ".openvino"
     computes = True
     fuses = True
@@ -54,7 +57,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
     def available(self) -> Availability:
         """Whether openvino can be imported. Its own telemetry is kept out."""
         if importlib.util.find_spec("openvino") is None:
-            return Availability(False, "openvino is not installed", 'pip install "bdexport[openvino]"')
+            return Availability(False, "openvino is not installed", install_line("openvino"))
         try:
             import_openvino()
         except ImportError as error:
@@ -62,7 +65,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
         version = openvino_version()
         if tuple(int(number) for number in version.split(".")[:2]) < LEAST_OPENVINO:
             least = ".".join(map(str, LEAST_OPENVINO))
-            return Availability(False, f"openvino {version} is older than {least}", 'pip install "bdexport[openvino]"')
+            return Availability(False, f"openvino {version} is older than {least}", install_line("openvino"))
         return Availability(True, f"openvino is installed; bf16: {no_bf16_reason() or 'yes'}")
 
     def versions(self) -> Mapping[str, str]:
@@ -109,21 +112,27 @@ class OpenVinoBackend(BuildsWhereItRuns):
         if options.device != "cpu":
             raise no_device_error(self.name, options.device, "cpu (this backend has no other device yet)")
         manifest = bundle.manifest
-        self._check_built_for_this(bundle)
+        if (misfit := self.misfit(manifest)) is not None and misfit.refused:
+            raise misfit.error(bundle)
+        if manifest.precision == BF16 and (reason := no_bf16_reason()):
+            raise BackendError(f"{bundle.path} [openvino]: bf16 is not available here ({reason})", remedy=FP32_REMEDY)
         threads, note = chosen_threads(options.threads, manifest.parts[FULL].flops)
         files = {part: bundle.engine(part) for part in manifest.parts}
         return OpenVinoSession(manifest, files, threads, note, options.fused)
 
-    def _check_built_for_this(self, bundle: Bundle) -> None:
-        manifest = bundle.manifest
-        remedy = f"rebuild it here: {bundle.rebuild_command}"
-        checks = (
-            ("are for another processor", manifest.fingerprint, self.fingerprint()),
-            ("are in another form", manifest.versions.get(ENGINE_VERSION), ENGINE_FORMAT),
-        )
-        for what, got, expected in checks:
-            if got != expected:
-                text = f"{bundle.path} [openvino]: its engines {what}"
-                raise BackendError(text, got=got, expected=f"{expected} (here)", remedy=remedy)
-        if manifest.precision == BF16 and (reason := no_bf16_reason()):
-            raise BackendError(f"{bundle.path} [openvino]: bf16 is not available here ({reason})", remedy=FP32_REMEDY)
+    def misfit(self, manifest: Manifest) -> Misfit | None:
+        """See :meth:`bdexport.backends.base.RebuildingBackend.misfit`.
+
+        Engines that were compiled for another release or instruction set are compiled again whenever they are opened.
+        """
+        form = manifest.versions.get(ENGINE_VERSION)
+        if manifest.fingerprint != self.fingerprint():
+            return Misfit("engines are for another processor", manifest.fingerprint, self.fingerprint())
+        if form != ENGINE_FORMAT:
+            return Misfit("engines are in another form", str(form), ENGINE_FORMAT)
+        compiled = manifest.versions.get(COMPILED_FOR)
+        if compiled != requirements_here():
+            here, version = requirements_here(), manifest.versions.get("openvino")
+            install = None if version in (None, openvino_version()) else f"pip install openvino=={version}"
+            return Misfit("engines were compiled for another OpenVINO", str(compiled), here, install, refused=False)
+        return None

@@ -63,7 +63,7 @@ class OpenVinoSession(ArrayRows, KeptInForks):
         self.notes += ("batch 1 is ready when the bundle is opened, other batches are compiled by their first call",)
         if paths:
             self.notes += (f"fused: {len(paths)} paths, each compiled from the parts' models by its first call",)
-        self.notes += _compiled_anew(self._parts.values(), manifest.precision)
+        self.notes += _compiled_anew(self._parts.values())
 
     @property
     def fused_seconds(self) -> float:
@@ -332,13 +332,12 @@ def _precision_note(precision: str, parts: Any) -> str:
     return f"precision: {precision}, in {sum(wanted.values())} of {kernels.total()} layers that multiply ({names})"
 
 
-def _compiled_anew(parts: Iterable[_Engine], precision: str) -> tuple[str, ...]:
+def _compiled_anew(parts: Iterable[_Engine]) -> tuple[str, ...]:
     """A note where engines belong to another OpenVINO or processor: opening took the longer for it."""
     others = [part.compiled_anew for part in parts if part.compiled_anew is not None]
     if not others:
         return ()
     return (
         f"compiled anew: {len(others)} engines were compiled for {others[0]}, and this is {requirements_here()}; "
-        "to open the bundle faster, rebuild it here: bdexport build CHECKPOINT --backend openvino "
-        f"--precision {precision} --out BUNDLE --overwrite",
+        "to open the bundle faster, build its engines anew here: bdexport rebuild BUNDLE",
     )

@@ -21,6 +21,7 @@ from typing import Any
 from bdexport.errors import BackendError
 from bdexport.files import writing
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.packages import install_line
 
 SCHEMA = "bdexport-tensorrt-engine/1"
 PLAN, DESCRIPTION, LAYERS = "plan", "part.json", "layers.json"  # inside an engine file
@@ -48,7 +49,7 @@ class Flavour:
     @property
     def install(self) -> str:
         """The line that installs it."""
-        return f'pip install "bdexport[{self.name}]"'
+        return install_line(self.name)
 
 
 TENSORRT = Flavour("tensorrt", "tensorrt", "TensorRT")

@@ -174,7 +174,7 @@ class _Loader:
     def __init__(self, api: Api, bundle: Bundle) -> None:
         self.api, self._bundle = api, bundle
         self._name = api.flavour.name
-        self._remedy = f"rebuild it here: {bundle.rebuild_command}"
+        self._remedy = f"rebuild it here: {bundle.build_command}"
         self._host_code = False
         self.notes: list[str] = []
         self.runtime: Any = None

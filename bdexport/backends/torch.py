@@ -22,6 +22,7 @@ from bdexport.backends.forking import forked_error
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
+from bdexport.packages import install_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,7 +46,7 @@ class TorchBackend(BuildsWhereItRuns):
         """Whether torch and safetensors are installed."""
         missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
         if missing:
-            return Availability(False, f"{' and '.join(missing)} not installed", 'pip install "bdexport[build]"')
+            return Availability(False, f"{' and '.join(missing)} not installed", install_line("build"))
         return Availability(True, "torch is installed")
 
     def versions(self) -> Mapping[str, str]:

@@ -20,6 +20,7 @@ COMMANDS = {  # in the order of the work; each is the function of that name in b
     "export": "Write a checkpoint's parts as ONNX graphs, nothing else.",
     "calibrate": "Gather scales for INT8 and FP8 along the paths really taken.",
     "build": "Build a bundle: graphs, engines and a manifest.",
+    "rebuild": "Build a bundle's engines anew from its own graphs.",
     "inspect": "Show what is in a bundle and check every hash.",
     "verify": "Compare a bundle's parts and paths with the reference.",
     "run": "Classify images: class, confidence, path taken, time.",

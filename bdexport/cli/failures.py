@@ -15,6 +15,7 @@ from types import FrameType
 import typer
 
 from bdexport.errors import BdexportError
+from bdexport.packages import install_line
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
 
@@ -81,7 +82,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
 def _describe(error: BaseException) -> str:
     module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     if module in EXTRA_OF:
-        return f'this needs {module}, which is not installed; pip install "bdexport[{EXTRA_OF[module]}]"'
+        return f"this needs {module}, which is not installed; {install_line(EXTRA_OF[module])}"
     if _is_out_of_memory(error):
         return f"out of memory ({type(error).__name__}: {error}); use a smaller batch or fewer jobs"
     if isinstance(error, OSError) and error.strerror:

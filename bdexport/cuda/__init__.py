@@ -6,8 +6,8 @@ import importlib.util
 import re
 
 from bdexport.cuda.base import Capture, Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
-from bdexport.cuda.driver_api import INSTALL
 from bdexport.errors import BackendError, UsageError
+from bdexport.packages import install_line
 
 PYCUDA, BINDINGS = "pycuda", "cuda-python"
 __all__ = [
@@ -38,7 +38,7 @@ def open_cuda(prefer: str | None = None, device: int = 0, foreign_stream: bool =
     has_bindings = _installed("cuda.bindings")
     if not _installed(PYCUDA):
         if not has_bindings:
-            raise BackendError("cuda: neither PyCUDA nor cuda-python is installed", remedy=INSTALL)
+            raise BackendError("cuda: neither PyCUDA nor cuda-python is installed", remedy=install_line("gpu"))
         return _opened(BINDINGS, device, "cuda-python: PyCUDA is not installed")
     if foreign_stream and has_bindings:
         return _opened(BINDINGS, device, "cuda-python: PyCUDA cannot work on the caller's stream")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bdexport.errors import BackendError
+from bdexport.packages import install_line
 
-INSTALL = 'pip install "bdexport[gpu]"'
 NO_DRIVER = "install the NVIDIA driver; run `bdexport doctor`"
 UPDATE = "update the NVIDIA driver, or install packages for the CUDA version that it supports"
 LEAST_DRIVER = 12000  # CUDA version; graph calls have the form used here from 12.0 on
@@ -18,7 +18,7 @@ def driver_api() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         what = f"cuda: cuda-python cannot be imported ({' '.join(str(error).split())})"
-        raise BackendError(what, remedy=INSTALL) from error
+        raise BackendError(what, remedy=install_line("gpu")) from error
     return driver
 
 

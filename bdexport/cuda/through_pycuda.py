@@ -19,6 +19,7 @@ from bdexport.cuda.base import Address, Array, Event, Stream
 from bdexport.cuda.driver_api import LEAST_DRIVER, NO_DRIVER, UPDATE, check_device, out_of_memory, version_text
 from bdexport.cuda.kernels import GATHER, MAX_ROWS, SCATTER, SOURCE, THREADS, compiled, grid_width
 from bdexport.errors import BackendError
+from bdexport.packages import install_line
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
@@ -113,7 +114,7 @@ class PyCuda:
     def order(self, first: int, then: int) -> None:
         if importlib.util.find_spec("cuda") is None:
             what = "cuda: PyCUDA cannot order streams that it did not make"
-            raise BackendError(what, remedy='pip install "bdexport[gpu]"')
+            raise BackendError(what, remedy=install_line("gpu"))
         from bdexport.cuda.driver_api import checked, driver_api
 
         api = driver_api()

@@ -81,8 +81,8 @@ class DeviceResult:
 class Orchestrator:
     """A loaded bundle. Call it with images; it may be called from several threads at once. A context manager."""
 
-    def __init__(self, bundle: Bundle, session: Session, executor: str = "auto") -> None:
-        self.bundle, self.session = bundle, session
+    def __init__(self, bundle: Bundle, session: Session, executor: str = "auto", notes: tuple[str, ...] = ()) -> None:
+        self.bundle, self.session, self._notes = bundle, session, notes
         self._executor, self.executor_reason = choose_executor(executor, session, bundle.manifest)
         mapping = bundle.manifest.mask_mapping
         self._mapped = None if mapping is None else MaskMapper(mapping, bundle.manifest.num_blocks)
@@ -93,6 +93,11 @@ class Orchestrator:
     def manifest(self) -> Manifest:
         """Everything that is known about the bundle."""
         return self.bundle.manifest
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Choices made while loading, each with its reason."""
+        return (*self._notes, *self.session.notes)
 
     @property
     def executor(self) -> str:
@@ -279,17 +284,31 @@ def load(
     executor: str = "auto",
     fused: bool = False,
     stream: Any = None,
+    rebuild: bool = False,
 ) -> Orchestrator:
     """Open a bundle for inference with the backend that it was built for.
 
     ``threads``: threads that compute one call (None: the backend's choice, see ``orchestrator.threads``). ``device``:
     None for the backend's default. ``executor``: ``auto`` or a name. ``fused``: load the fused paths whatever the
     executor, for comparing executors on one session. ``stream``: on a GPU, the caller's stream that all work is queued
-    on (a raw handle or an object with ``__cuda_stream__``); None: one of its own. Raises :class:`BundleError` for a
-    damaged bundle, :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
+    on (a raw handle or an object with ``__cuda_stream__``); None: one of its own.
+
+    ``rebuild``: where the engines are for another version of the backend or another processor, build them anew from the
+    bundle's graphs, verify them, keep them in the cache folder (:func:`bdexport.files.default_cache_folder`) and use
+    those. The first time takes seconds to minutes; ``orchestrator.notes`` say what was done. False: such a bundle is
+    refused.
+
+    Raises :class:`BundleError` for a damaged bundle, :class:`BackendError` where its engines cannot run here,
+    :class:`UsageError` for a wrong argument.
     """
     _check_arguments(bundle, threads, device, executor)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    notes: tuple[str, ...] = ()
+    if rebuild:
+        from bdexport.rebuild import rebuilt_for_here  # which verifies by running bundles: it stands above this module
+
+        opened, note = rebuilt_for_here(opened)
+        notes = (note,)
     name, _ = executor_name(executor, opened.manifest)
     backend = get_backend(opened.manifest.backend)
     place = default_device(backend) if device is None else device
@@ -309,7 +328,7 @@ def load(
         )
     session = backend.open(opened, options)
     try:
-        return Orchestrator(opened, session, executor)
+        return Orchestrator(opened, session, executor, notes)
     except BaseException:
         session.close()
         raise

@@ -20,6 +20,7 @@ from bdexport.errors import BackendError
 from bdexport.export import onnx_from_module
 from bdexport.hardware import gpu_report
 from bdexport.models.resnet import Block
+from bdexport.packages import install_line
 from bdexport.partition import part_module, part_specs
 from bdexport.parts import FULL, KEEP_THRESHOLD, Masks
 from benchmarks.suite.graphs import IMAGE, KEEP, LOGITS, graph_with_ifs
@@ -192,7 +193,7 @@ def _ort_session(model: bytes, threads: int, provider: str) -> Any:
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
-        raise BackendError(f"this onnxruntime has no {provider}", remedy='pip install "bdexport[gpu]"')
+        raise BackendError(f"this onnxruntime has no {provider}", remedy=install_line("gpu"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     return onnxruntime.InferenceSession(model, options, providers=[provider])

@@ -16,6 +16,7 @@ from bdexport.cli.console import err_console, to_plain
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.errors import BdexportError
 from bdexport.files import check_writable, write_json, write_text
+from bdexport.packages import install_line
 from benchmarks.suite.contestants import field_of, pause_s
 from benchmarks.suite.estimate import FOOTPRINT_REPEATS, PREPARED, scaled
 from benchmarks.suite.measuring import measure
@@ -185,6 +186,6 @@ def _plot(data: dict[str, Any], out: Path) -> None:
     try:
         from benchmarks.suite.plots import write_plots
     except ImportError as error:
-        err_console.print(f'no plots: {error}; pip install "bdexport[report]"')
+        err_console.print(f"no plots: {error}; {install_line('report')}")
         return
     write_plots(data, out)

@@ -48,6 +48,7 @@ from bdexport.cli.main import main
 from bdexport.config import BuildConfig, CalibrationConfig, TensorRTConfig
 from bdexport.engine_cache import EngineCache
 from bdexport.errors import BackendError, BuildError, UsageError
+from bdexport.packages import install_line
 from bdexport.parts import FULL, POLICY, part_names
 from bdexport.precision import typed_graphs
 from bdexport.verify import verify_against_graphs
@@ -588,7 +589,7 @@ def test_another_major_version_is_refused(backend: TensorRTForRTXBackend) -> Non
     assert re.search(
         r"got 1\..*, expected 10\.3 or newer, up to 11\.x$", found.reason
     )  # the remedy comes after it, once
-    assert found.remedy == 'pip install "bdexport[tensorrt]"'
+    assert found.remedy == install_line("tensorrt")
 
 
 @pytest.mark.parametrize(
@@ -673,7 +674,7 @@ def test_a_missing_package_is_named() -> None:
         backend = backend_class(name)()
         for found in (backend.available(), backend.can_build()):
             if not found.ok and "not installed" in found.reason and "cuda" not in found.reason:
-                assert found.remedy == f'pip install "bdexport[{name}]"'
+                assert found.remedy == install_line(name)
 
 
 def test_what_a_session_asks_of_tensorrt_is_there(api: Api) -> None:

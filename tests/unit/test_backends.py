@@ -9,6 +9,7 @@ import pytest
 
 from bdexport.backends import BACKENDS, backend_class, get_backend
 from bdexport.errors import UsageError
+from bdexport.packages import install_line
 
 
 def test_every_name_leads_to_the_backend_of_that_name() -> None:
@@ -40,6 +41,7 @@ import sys
 sys.modules[{module!r}] = None
 from bdexport.backends import get_backend
 from bdexport.errors import BackendError
+from bdexport.packages import install_line
 try:
     get_backend({backend!r})
 except BackendError as error:
@@ -47,4 +49,4 @@ except BackendError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"{module} not installed" in done.stdout.replace("is not", "not")
-    assert f"bdexport[{extra}]" in done.stdout
+    assert install_line(extra) in done.stdout
