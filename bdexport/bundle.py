@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,13 @@ __all__ = [
 ]
 
 RUN_CHECKPOINT = "model.safetensors"  # ``checkpoint.reading.RUN_FILE``, which this half cannot import (torch)
+VOLUME = "..data"  # in a Kubernetes volume, the link to the folder that the files really lie in, "..2026_11_30_.."
+# What file managers, editors and download tools leave in every folder that they see.
+DROPPINGS = re.compile(
+    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|__MACOSX|\.ipynb_checkpoints|__pycache__|\.cache|\.gitattributes"
+    r"|\.gitignore|\.nfs.*|.*~|\..*\.swp|lost\+found",
+    re.IGNORECASE,
+)
 CHECKPOINT_SUFFIXES = (".safetensors", ".th", ".pt", ".pth", ".t7", ".pth.tar")
 
 
@@ -109,7 +117,7 @@ def read_manifest(path: str | Path) -> Manifest:
         raise rule_error("R1", f"{root}: not a bundle", got="a checkpoint", expected="a BUNDLE folder", remedy=remedy)
     if not root.exists():
         raise BundleError(f"{root}: no such bundle", remedy="build one with `bdexport build CKPT --out BUNDLE`")
-    if not root.is_dir() or not (root / MANIFEST).is_file() or (root / MANIFEST).is_symlink():
+    if not root.is_dir() or not (root / MANIFEST).is_file():
         raise rule_error("R1", f"{root}: not a bundle", got=f"no regular file {MANIFEST}", remedy=REBUILD)
     return manifest_from_json(parse_document(root / MANIFEST), str(root))
 
@@ -131,22 +139,29 @@ def file_problems(root: Path, manifest: Manifest) -> list[BundleError]:
     problems = [problem for entry in manifest.files() if (problem := file_problem(root, entry)) is not None]
     known = {entry.path for entry in manifest.files()} | {MANIFEST}
     folders = {parent.as_posix() for path in known for parent in Path(path).parents}
-    for name in _walk(root):
-        if name not in known and name not in folders:
+    strange = [name for name in _entries(root, folders) if name not in known and name not in folders]
+    dropped = [name for name in strange if DROPPINGS.fullmatch(Path(name).name)]
+    if dropped:
+        files = " ".join(shlex.quote(str(root / name)) for name in dropped)
+        what = f"{root}: left in the bundle by a file manager or another program: {', '.join(dropped)}"
+        problems.append(rule_error("R14", what, remedy=f"remove it: rm -r {files}"))
+    for name in strange:
+        if name not in dropped:
             remedy = "remove it, or move it out of the bundle"
             problems.append(rule_error("R14", f"{root / name}: not part of the bundle's manifest", remedy=remedy))
     return problems
 
 
 def file_problem(root: Path, entry: FileEntry) -> BundleError | None:
-    """What is wrong with one file of a bundle: missing, a link, another size, another SHA-256; None when it holds."""
+    """What is wrong with one file of a bundle: missing, another size, another SHA-256; None when it holds.
+
+    A symbolic link stands for the file at its end: a download cache and a Kubernetes volume are made of them.
+    """
     path = root / entry.path
     try:
-        links = [part for part in (path, *path.parents) if part != root and root in part.parents and part.is_symlink()]
-        if links:
-            return rule_error(
-                "R12", f"{links[0]}: a symbolic link", expected="a regular file or folder", remedy=REBUILD
-            )
+        if path.is_symlink() and not path.exists():
+            what, expected = f"{path}: a symbolic link to nothing", "one to a regular file"
+            return rule_error("R12", what, got=os.readlink(path), expected=expected, remedy=REBUILD)
         if not path.is_file():
             return rule_error("R12", f"{path}: missing from the bundle", expected="a regular file", remedy=REBUILD)
         size = path.stat().st_size
@@ -161,13 +176,15 @@ def file_problem(root: Path, entry: FileEntry) -> BundleError | None:
     return None
 
 
-def _walk(root: Path) -> list[str]:
-    """Every entry below ``root`` as a POSIX path; links to folders are listed, not followed."""
+def _entries(root: Path, folders: set[str]) -> list[str]:
+    """Every entry of the bundle's ``folders`` as a POSIX path, but for what a Kubernetes volume keeps its files in."""
     names: list[str] = []
-    for folder, folders, files in os.walk(root):
-        names += [(Path(folder) / name).relative_to(root).as_posix() for name in (*folders, *files)]
+    for folder in folders:
+        if (root / folder).is_dir():
+            names += [(root / folder / name).relative_to(root).as_posix() for name in os.listdir(root / folder)]
     # A name that is no UTF-8 must still be printable in an error.
-    return sorted(os.fsencode(name).decode("utf-8", "replace") for name in names)
+    printable = sorted(os.fsencode(name).decode("utf-8", "replace") for name in names)
+    return printable if not (root / VOLUME).is_symlink() else [name for name in printable if name[:2] != ".."]
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------

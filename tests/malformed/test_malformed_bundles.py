@@ -92,9 +92,9 @@ breaks("R1", "a number that becomes infinite")(replace_text('"extra": {', '"extr
 breaks("R1", "larger than 64 MiB")(lambda bundle: os.truncate(bundle / "manifest.json", (64 << 20) + 1))
 
 
-@breaks("R1", "manifest is a link")
+@breaks("R1", "manifest is a link to nothing")
 def _link_manifest(bundle: Path) -> None:
-    (bundle / "manifest.json").rename(bundle / "other.json")
+    (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").symlink_to("other.json")
 
 
@@ -231,18 +231,32 @@ def _folder(bundle: Path) -> None:
     (bundle / "graphs/stem.onnx").mkdir()
 
 
-@breaks("R12", "a link out of the bundle to the same bytes")
+@breaks("R12", "a link to nothing")
 def _link_file(bundle: Path) -> None:
-    outside = bundle.parent / "outside.onnx"
-    (bundle / "graphs/stem.onnx").rename(outside)
-    (bundle / "graphs/stem.onnx").symlink_to(outside)
+    (bundle / "graphs/stem.onnx").unlink()
+    (bundle / "graphs/stem.onnx").symlink_to("../blobs/gone")
 
 
-@breaks("R12", "a folder that is a link")
+@breaks("R12", "a link in a circle")
+def _link_circle(bundle: Path) -> None:
+    (bundle / "graphs/stem.onnx").unlink()
+    (bundle / "graphs/stem.onnx").symlink_to("stem.onnx")
+
+
+@breaks("R14", "a file more in a folder that is a link")
 def _link_folder(bundle: Path) -> None:
     outside = bundle.parent / "outside"
     (bundle / "graphs").rename(outside)
     (bundle / "graphs").symlink_to(outside, target_is_directory=True)
+    (outside / "more.onnx").touch()
+
+
+@breaks("R13", "a link to other bytes of that length")
+def _link_other(bundle: Path) -> None:
+    path = bundle / "graphs/stem.onnx"
+    (bundle.parent / "other").write_bytes(bytes(path.stat().st_size))
+    path.unlink()
+    path.symlink_to(bundle.parent / "other")
 
 
 @breaks("R12", "a pipe in a file's place")

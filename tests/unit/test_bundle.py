@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,3 +142,43 @@ def test_a_checkpoint_in_place_of_a_bundle_is_told_how_to_become_one(tmp_path: P
     path = what if what.startswith("zoo:") else tmp_path / what
     with pytest.raises(BundleError, match=re.escape(f"build it first: bdexport build {path}")):
         open_bundle(path)
+
+
+def linked_as_a_download(bundle: Path, folder: Path) -> Path:
+    """Every file a link to a blob that is named by its hash: a Hugging Face cache."""
+    (folder / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in bundle.rglob("*") if path.is_file())):
+        blob, link = folder / "blobs" / f"{number:040x}", folder / "snapshots" / "abc" / file.relative_to(bundle)
+        blob.write_bytes(file.read_bytes())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder / "snapshots" / "abc"
+
+
+def linked_as_a_volume(bundle: Path, folder: Path) -> Path:
+    """The entries of the top folder are links through ``..data``: a Kubernetes ConfigMap."""
+    shutil.copytree(bundle, folder / "..2026_11_30_10_00_00.1")
+    (folder / "..data").symlink_to("..2026_11_30_10_00_00.1", target_is_directory=True)
+    for path in bundle.iterdir():
+        (folder / path.name).symlink_to(f"..data/{path.name}", target_is_directory=path.is_dir())
+    return folder
+
+
+@pytest.mark.parametrize("linked", [linked_as_a_download, linked_as_a_volume])
+def test_a_bundle_of_links_is_one(bundle_path: Path, tmp_path: Path, linked: Callable[[Path, Path], Path]) -> None:
+    """Oracle: the manifest and the bytes of the bundle that the links lead to."""
+    opened = open_bundle(linked(bundle_path, tmp_path / "mounted"))
+    assert opened.manifest == read_manifest(bundle_path)
+    assert opened.graph("stem").read_bytes() == (bundle_path / "graphs/stem.onnx").read_bytes()
+
+
+def test_droppings_are_named_with_the_line_that_removes_them(bundle_path: Path, tmp_path: Path) -> None:
+    """Oracle: a shell that runs the line: the bundle opens then."""
+    copy = shutil.copytree(bundle_path, tmp_path / "a copy")
+    for name in (".DS_Store", "graphs/.DS_Store", "engines/._stem.json"):
+        (copy / name).touch()
+    (copy / ".cache/huggingface").mkdir(parents=True)
+    with pytest.raises(BundleError, match=r"\.DS_Store.*\[R14\]; remove it: rm -r ") as caught:
+        open_bundle(copy)
+    subprocess.run(caught.value.remedy.partition(": ")[2], shell=True, check=True)
+    open_bundle(copy)
