@@ -34,6 +34,8 @@ from bdexport.parts import HEAD, STEM
 if TYPE_CHECKING:
     from bdexport.bundle import Manifest, PartEntry
 
+# Images given to OpenVINO at a time: it keeps what the largest batch ever needed, and is not faster with more of them.
+LARGEST_CALL = 64
 FORKED = "forked: OpenVINO's threads are not in a process forked after it was loaded"
 ARITHMETIC = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}  # layers whose precision is reported
 EMULATED = ("undef", "ref")  # how kernels begin that stand in for units that are not there
@@ -194,6 +196,15 @@ class _Engine:
         """The part's output, fresh."""
         if len(x) == 1:
             return self._single_image().run(x)
+        if len(x) <= LARGEST_CALL:
+            return self._infer(x)
+        result = np.empty((len(x), *self.entry.output.shape), np.float32)
+        pieces = -(-len(x) // LARGEST_CALL)
+        for rows in np.array_split(np.arange(len(x)), pieces):
+            result[rows[0] : rows[-1] + 1] = self._infer(x[rows[0] : rows[-1] + 1])
+        return result
+
+    def _infer(self, x: Array) -> Array:
         request = self._any_request()
         with Reported(self.part, "failed"):
             results = request.infer([x if x.flags.writeable else x.copy()], share_inputs=True)

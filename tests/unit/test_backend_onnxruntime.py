@@ -251,7 +251,7 @@ def test_engines_for_another_machine_or_version_are_refused(
     """Oracle: the contract: both sides are named, and the line that rebuilds."""
     with pytest.raises(BackendError) as caught:
         bdexport.load(changed_manifest(bundle, tmp_path, change))
-    assert all(name in str(caught.value) for name in (*names, "bdexport build"))
+    assert all(name in str(caught.value) for name in (*names, "bdexport rebuild"))
 
 
 def test_one_parts_engine_under_anothers_name_is_refused(bundle: Bundle, tmp_path: Path) -> None:

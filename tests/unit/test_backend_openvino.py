@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import assert_close, make_bundle, pixels, some_masks, torch_logits
+from numpy.typing import NDArray
 from tiny import SIZE, tiny_checkpoint_file, tiny_model
 
 import bdexport
 from bdexport import hardware
-from bdexport.backends import openvino
+from bdexport.backends import openvino, openvino_session
 from bdexport.backends.base import BuildOptions
 from bdexport.backends.openvino import OpenVinoBackend
 from bdexport.backends.openvino_common import LEAST_OPENVINO, no_bf16_reason
@@ -275,7 +276,7 @@ def test_imported_is_compiled(bundle: Bundle, tmp_path: Path, threads: int) -> N
         (note,) = [note for note in elsewhere.notes if note.startswith("compiled anew")]
     count = len(bundle.manifest.parts)
     assert note.startswith(f"compiled anew: {count} engines were compiled for ov=1999.1;isa=8087, and this is ")
-    assert "rebuild it here: bdexport build" in note
+    assert "build its engines anew here: bdexport rebuild" in note
 
 
 def test_another_instruction_set_is_another_requirement(bundle: Bundle) -> None:
@@ -426,3 +427,22 @@ def test_a_graph_that_is_none_is_a_build_error(tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(b"no graph")
     with pytest.raises(BuildError, match=r"stem \[openvino\]: cannot build"):
         OpenVinoBackend().build_part("stem", tmp_path / "graph.onnx", tmp_path / "engine", BuildOptions())
+
+
+def test_a_large_batch_is_computed_in_pieces(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the sizes that OpenVINO is given, which are what its memory grows with, and the outputs in one piece."""
+    inputs = bundle.manifest.preprocess(pixels(23))
+    with closing(opened(bundle, 1)) as session:
+        whole = session.run("full", inputs)
+        given: list[int] = []
+        infer = openvino_session._Engine._infer
+
+        def noted(self: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            given.append(len(x))
+            return infer(self, x)
+
+        monkeypatch.setattr(openvino_session._Engine, "_infer", noted)
+        monkeypatch.setattr(openvino_session, "LARGEST_CALL", 6)
+        pieces = session.run("full", inputs)
+    assert (sum(given), max(given)) == (23, 6)
+    assert_close(pieces, whole)
