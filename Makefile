@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # -qq: errors of pip's only, not its warnings.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install quickstart test lint test-long test-gpu clean
+.PHONY: help install quickstart test lint test-lowest test-long test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  train, build, verify and bench a small network here (about 5 minutes, nothing downloaded)"
 	@echo "make test        ruff, mypy --strict, pytest: what CI runs"
 	@echo "make lint        ruff and mypy only"
+	@echo "make test-lowest the run-time half with the lowest versions that are allowed, without torch and onnx (a minute)"
 	@echo "make test-long   the tests that take minutes (BDEXPORT_CIFAR10=DIR: CIFAR-10, python version)"
 	@echo "make test-gpu    the tests that need an NVIDIA GPU"
 	@echo "make clean       remove .venv and caches"
@@ -38,6 +39,22 @@ lint: $(STAMP)
 
 test: lint
 	@$(BIN)/pytest -q
+
+# Neither torch nor onnx is installed there, as on a production machine. The folder's name is covered by .gitignore.
+LOWEST := .venv/lowest
+LOWEST_TESTS := $(addprefix tests/unit/test_,$(addsuffix .py,run_time_alone backend_arrays cli_console cli_main \
+  dataset_samples files hardware preprocess runtime_grouping runtime_inputs))
+
+test-lowest: $(LOWEST)/.installed
+	@$(LOWEST)/bin/python -m pytest -q -p no:cacheprovider $(LOWEST_TESTS)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	@test -n "$(PYTHON)" || \
+	  { echo "Python 3.11 or newer is needed and not found: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt \
+	  -e '.[cpu,openvino]' pytest pytest-timeout
+	@touch $@
 
 test-long: $(STAMP)
 	@$(BIN)/pytest -q -m long

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import bdexport
 
@@ -140,3 +141,16 @@ def test_installed_command_is_main() -> None:
     """Oracle: the entry point that pip registered."""
     found = [entry.value for entry in entry_points(group="console_scripts") if entry.name == "bdexport"]
     assert found == ["bdexport.cli.main:main"]
+
+
+def test_lower_bounds_are_the_versions_that_tests_run_with(repository: Path) -> None:
+    """Oracle: constraints-lowest.txt, which ``make test-lowest`` installs: no bound is lower, none is untried."""
+    lines = [
+        line for line in (repository / "constraints-lowest.txt").read_text().splitlines() if line[:1] not in ("", "#")
+    ]
+    lowest = {Requirement(line).name: Version(str(Requirement(line).specifier).removeprefix("==")) for line in lines}
+    data = project(repository)
+    extras = data["optional-dependencies"]
+    for text in (*data["dependencies"], *extras["cpu"], *extras["openvino"]):
+        (bound,) = Requirement(text).specifier
+        assert (bound.operator, Version(bound.version)) == (">=", lowest[Requirement(text).name]), text
