@@ -81,7 +81,7 @@ def provider_options(ordinal: int, stream: int) -> dict[str, str]:
         "device_id": str(ordinal),
         "user_compute_stream": str(stream),
         "arena_extend_strategy": "kSameAsRequested",
-        # EXHAUSTIVE times every algorithm again for each new batch size, and a mixed batch has a new one at every block.
+        # EXHAUSTIVE times every algorithm again for each new batch size; mixed batches have new ones all the time.
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": "0",
         "do_copy_in_default_stream": "1",

@@ -63,6 +63,7 @@ class Report:
     usages: list[Usage] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
     latencies: list[tables.Latency] = field(default_factory=list)
+    benchmarks: list[tables.Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     paper_remarks: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -107,6 +108,7 @@ class Report:
                 for sheet in self.sheets
             ],
             "latencies": [latency.to_json() for latency in self.latencies],
+            "benchmarks": [table.to_json() for table in self.benchmarks],
             "notes": self.notes,
             "paper_remarks": self.paper_remarks,
             "skipped": self.skipped,
@@ -116,6 +118,7 @@ class Report:
 def collect(sources: Sources, data: Data | None, config: ReportConfig, command: str, tracked: Tracked) -> Report:
     """Measure what can be measured and read the rest. Raises CheckpointError, DatasetError (no checkpoint fits)."""
     report = Report(command, latencies=list(sources.latencies), skipped=list(sources.skipped))
+    report.benchmarks = [found.table for found in sources.benchmarks if found.table is not None]
     trained: dict[str, tuple[str, bool | None]] = {}
     refusals: list[DatasetError] = []
     models = [source for source in sources.trained if source.has_model]
