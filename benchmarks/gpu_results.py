@@ -19,10 +19,10 @@ from bdexport.report.benchmarks import LATENCY, TRAINING, Benchmark, read_benchm
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 BEGIN, END = "<!-- gpu results: begin -->\n", "<!-- gpu results: end -->\n"
-NOTHING = (
-    "Nothing has run on a GPU yet, for want of one; [docs/gpu.md](docs/gpu.md) has the two lines that do it. TensorRT "
-    "itself was not even built with: its libraries come from the vendor's package index alone.\n"
-)
+NOTHING = """\
+Nothing has run on a GPU yet, because none was at hand: [docs/gpu.md](docs/gpu.md) has the two lines that run it there.
+No engine of TensorRT itself has been built either, because its libraries come from the vendor's package index alone.
+"""
 
 
 def shown(folder: Path = RESULTS) -> str:

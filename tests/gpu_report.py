@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ _reports: dict[str, tuple[str, str]] = {}  # outcome and reason by test
 @cache
 def _file() -> Any:
     """The result file. Imported on use, since other tests need none of it."""
-    folder = str(Path(__file__).resolve().parents[1] / "benchmarks")
-    sys.path.append(folder)
-    from gpu_common import ResultFile
-
-    sys.path.remove(folder)
     from bdexport.report.benchmarks import TESTS
 
-    return ResultFile(RESULTS, TESTS, {"arguments": sys.argv[1:]})
+    folder = str(Path(__file__).resolve().parents[1] / "benchmarks")
+    sys.path.append(folder)
+    common = import_module("gpu_common")
+    sys.path.remove(folder)
+    return common.ResultFile(RESULTS, TESTS, {"arguments": sys.argv[1:]})
 
 
 def _write(complete: bool = False) -> None:

@@ -135,6 +135,8 @@ def test_executors_agree_in_calibrated_precisions(
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_rows_are_numpys(bundles: Known, tmp_path: Path, backend: str) -> None:
     """Oracle: numpy indexing."""
+    if DRY_RUN and backend == "onnxruntime":
+        pytest.skip("a dry run: on the CPU its tensors have a layout of their own")
     with opened(bundle_of(bundles, tmp_path, backend)) as orchestrator:
         session = orchestrator.session
         shape = orchestrator.manifest.parts[STEM].input.shape
