@@ -91,6 +91,7 @@ class ResultFile:
         }
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.write([])
 
     def write(
         self, results: list[dict[str, Any]], skipped: Mapping[str, str] | None = None, *, complete: bool = False

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from bdexport.cuda import Stream
 
 PROVIDER = "CUDAExecutionProvider"
-LIBRARIES = "install CUDA and cuDNN of the versions that onnxruntime-gpu names (see `bdexport doctor`)"
+LIBRARIES = (
+    "install the NVIDIA driver, and CUDA and cuDNN of the versions that onnxruntime-gpu names (see `bdexport doctor`)"
+)
 INSTALL = 'pip uninstall onnxruntime, then pip install "bdexport[gpu]": both at once hide the CUDA provider'
 CACHED_BINDINGS = 64  # per part; one for each pair of addresses and batch
 PROVIDER_LIBRARIES = ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so")  # in this order
