@@ -74,7 +74,14 @@ class ResultFile:
     where ``path`` is None.
     """
 
-    def __init__(self, path: Path | None, kind: str, settings: Mapping[str, Any], device: str = DEVICE) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        kind: str,
+        settings: Mapping[str, Any],
+        device: str = DEVICE,
+        dry_run: bool = DRY_RUN,
+    ) -> None:
         self.path = path
         self._head = {
             "schema": BENCHMARK_SCHEMA,
@@ -83,7 +90,7 @@ class ResultFile:
             "commit": commit(),
             "code": code_digest(),
             "device": device,
-            "dry_run": DRY_RUN,
+            "dry_run": dry_run,
             "machine": machine(),
             "gpus": [] if device == "cpu" else gpus_now(),
             "versions": package_versions(PACKAGES) | {"python": sys.version.split()[0]},

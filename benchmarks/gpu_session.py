@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_common import COMMIT, DRY_RUN_VARIABLE, RESULTS, ROOT, ResultFile, code_digest
+from gpu_common import COMMIT, RESULTS, ROOT, ResultFile, code_digest
 from gpu_session_parts import PartsError, checked_parts, default_store, installed, keep_parts, unpacked
 from gpu_session_plan import CALL_SECONDS, Step, steps_of
 
@@ -73,8 +73,6 @@ class Log:
 def main() -> None:
     started = time.monotonic()
     arguments = _arguments()
-    if arguments.dry_run:
-        os.environ[DRY_RUN_VARIABLE] = "1"
     if arguments.commit:
         os.environ[COMMIT] = arguments.commit
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -102,7 +100,9 @@ class _Session:
         """The exit code: 0 where every step is done and no test failed."""
         title = f"GPU session, call {self.call}{', dry run on the CPU' if self.dry_run else ''}"
         self.log.say(f"{title}; code {code_digest()[:12]}; results in {self.out}")
-        file = ResultFile(self.out / f"session-{self.call}.json", SESSION, {"call": self.call})
+        device = "cpu" if self.dry_run else "cuda"
+        name = f"session-{self.call}.json"
+        file = ResultFile(self.out / name, SESSION, {"call": self.call}, device, self.dry_run)
         self._say_what_is_here()
         with_cuda, reasons = self._needs()
         interrupted = False

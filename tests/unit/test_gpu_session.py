@@ -73,7 +73,7 @@ def rows(out: Path, call: int = 1) -> dict[str, Any]:
     """The outcome of each step, from the session's JSON."""
     data = json.loads((out / f"session-{call}.json").read_text())
     assert data["schema"] == "bdexport.benchmark/1"
-    assert data["kind"] == "session"
+    assert (data["kind"], data["complete"]) == ("session", True)
     return {row["step"]: row for row in data["results"]}
 
 
@@ -97,6 +97,7 @@ def test_steps_are_run_cut_and_not_run_again(
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[-3:]] == ["good", "slow", "broken"]  # the table is the last thing said
     assert len(list(out.iterdir())) <= 8
+    assert json.loads((out / "session-1.json").read_text())["dry_run"]
 
     shutil.rmtree(out)  # as where each call gets an empty folder
     steps(modules, monkeypatch, good=count + COMPLETE, slow=COMPLETE)
