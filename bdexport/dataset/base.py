@@ -145,7 +145,7 @@ def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str]
             expected=f"{num_classes}",
             remedy="choose the data set that the checkpoint was trained on",
         )
-    if list(class_names) == [str(label) for label in range(num_classes)]:
+    if is_numbered(class_names):
         return
     for label, (theirs, ours) in enumerate(zip(dataset.class_names, class_names, strict=False)):
         if theirs != ours:
@@ -157,10 +157,14 @@ def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str]
             )
 
 
+def is_numbered(class_names: Sequence[str]) -> bool:
+    """Whether classes are called "0", "1", ..: names that say nothing."""
+    return list(class_names) == [str(label) for label in range(len(class_names))]
+
+
 def unnamed_classes(dataset: Dataset, class_names: Sequence[str]) -> list[str]:
     """What to say where a model calls its classes "0", "1", .. and the data set does not: nothing compares the two."""
-    numbered = [str(label) for label in range(len(class_names))]
-    if not class_names or list(class_names) != numbered or list(dataset.class_names) == numbered:
+    if not class_names or not is_numbered(class_names) or is_numbered(dataset.class_names):
         return []
     return [
         f"note: the model's classes have no names, {dataset.name}'s have: whether label 0 means "
