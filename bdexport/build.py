@@ -4,10 +4,11 @@ name only when everything is built and verified.
 
 from __future__ import annotations
 
+import os
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,13 +18,13 @@ import onnx
 import torch
 
 from bdexport import __version__
-from bdexport.architecture import Shortcut
 from bdexport.backends import backend_class, get_builder
 from bdexport.backends.base import Backend, BuildOptions
 from bdexport.build_engines import build_engines
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
 from bdexport.calibrate import CalibrationRequest, Scales, scales_for
-from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
+from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint, loading_record, named_by
+from bdexport.checkpoint.against import check_against as compare_logits
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import CALIBRATED, BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
@@ -58,6 +59,8 @@ class BuiltBundle(Bundle):
     notes: tuple[str, ...] = ()
     quantisation: tuple[dict[str, Any], ...] = ()  # rows of the table, see bdexport.quantise
     fusing: dict[str, Any] | None = None  # "seconds" that fusing takes, "bytes_before" and "bytes_after"
+    loading: dict[str, Any] = field(default_factory=dict)  # see bdexport.checkpoint.loading_record
+    checked_against: dict[str, Any] | None = None  # see bdexport.checkpoint.against
 
     def count(self, outcome: str) -> int:
         """How many engines were "built", "reused" or "rebuilt"."""
@@ -69,8 +72,9 @@ def build_bundle(
     out: str | Path | None = None,
     *,
     config: BuildConfig | None = None,
-    arch: str | None = None,
-    shortcut: Shortcut | None = None,
+    loading: Mapping[str, Any] | None = None,
+    loaded: Callable[[Checkpoint], None] | None = None,
+    check_against: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
@@ -81,11 +85,14 @@ def build_bundle(
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
-    ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
-    ``cache_dir``: the engine cache, default as :func:`bdexport.files.default_cache_folder`. ``calibration``:
-    where int8 and fp8 take scales from. ``counted``: images on which masks are counted and executors measured, best a
-    validation split; None: the masks that the checkpoint's policy statistics count, and random images. ``judged``:
-    images on which accuracy is held against torch's.
+    ``loading``: arguments of :func:`load_checkpoint`, e.g. ``{"shortcut": "avgpool"}``; ``loaded`` is called with what
+    it gave. Classes without names get those of the images that are named below. ``check_against``: a reference that
+    the undropped network's logits must meet (:mod:`bdexport.checkpoint.against`) before anything is built.
+    ``progress(what, done, total)`` is called along the way. ``cache_dir``: the engine cache, default as
+    :func:`bdexport.files.default_cache_folder`. ``calibration``: where int8 and fp8 take scales from. ``counted``:
+    images on which masks are counted and executors measured, best a validation split; None: the masks that the
+    checkpoint's policy statistics count, and random images. ``judged``: images on which accuracy is held against
+    torch's.
 
     Raises UsageError, CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or
     OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
@@ -95,11 +102,14 @@ def build_bundle(
     path = Path(checkpoint_path)
     if progress is not None:
         progress("load", 0, 1)
-    checkpoint = load_checkpoint(path, arch=arch, shortcut=shortcut)
+    checkpoint = named_by(load_checkpoint(path, **loading or {}), counted or judged)
+    if loaded is not None:
+        loaded(checkpoint)
     model = build_model(checkpoint)
+    checked = None if check_against is None else compare_logits(model, checkpoint, Path(check_against))
     if progress is not None:
         progress("load", 1, 1)
-    return bundle_from_model(
+    built = bundle_from_model(
         model,
         checkpoint,
         Path(out) if out is not None else default_bundle_path(path),
@@ -114,6 +124,7 @@ def build_bundle(
         judged=judged,
         verify=verify,
     )
+    return replace(built, loading=loading_record(checkpoint), checked_against=checked)
 
 
 def bundle_from_model(
@@ -179,14 +190,21 @@ def _build_options(config: BuildConfig) -> BuildOptions:
 
 
 def default_bundle_path(checkpoint_path: Path) -> Path:
-    """``engines/<name>``: the name in the zoo, the run folder's, or the checkpoint file's without its suffix."""
+    """``engines/<name>``: the name in the zoo, the run folder's, or the checkpoint file's without its suffix.
+
+    A link has its own name, not that of what it points to, which in a cache is a hash; in Hugging Face's cache a
+    folder called by its commit is called by its repository.
+    """
     name = zoo_name(checkpoint_path)
     if name is not None:
         return DEFAULT_PARENT / name
-    path = checkpoint_path.resolve()
+    path = Path(os.path.abspath(checkpoint_path))
+    is_folder = path.is_dir()
     if path.name == RUN_FILE:
-        path = path.parent
-    return DEFAULT_PARENT / (path.name if path.is_dir() else path.stem or path.name)
+        path, is_folder = path.parent, True
+    if is_folder and path.parent.name == "snapshots":
+        path = Path(path.parent.parent.name.rpartition("--")[2] or path.name)
+    return DEFAULT_PARENT / (path.name if is_folder else path.stem or path.name)
 
 
 def _scales(
@@ -255,6 +273,7 @@ def _manifest(
         fingerprint=backend.fingerprint(),
         compute_capability=", ".join(options.tensorrt.compute_capabilities) or None,
         training=training,
+        extra={"loading": list(checkpoint.notes)} if checkpoint.notes else {},
         policy_statistics=checkpoint.training.get(STATISTICS) or {},
         checkpoint={"sha256": checkpoint_sha256, "form": checkpoint.form},
     )

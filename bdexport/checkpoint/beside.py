@@ -8,7 +8,7 @@ none of them is looked up: each stands for a builder of ours. numpy's numbers an
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bdexport.pickled_arrays import array_names
@@ -72,17 +72,13 @@ _MAPPINGS = {
 _LISTS = {"collections": ("deque",)}
 
 
-def known_beside_weights() -> list[tuple[Callable[..., Any], str]]:
+def known_beside_weights() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """(builder, full name) of every name that is allowed, for ``torch.serialization.safe_globals``."""
-    found: list[tuple[Callable[..., Any], str]] = [
+    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (builder, f"{module}.{name}") for (module, name), builder in array_names().items()
     ]
-    kinds: tuple[tuple[type, dict[str, tuple[str, ...]]], ...] = (
-        (Aside, _VALUES),
-        (AsideMapping, _MAPPINGS),
-        (AsideList, _LISTS),
-    )
+    kinds: dict[type, Mapping[str, Sequence[str]]] = {Aside: _VALUES, AsideMapping: _MAPPINGS, AsideList: _LISTS}
     found.append((_empty_bytes, "builtins.bytes"))
-    for kind, names in kinds:
+    for kind, names in kinds.items():
         found += [(kind, f"{module}.{name}") for module, listed in names.items() for name in listed]
     return found

@@ -156,9 +156,7 @@ def _fitted(
     return fit_state(state, names, shapes, f"{what} as {kind}")
 
 
-def _policy(
-    agent: Any, network: ResNetSpec, what: str
-) -> tuple[PolicySpec, dict[str, Tensor], list[str]]:
+def _policy(agent: Any, network: ResNetSpec, what: str) -> tuple[PolicySpec, dict[str, Tensor], list[str]]:
     """Spec, tensors under our names, and notes, of the ``agent`` of a BlockDrop file."""
     agent = policy_state(agent, what)
     ignored = sorted({key.rpartition(".")[0] for key in agent if key.startswith(("vnet.", "features.fc."))})

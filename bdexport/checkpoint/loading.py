@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from bdexport.architecture import DroppedTransition, ResNetSpec, Shortcut, resnet_spec
 from bdexport.checkpoint.data import Checkpoint, listed
@@ -34,8 +34,8 @@ def load_checkpoint(
     weights, and not for our own form, which says it itself.
     Raises :class:`CheckpointError` when the file cannot be read, recognised or fitted, and UsageError on unknown names.
     """
-    _check_choice("shortcut", shortcut, get_args(Shortcut))
-    _check_choice("dropped transition", dropped_transition, get_args(DroppedTransition))
+    checked_shortcut(shortcut)
+    checked_rule(dropped_transition)
     raw = read_raw(Path(path))
     wishes = Wishes(shortcut, dropped_transition, preprocess, None if class_names is None else tuple(class_names))
     what = str(raw.path)
@@ -45,6 +45,18 @@ def load_checkpoint(
         ckpt = _corrected(checkpoint_from_own(raw), wishes, what)
     _check_arch(arch, ckpt.network, what)
     return ckpt if wishes.class_names is None else _with_class_names(ckpt, wishes.class_names, what)
+
+
+def checked_shortcut(word: str | None) -> Shortcut | None:
+    """``word``, if it is a kind of shortcut or None. Raises UsageError."""
+    _check_choice("shortcut", word, get_args(Shortcut))
+    return cast("Shortcut | None", word)
+
+
+def checked_rule(word: str | None) -> DroppedTransition | None:
+    """``word``, if it is a rule for dropped transitions or None. Raises UsageError."""
+    _check_choice("dropped transition", word, get_args(DroppedTransition))
+    return cast("DroppedTransition | None", word)
 
 
 def _check_choice(what: str, value: str | None, options: tuple[str, ...]) -> None:

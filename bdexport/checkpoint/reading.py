@@ -135,7 +135,8 @@ def _check_zip(path: Path) -> None:
 
 def _read_torch(path: Path) -> Any:
     # weights_only: torch's own unpickler, which builds tensors and plain containers and refuses every other global but
-    # those of beside.py, for which harmless builders of ours stand. It signals damage by many classes, whatever the broken bytes happen to hit; OSError is left to the caller.
+    # those of beside.py, for which harmless builders of ours stand. It signals damage by many classes, whatever the
+    # broken bytes happen to hit; OSError is left to the caller.
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(known_beside_weights()):
             warnings.simplefilter("ignore")  # on pickle protocols and old storages; what matters comes as an error

@@ -35,7 +35,10 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     ("a ConvNeXt", r"(^|\.)downsample_layers\.\d|stages\.\d+\.blocks\.\d+\.conv_dw\.|\.dwconv\.|\.layer_scale"),
     ("a DenseNet", r"denseblock\d+\."),
-    ("an EfficientNet or a MobileNet", r"(^|\.)(conv_stem|_conv_stem)\.|features\.\d+\.(conv|\d+\.block)\.|\.conv_dw\."),
+    (
+        "an EfficientNet or a MobileNet",
+        r"(^|\.)(conv_stem|_conv_stem)\.|features\.\d+\.(conv|\d+\.block)\.|\.conv_dw\.",
+    ),
     ("a pre-activation Wide ResNet", r"^block\d+\.layer\.\d+\."),
     ("a RegNet", r"(^|\.)(trunk_output|s1\.b1)\."),
     ("an Inception network", r"(^|\.)(Mixed_\d\w|inception\d\w)\."),

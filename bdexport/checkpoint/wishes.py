@@ -36,7 +36,7 @@ def preprocess_with(default: Preprocess, wish: PreprocessWish | None) -> Preproc
     unknown = [name for name in wish if name not in known]
     if unknown:
         raise UsageError("preprocess: unknown field", got=repr(unknown[0]), expected=f"some of {', '.join(known)}")
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in wish.items()}
+    changes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in wish.items()}
     if "size" in changes and "resize_short" not in changes and default.resize_short is not None:
         changes["resize_short"] = round(default.resize_short * min(changes["size"]) / min(default.size))
     return replace(default, **changes)

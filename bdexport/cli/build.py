@@ -5,12 +5,25 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bdexport.backends import BACKENDS
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    CheckAgainst,
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import refuse, writable
 from bdexport.cli.stages import size_text, stages_of
 from bdexport.config import CALIBRATED, BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
@@ -19,7 +32,6 @@ from bdexport.fused import MOST_FUSED, shares_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bdexport.architecture import Shortcut
     from bdexport.build import BuiltBundle
     from bdexport.dataset import Dataset
 
@@ -68,8 +80,6 @@ def build(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Choose the executor for 'auto' by measuring.")
     ] = FUSED.measure,
-    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="For masks, scales (int8, fp8) and accuracy against torch: cifar10, .."),
@@ -88,6 +98,15 @@ def build(
         float, typer.Option(min=0, help="Largest loss of accuracy against torch, in points.")
     ] = VERIFY.max_accuracy_drop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
+    check_against: CheckAgainst = None,
     min_batch: Annotated[
         int, typer.Option(help="Smallest batch; more than 1 for equal masks only.", rich_help_panel=PANEL)
     ] = TENSORRT.min_batch,
@@ -145,14 +164,16 @@ def build(
     fuses = fuses_paths(checked_backend(config))  # before a data set is read
     _refuse_without_effect(context, dataset, calibration, scaled=precision in CALIBRATED, fuses=fuses)
     request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     started = time.perf_counter()
     with progress() as bar:
         bundle = build_bundle(
             checkpoint,
             out,
             config=config,
-            arch=arch,
-            shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
+            loading=loading.arguments(),
+            loaded=lambda found: say_assumed(found, checkpoint),
+            check_against=check_against,
             overwrite=overwrite,
             progress=stages_of(bar),
             calibration=request,
@@ -222,6 +243,8 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
         "mask_mapping": None if manifest.mask_mapping is None else manifest.mask_mapping.to_json(),
         "quantisation": list(bundle.quantisation),
         "versions": manifest.versions,
+        "loading": bundle.loading,
+        "checked_against": bundle.checked_against,
         "notes": bundle.notes,
     }
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    CheckAgainst,
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import refuse, writable
 
 if TYPE_CHECKING:
@@ -15,9 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from bdexport.architecture import Shortcut
     from bdexport.checkpoint import Checkpoint
     from bdexport.dataset import Dataset
+    from bdexport.models.pair import BlockDropNet
 
 
 def evaluate(
@@ -38,10 +51,17 @@ def evaluate(
         list[str] | None,
         typer.Option(help="FLOPs only: lccl, or lccl=0.4 with that share of zeros instead of the measured one."),
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="Architecture, where it cannot be recognised.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of random-k.")] = 0,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
+    check_against: CheckAgainst = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -57,20 +77,19 @@ def evaluate(
 
     references = {word: _zeros(word) for word in reference or []}
 
-    found = load_checkpoint(
-        checkpoint,
-        arch=arch,
-        shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
-    )
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
+    found = load_checkpoint(checkpoint, **loading.arguments())
     # Of a run with --method fixed: the mask that it was finetuned under, unless another is asked for.
     trained_for = found.training.get("fixed_mask")
     masks = fixed or ([] if trained_for is None else [trained_for["mask"]])
     _refuse_without_effect(context, masks)
     chosen = load_dataset(dataset, data, split, limit=images)
-    # Only our own form knows its classes; the names of a foreign checkpoint are a guess, and no reason to refuse data.
-    check_classes(chosen, found.network.num_classes, found.class_names if found.form == "bdexport" else ())
+    check_classes(chosen, found.network.num_classes, found.class_names)
+    say_assumed(found, checkpoint)
+    model = build_model(found, with_policy=False)
+    checked = _checked(model, found, check_against, chosen, json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(found, with_policy=False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, device)
     with progress() as bar:
 
@@ -89,12 +108,25 @@ def evaluate(
         for word, zeros in references.items():
             row = lccl_reference(model, batches(word), found.preprocess.size, zeros)
             result.setdefault("reference", {})[word] = row
-    result = _described(checkpoint, found, chosen) | result
+    result = _described(checkpoint, found, chosen) | checked | result
     _print_table(result, json)
-    for note in unnamed_classes(chosen, found.class_names if found.form == "bdexport" else ()):
+    for note in unnamed_classes(chosen, found.class_names):
         table_console(json).print(note, soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
+
+
+def _checked(
+    model: BlockDropNet, found: Checkpoint, against: Path | None, chosen: Dataset, json: str | None
+) -> dict[str, Any]:
+    """What comparing the logits gave, for the result; raises VerificationError where they differ."""
+    if against is None:
+        return {}
+    from bdexport.checkpoint.against import against_text, check_against
+
+    record = check_against(model, found, against, chosen)
+    table_console(json).print(against_text(record), soft_wrap=True)
+    return {"checked_against": record}
 
 
 def _refuse_without_effect(context: typer.Context, masks: list[str]) -> None:
@@ -109,6 +141,7 @@ def _refuse_without_effect(context: typer.Context, masks: list[str]) -> None:
 
 def _described(path: Path, checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
     """What was evaluated: the result's first keys."""
+    from bdexport.checkpoint import loading_record
     from bdexport.checkpoint.reading import checkpoint_file
     from bdexport.files import sha256_file
     from bdexport.report.sources import trained_record
@@ -121,6 +154,7 @@ def _described(path: Path, checkpoint: Checkpoint, dataset: Dataset) -> dict[str
         "dataset": {"name": dataset.name, "split": dataset.split, "images": len(dataset)},
         "num_blocks": checkpoint.network.num_blocks,
         "pruned": checkpoint.network.inner_widths is not None,
+        "loading": loading_record(checkpoint),
         **trained_record(checkpoint.training),
     }
 

@@ -11,14 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import LEAVE_OUT, refuse, writable
 from bdexport.config import PRESETS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bdexport.architecture import ResNetSpec
     from bdexport.checkpoint import Checkpoint
     from bdexport.config import TrainConfig
+    from bdexport.preprocess import Preprocess
     from bdexport.train.distributed import World
     from bdexport.train.request import TrainRequest
 
@@ -71,6 +84,13 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, e.g. finetune.batch=256; repeatable.")
     ] = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
     json: Annotated[
         str | None, typer.Option(help="Write the training result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -78,8 +98,11 @@ def train(
     """Train a BlockDrop policy: curriculum on the frozen network, then joint finetuning. Resumes RUN if cut off.
 
     Several GPUs or machines: torchrun --nproc-per-node N -m bdexport train ...
+
+    What the checkpoint does not say itself (--mean, --shortcut ..): the options are about --base, and where there is
+    none about the network that is trained. A foreign --teacher is read with them, too, and always with the base's
+    preprocessing; a teacher in bdexport's own form says everything itself.
     """
-    from bdexport.checkpoint import load_checkpoint
     from bdexport.checkpoint.reading import checkpoint_file
     from bdexport.files import sha256_file
     from bdexport.train.distributed import joined
@@ -109,15 +132,19 @@ def train(
         "distillation_weight": distillation,
     }
     _check_options(method, mask, kept, fresh_policy, base)
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
+    if base is None:
+        refuse(context, ("class_names",), "without --base: a new network has the data set's")
     with joined(device) as world:
-        found, num_blocks = _base(base, arch)
+        found, num_blocks = _base(base, loading)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
         _refuse_without_effect(context, config, base_only=base_only)
+        request = _request(dataset, data, config.validation_share, loading, found, out)
         request = replace(
-            _request(dataset, data, config.validation_share, arch, found, out),
+            request,
             base=None if base is None else base.name,
             base_sha256=None if base is None else sha256_file(checkpoint_file(base)),
-            teachers=tuple((path.name, load_checkpoint(path)) for path in teacher or []),
+            teachers=tuple((path.name, _teacher(path, loading, request.preprocess)) for path in teacher or []),
             teachers_sha256=tuple(sha256_file(checkpoint_file(path)) for path in teacher or []),
             base_only=base_only,
             fresh_policy=fresh_policy,
@@ -125,6 +152,8 @@ def train(
         )
         going_on = goes_on(request, config)
         check_used(settings, set_ or [], config, with_base=found is not None, base_only=base_only, goes_on=going_on)
+        if world.leads:
+            _say_assumed(request, base, teacher or [])
         _run(request, config, world, json)
 
 
@@ -158,7 +187,7 @@ def _refuse_without_effect(context: typer.Context, config: TrainConfig, *, base_
 
 def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | None) -> None:
     """Train; of several processes, the first one shows what it gave."""
-    from bdexport.checkpoint import load_checkpoint
+    from bdexport.checkpoint import load_checkpoint, loading_record
     from bdexport.train.pipeline import train as run_training
 
     if not world.leads:
@@ -169,7 +198,9 @@ def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | N
     training = load_checkpoint(path).training
     shown.print(f"{path}: {summary(training)}")
     if json is not None:
-        write_json_result(json, {"schema": "bdexport.train/1", "checkpoint": path, "training": training})
+        loading = None if request.initial is None else loading_record(request.initial)
+        result = {"schema": "bdexport.train/1", "checkpoint": path, "loading": loading, "training": training}
+        write_json_result(json, result)
 
 
 def resolved_config(preset: str, num_blocks: int, settings: dict[str, Any], assignments: list[str]) -> TrainConfig:
@@ -187,27 +218,50 @@ def resolved_config(preset: str, num_blocks: int, settings: dict[str, Any], assi
     return with_assignments(resolved, assignments)
 
 
-def _base(base: Path | None, arch: str | None) -> tuple[Checkpoint | None, int]:
+def _base(base: Path | None, loading: Loading) -> tuple[Checkpoint | None, int]:
     """The checkpoint to start from, if any, and the network's number of blocks."""
     from bdexport.architecture import resnet_spec
     from bdexport.checkpoint import load_checkpoint
     from bdexport.errors import UsageError
 
+    arguments = loading.arguments()
     if base is not None:
-        found = load_checkpoint(base, arch=arch)
+        found = load_checkpoint(base, **arguments)
         return found, found.network.num_blocks
-    if arch is None:
+    if loading.arch is None:
         raise UsageError("no network", expected="--arch NAME, --base CKPT or both")
-    return None, resnet_spec(arch).num_blocks
+    return None, resnet_spec(loading.arch).num_blocks
+
+
+def _teacher(path: Path, loading: Loading, preprocess: Preprocess) -> Checkpoint:
+    """A network to distil from: it reads what the base reads, and a foreign file says nothing else about that."""
+    from bdexport.checkpoint import load_checkpoint
+
+    found = load_checkpoint(path)
+    if found.form == "bdexport":
+        return found
+    arguments = loading.arguments() | {"arch": None, "preprocess": preprocess}
+    if found.network.shortcut == "conv":  # the weights say it
+        arguments["shortcut"] = None
+    return load_checkpoint(path, **arguments)
+
+
+def _say_assumed(request: TrainRequest, base: Path | None, teachers: list[Path]) -> None:
+    if request.initial is not None and base is not None:
+        say_assumed(request.initial, base)
+    about_inputs = "preprocessing: "
+    for path, (_, found) in zip(teachers, request.teachers, strict=True):
+        if found.form != "bdexport":
+            notes = (note for note in found.notes if not note.startswith(about_inputs))
+            found = replace(found, notes=(*notes, f"{about_inputs}the same as the trained network's, as it must be"))
+        say_assumed(found, path)
 
 
 def _request(
-    dataset: str, data: Path | None, validation_share: float, arch: str | None, found: Checkpoint | None, out: Path
+    dataset: str, data: Path | None, validation_share: float, loading: Loading, found: Checkpoint | None, out: Path
 ) -> TrainRequest:
     """Load the data, and settle on a network for it."""
-    from bdexport.architecture import resnet_spec
     from bdexport.dataset import load_dataset
-    from bdexport.preprocess import Preprocess
     from bdexport.train.request import TrainRequest
 
     splits = {
@@ -217,9 +271,7 @@ def _request(
     if found is not None:
         network, preprocess = found.network, found.preprocess
     else:
-        assert arch is not None
-        network = resnet_spec(arch, num_classes=len(splits["train"].class_names))
-        preprocess = Preprocess() if network.family == "cifar" else Preprocess((224, 224), resize_short=256)
+        network, preprocess = _new_network(loading, len(splits["train"].class_names))
     return TrainRequest(
         network=network,
         preprocess=preprocess,
@@ -228,6 +280,22 @@ def _request(
         out=out,
         initial=found,
     )
+
+
+def _new_network(loading: Loading, num_classes: int) -> tuple[ResNetSpec, Preprocess]:
+    """A network that nothing is known of yet, as the family's usual one or as the options say."""
+    from bdexport.architecture import resnet_spec
+    from bdexport.checkpoint.loading import checked_rule, checked_shortcut
+    from bdexport.checkpoint.wishes import preprocess_with
+    from bdexport.preprocess import Preprocess
+
+    assert loading.arch is not None
+    network = resnet_spec(loading.arch, num_classes, checked_shortcut(loading.shortcut))
+    rule = checked_rule(loading.dropped_transition)
+    if rule is not None:
+        network = replace(network, dropped_transition=rule)
+    usual = Preprocess() if network.family == "cifar" else Preprocess((224, 224), resize_short=256)
+    return network, preprocess_with(usual, loading.preprocess())
 
 
 def summary(training: dict[str, Any]) -> str:

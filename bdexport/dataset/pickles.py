@@ -1,8 +1,8 @@
 """Reading CIFAR's pickles without running anything that they contain.
 
 A pickle can name any function and have it called. The unpickler here resolves no name at all: the few names that
-numpy arrays and bytes need stand for inert builders (:mod:`bdexport.pickled_arrays`), every other name is refused. What comes out is dict,
-list, tuple, str, int, float, bool, None and numpy arrays of numbers.
+numpy arrays and bytes need stand for inert builders (:mod:`bdexport.pickled_arrays`), every other name is refused.
+What comes out is dict, list, tuple, str, int, float, bool, None and numpy arrays of numbers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,10 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Data:
-    """The images to measure on, and the words of a command line that name them."""
+    """The images to measure on, and the words of a command line that name them.
+
+    ``loading``: the words that say of a foreign checkpoint what its file does not.
+    """
 
     dataset: Dataset
     words: tuple[str, ...]
+    loading: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +121,18 @@ class Report:
         }
 
 
-def collect(sources: Sources, data: Data | None, config: ReportConfig, command: str, tracked: Tracked) -> Report:
-    """Measure what can be measured and read the rest. Raises CheckpointError, DatasetError (no checkpoint fits)."""
+def collect(
+    sources: Sources,
+    loaded: Mapping[Path, Checkpoint],
+    data: Data | None,
+    config: ReportConfig,
+    command: str,
+    tracked: Tracked,
+) -> Report:
+    """Measure what can be measured and read the rest; ``loaded``: the sources' checkpoints by their paths.
+
+    Raises CheckpointError, DatasetError (no checkpoint fits).
+    """
     report = Report(command, latencies=list(sources.latencies), skipped=list(sources.skipped))
     report.benchmarks = [found.table for found in sources.benchmarks if found.table is not None]
     trained: dict[str, tuple[str, bool | None]] = {}
@@ -127,7 +143,8 @@ def collect(sources: Sources, data: Data | None, config: ReportConfig, command: 
     if models:
         from bdexport.report import measure  # with torch, which JSON results alone do not need
     for source in models:
-        found = measure.load(source.path)
+        found = loaded[source.path]
+        report.notes += [f"{source.name}: {note}" for note in found.notes]
         kind = trained_as(_settings(source, found))
         trained[checkpoint_key(source.path.as_posix())] = kind
         try:
@@ -202,7 +219,8 @@ def _add_measured(
 ) -> None:
     dataset = data.dataset
     common = _common(source, found) | {"dataset": dataset.name, "split": dataset.split, "images": len(dataset)}
-    common["command"] = shlex.join(["bdexport", "evaluate", source.path.as_posix(), *data.words])
+    words = [*data.words, *(data.loading if found.form != "bdexport" else ())]
+    common["command"] = shlex.join(["bdexport", "evaluate", source.path.as_posix(), *words])
     tuned = (kind[1] or None) if measured.dropped is not None else None  # False: the network is the base's own
     report.points.append(
         full_point(f"{source.name}: full", measured.full.accuracy, measured.flops.full, finetuned=tuned, **common)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
+from bdexport.checkpoint import Checkpoint, build_model
 from bdexport.dataset import Dataset, check_classes
 from bdexport.evaluate import Batches, Outcome, Strategy, fixed_strategy, keep_all, run_masks
 from bdexport.models.flops import FlopsTable, count_flops
@@ -39,11 +38,6 @@ class Measured:
     with_policy: bool
 
 
-def load(path: Path) -> Checkpoint:
-    """Any checkpoint that bdexport reads."""
-    return load_checkpoint(path)
-
-
 def flops_of(found: Checkpoint) -> FlopsTable:
     """FLOPs by part of a checkpoint's networks."""
     return count_flops(build_model(found, with_policy=False), found.preprocess.size)
@@ -52,9 +46,9 @@ def flops_of(found: Checkpoint) -> FlopsTable:
 def measure(found: Checkpoint, dataset: Dataset, batch: int, name: str, tracked: Tracked) -> Measured:
     """Run the data set through the undropped network, and through the policy or the fixed mask of the checkpoint.
 
-    Raises DatasetError where the classes are not the checkpoint's (names are compared for our own form only).
+    Raises DatasetError where the classes are not the checkpoint's.
     """
-    check_classes(dataset, found.network.num_classes, found.class_names if found.form == "bdexport" else ())
+    check_classes(dataset, found.network.num_classes, found.class_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(found, with_policy=False)
     flops = count_flops(model, found.preprocess.size)

@@ -211,4 +211,5 @@ def _checkpoint(
         state=kept,
         training=training,
         form="bdexport",
+        notes=() if request.initial is None else request.initial.notes,
     )
