@@ -74,9 +74,10 @@ def _computation(network: ResNetSpec) -> str:
     stem = "a 3x3 stem of stride 1 without pooling"
     if network.family == "imagenet":
         stem = "a 7x7 stem of stride 2 with a 3x3 max-pool"
+    stride = ", the stride of a stage in its first 3x3 convolution" if network.block == "bottleneck" else ""
     return (
-        f"not shown by weights, and assumed: {stem}, the stride of a stage in its first 3x3 convolution, ReLU, batch "
-        "norm's epsilon 1e-5, no anti-aliasing; --check-against LOGITS.npz (or model.onnx) compares"
+        f"computation: assumed, since weights do not show it: {stem}{stride}, ReLU, batch norm's epsilon 1e-5, no "
+        "anti-aliasing; --check-against LOGITS.npz or model.onnx compares it with your own"
     )
 
 

@@ -26,7 +26,6 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("a Res2Net", r"layer\d+\.\d+\.convs\.\d"),
     ("a ResNet with group norm", r"layer\d+\.\d+\.(gn|group_?norm)\d"),
     ("a CLIP ResNet with attention pooling", r"(^|\.)attnpool\."),
-    ("a ResNet with a deep stem (ResNet-C, ResNet-D)", r"^(conv1\.\d+|stem\.\d+(\.\d+)*|stem\.conv\d)\.weight$"),
     ("a ResNet under the names of Hugging Face's transformers", r"embedder\.embedder\.convolution\.weight$"),
     ("a Swin transformer", r"relative_position_bias_table$"),
     (
@@ -43,6 +42,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("a RegNet", r"(^|\.)(trunk_output|s1\.b1)\."),
     ("an Inception network", r"(^|\.)(Mixed_\d\w|inception\d\w)\."),
     ("a VGG or an AlexNet", r"^features\.\d+\.weight$"),
+    ("a ResNet with a deep stem (ResNet-C, ResNet-D)", r"^(conv1\.\d+|stem\.\d+(\.\d+)*|stem\.conv\d)\.weight$"),
 )
 
 

@@ -59,6 +59,8 @@ def preprocess_note(used: Preprocess, wish: PreprocessWish | None, reason: str) 
         return f"{text}: assumed ({reason}); {CORRECT_PREPROCESS}"
     if isinstance(wish, Preprocess):
         return f"{text}: asked for"
-    asked = ", ".join(wish)
-    rest = [field for field in ("size", "mean", "std") if field not in wish]
-    return f"{text}: {asked} asked for" + (f", {' and '.join(rest)} assumed ({reason})" if rest else "")
+    asked = " and ".join(wish)
+    rest = [name for name in ("size", "mean", "std") if name not in wish]
+    # The reasons are about mean and deviation; the size is the family's.
+    why = f" ({reason})" if {"mean", "std"} & set(rest) else ""
+    return f"{text}: {asked} asked for" + (f", {' and '.join(rest)} assumed{why}" if rest else "")
