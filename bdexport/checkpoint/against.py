@@ -26,7 +26,8 @@ from bdexport.errors import CheckpointError, VerificationError
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
 
-TOLERANCE = 2e-3  # of the largest logit: float32 on other machines differs by 1e-5, an epsilon of 1e-3 by 1e-2
+TOLERANCE = 2e-4  # of the largest logit: float32 on other machines differs by 1e-5, an epsilon of 1e-3 by 1e-3 or more
+ROUNDED = 0.02  # differences up to this share of the largest logit may come from TF32 or half precision
 IMAGES = 16  # that an ONNX graph is run on
 BATCH = 64
 HOW = "np.savez(FILE, images=uint8 (N, h, w, 3) or inputs=float32 (N, 3, H, W), logits=float32 (N, classes))"
@@ -107,6 +108,8 @@ def _explanation(network: ResNet, ckpt: Checkpoint, reference: Reference, tolera
             continue
         if _difference(ours, reference.logits)[0] <= tolerance:
             return f"the same weights give them with {difference}: {remedy}"
+    if _difference(_run(network, reference.inputs), reference.logits)[0] <= ROUNDED / TOLERANCE * tolerance:
+        return "so small a difference may come from TF32 or half precision: compute the reference in float32 on a CPU"
     return (
         "no single known difference gives them; the file may need another preprocessing (--mean, --std, --size, "
         "--resize-short), or the network is another than was assumed"
@@ -141,7 +144,7 @@ def _reference(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Referen
 
 def _from_arrays(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Reference:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in ("logits", "images", "inputs")}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: damaged, or no .npz of numbers ({error})", remedy=f"make one: {HOW}") from error
