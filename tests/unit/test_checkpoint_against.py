@@ -73,7 +73,7 @@ class SwishStem(PublicResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         relu = F.relu
-        F.relu = F.silu  # type: ignore[assignment]
+        F.relu = F.silu
         try:
             return super().forward(x)
         finally:
@@ -99,7 +99,10 @@ def early_stride() -> PublicResNet:
     source = network(imagenet=True, bottleneck=True, kind="conv", shortcut="downsample", classifier="fc")
     for stage in (source.layer2, source.layer3):
         assert isinstance(stage, nn.Sequential)
-        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+        for name, stride in (("conv1", (2, 2)), ("conv2", (1, 1))):
+            conv = stage[0].get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            conv.stride = stride
     return source
 
 

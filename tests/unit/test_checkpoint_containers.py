@@ -206,8 +206,8 @@ def test_what_is_not_understood_is_not_dropped(tmp_path: Path) -> None:
 def test_dropout_before_the_classifier(tmp_path: Path, dropout: int) -> None:
     """Oracle: the source's logits in eval mode, from ``fc.0.weight`` and ``fc.1.weight``."""
     source = network(classifier="fc")
-    layers = [nn.Dropout(0.3), source.fc] if dropout else [source.fc]
-    source.fc = nn.Sequential(*layers)
+    classifier = source.get_submodule("fc")
+    source.fc = nn.Sequential(nn.Dropout(0.3), classifier) if dropout else nn.Sequential(classifier)
     state = source.state_dict()
     assert f"fc.{dropout}.weight" in state
     with torch.inference_mode():
