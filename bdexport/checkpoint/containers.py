@@ -26,30 +26,37 @@ NOT_THE_NETWORK = re.compile(  # first words of keys that trainers save beside a
     r"(criterion|criteria|metrics?|acc|accuracy|top[15])(_\w+)?|loss\w*|(train|val|valid|test)_\w+"
     r"|\w+_(criterion|loss|metrics?|accuracy)|n_averaged"
 )
+NORMALISER = re.compile(r"((?:module\.)?(?:\w+\.)?)(mean|mu)")  # of a buffer; the deviation is std or sigma
 AVERAGED_NAME = re.compile(r"(^|[._])(ema|averaged|shadow|momentum)([._]|$)")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: what Pillow and torchvision make grey of red, green and blue with
 
 
 @dataclass(frozen=True)
 class Parts:
-    """``network``: its tensors without prefixes. ``policy``: a BlockDrop agent's state dict. ``grey``: one channel."""
+    """``network``: its tensors without prefixes. ``policy``: a BlockDrop agent's state dict. ``grey``: one channel.
+
+    ``normalisation``: mean and deviation, three numbers each, of a layer that normalises before the network.
+    """
 
     network: dict[str, Any]
     policy: Any | None
     notes: tuple[str, ...]
     grey: bool
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None
 
 
 def parts_of(content: Any, what: str) -> Parts:
     """Find the network in what a file holds. Raises :class:`CheckpointError` where there is none, or more than one."""
     notes: list[str] = []
     state, policy = _inner(content, notes, what)
-    network = _network_of(_with_tensors(state), notes, what)
+    tensors = _with_tensors(state)
+    normalisation = _normalisation(tensors)
+    network = _network_of(tensors, notes, what)
     network, grey = _as_rgb(network)
     if grey:
         weights = " + ".join(f"{weight} {name}" for weight, name in zip(LUMA, ("red", "green", "blue"), strict=True))
         notes.append(f"one input channel: the first convolution reads grey = {weights}, folded into its weights")
-    return Parts(network, policy, tuple(notes), grey)
+    return Parts(network, policy, tuple(notes), grey, normalisation)
 
 
 def policy_state(agent: Any, what: str) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def _inner(content: Any, notes: list[str], what: str) -> tuple[Mapping[Any, Any]
         if key is None:
             break
         content = content[key]
-    if not any(isinstance(value, Tensor | PickledArray) for value in content.values()):
+    if not _holds_tensors(content):
         keys = ", ".join(shown(str(key)) for key in list(content)[:10]) or "nothing"
         raise CheckpointError(
             f"{what}: no state dict inside",
@@ -90,6 +97,9 @@ def _container(content: Mapping[Any, Any], notes: list[str]) -> str | None:
     """The key under which the state dict stands; averaged weights only where there are no others."""
     plain = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
     averaged = next((key for key in AVERAGED if isinstance(content.get(key), Mapping)), None)
+    if plain is None and averaged is None:  # under a name of the trainer's own
+        inside = [key for key, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+        return inside[0] if len(inside) == 1 and not _holds_tensors(content) else None
     if plain is None:
         if averaged is not None:
             notes.append(f"averaged weights ({averaged}) are used: the file holds no others")
@@ -102,6 +112,10 @@ def _container(content: Mapping[Any, Any], notes: list[str]) -> str | None:
     return plain
 
 
+def _holds_tensors(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor | PickledArray) for value in content.values())
+
+
 def _is_policy(state: Mapping[str, Any]) -> bool:
     names = {str(key).removeprefix("module.") for key in state}
     return "logit.weight" in names and any(name.startswith("features.") for name in names)
@@ -110,6 +124,22 @@ def _is_policy(state: Mapping[str, Any]) -> bool:
 def _with_tensors(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Keys as text, numpy's arrays as tensors."""
     return {str(key): _tensor(value) for key, value in state.items()}
+
+
+def _normalisation(state: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of a layer that normalises pixels in 0..1, taken out of ``state``; None where none does."""
+    for key in state:
+        match = NORMALISER.fullmatch(key)
+        other = None if match is None else f"{match.group(1) or ''}{'std' if match.group(2) == 'mean' else 'sigma'}"
+        if match is None or other not in state:
+            continue
+        values = [state[name].flatten().tolist() if isinstance(state[name], Tensor) else [] for name in (key, other)]
+        if [len(numbers) for numbers in values] != [3, 3] or max(map(max, values)) > 1:
+            continue
+        if min(values[0]) >= 0 and min(values[1]) > 0:
+            del state[key], state[other]
+            return tuple(values[0]), tuple(values[1])
+    return None
 
 
 def _tensor(value: Any) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bdexport.architecture import DroppedTransition, PolicySpec, ResNetSpec, Shortcut
@@ -46,13 +47,18 @@ def checkpoint_from_foreign(raw: RawFile, wishes: Wishes) -> Checkpoint:
     blockdrop = parts.policy is not None or found.naming.blocks == "flat"
     form: Form = "blockdrop" if blockdrop else "public-cifar" if found.family == "cifar" else "torchvision"
     network, notes = _network_spec(found, form, wishes, what)
-    state = _fitted(parts.network, found, network, "network.", expected_shapes(network, None), what)
+    tensors, bias_notes = _with_bias(parts.network, found)
+    notes += bias_notes
+    state = _fitted(tensors, found, network, "network.", expected_shapes(network, None), what)
     policy = None
     if parts.policy is not None:
         policy, weights, policy_notes = _policy(parts.policy, network, what)
         state |= weights
         notes += policy_notes
     assumed, reason = _preprocess(network, form, parts.grey)
+    if parts.normalisation is not None:
+        mean, std = parts.normalisation
+        assumed, reason = preprocess_with(assumed, {"mean": mean, "std": std}), "mean and deviation stand in the file"
     preprocess = preprocess_with(assumed, wishes.preprocess)
     if parts.grey:
         _check_grey(preprocess, what)
@@ -67,6 +73,14 @@ def checkpoint_from_foreign(raw: RawFile, wishes: Wishes) -> Checkpoint:
         form=form,
         notes=(*parts.notes, *notes, _computation(network)),
     )
+
+
+def _with_bias(state: Mapping[str, Any], found: Found) -> tuple[Mapping[str, Any], list[str]]:
+    """A classifier without a bias is one whose bias is zero."""
+    key = f"{found.naming.classifier}.bias"
+    if key in state or found.classes is None:
+        return state, []
+    return {**state, key: torch.zeros(found.classes)}, [f"classifier: the file has no {key}; zeros take its place"]
 
 
 def _computation(network: ResNetSpec) -> str:

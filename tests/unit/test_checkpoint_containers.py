@@ -195,6 +195,31 @@ def test_classifier_beside_a_backbone(tmp_path: Path) -> None:
     assert any("head.fc" in note for note in ckpt.notes)
 
 
+def test_a_layer_that_normalises(tmp_path: Path) -> None:
+    """Oracle: the mean and deviation that the model itself holds, instead of a guess; its logits for the pixels."""
+    source = network()
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
+    state = {"normalize.mean": mean[None, :, None, None], "normalize.std": std[None, :, None, None]}
+    ckpt = load_checkpoint(stored(tmp_path / "m.pth", state | under("model.", source.state_dict())))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    raw = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        expected = source((raw - mean[:, None, None]) / std[:, None, None])
+        got = logits_of(ckpt, torch.from_numpy(ckpt.preprocess(pixels)))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert any("mean 0.1 0.2 0.3" in note and "stand in the file" in note for note in ckpt.notes)
+
+
+def test_a_classifier_without_bias_and_a_container_of_its_own_name(tmp_path: Path) -> None:
+    """Oracle: the source's logits, whose last layer adds nothing; the note says so."""
+    source = network()
+    source.linear = nn.Linear(16, 5, bias=False)
+    ckpt = load_checkpoint(stored(tmp_path / "m.pth", {"checkpoint": source.state_dict(), "optim": {"lr": 0.1}}))
+    with torch.inference_mode():
+        torch.testing.assert_close(logits_of(ckpt, images()), source(images()), rtol=1e-4, atol=1e-4)
+    assert any("no linear.bias" in note for note in ckpt.notes)
+
+
 def test_what_is_not_understood_is_not_dropped(tmp_path: Path) -> None:
     """Oracle: a layer between backbone and head changes what is computed: it is listed, not left aside."""
     state = under("backbone.", network(classifier="fc").state_dict()) | {"neck.weight": torch.ones(16)}
