@@ -84,7 +84,7 @@ def report(
     words = [*(chosen.words if chosen else ()), *loading.words()]
     command = shlex.join(["bdexport", "report", *map(str, sources), *words, "--out", "DIR"])
     with progress() as bar:
-        result = collect(found, models, chosen, config, command, _tracked(bar))
+        result = collect(found, chosen, config, command, _tracked(bar), models)
         plain: dict[str, Any] = to_plain(result.to_json())
         files = write_report(result, plain, out, config, overwrite, stages_of(bar))
     _print_summary(result, files, json)

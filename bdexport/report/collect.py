@@ -123,15 +123,15 @@ class Report:
 
 def collect(
     sources: Sources,
-    loaded: Mapping[Path, Checkpoint],
     data: Data | None,
     config: ReportConfig,
     command: str,
     tracked: Tracked,
+    loaded: Mapping[Path, Checkpoint] | None = None,
 ) -> Report:
-    """Measure what can be measured and read the rest; ``loaded``: the sources' checkpoints by their paths.
+    """Measure what can be measured and read the rest. Raises CheckpointError, DatasetError (no checkpoint fits).
 
-    Raises CheckpointError, DatasetError (no checkpoint fits).
+    ``loaded``: the sources' checkpoints by their paths, where more is known of them than the files say.
     """
     report = Report(command, latencies=list(sources.latencies), skipped=list(sources.skipped))
     report.benchmarks = [found.table for found in sources.benchmarks if found.table is not None]
@@ -143,7 +143,7 @@ def collect(
     if models:
         from bdexport.report import measure  # with torch, which JSON results alone do not need
     for source in models:
-        found = loaded[source.path]
+        found = measure.load(source.path) if loaded is None else loaded[source.path]
         report.notes += [f"{source.name}: {note}" for note in found.notes]
         kind = trained_as(_settings(source, found))
         trained[checkpoint_key(source.path.as_posix())] = kind

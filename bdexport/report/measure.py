@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bdexport.checkpoint import Checkpoint, build_model
+from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.dataset import Dataset, check_classes
 from bdexport.evaluate import Batches, Outcome, Strategy, fixed_strategy, keep_all, run_masks
 from bdexport.models.flops import FlopsTable, count_flops
@@ -36,6 +37,11 @@ class Measured:
     confidence: NDArray[np.float32]
     flops: FlopsTable
     with_policy: bool
+
+
+def load(path: Path) -> Checkpoint:
+    """Any checkpoint that bdexport reads."""
+    return load_checkpoint(path)
 
 
 def flops_of(found: Checkpoint) -> FlopsTable:
