@@ -249,11 +249,15 @@ def _teacher(path: Path, loading: Loading, preprocess: Preprocess) -> Checkpoint
 def _say_assumed(request: TrainRequest, base: Path | None, teachers: list[Path]) -> None:
     if request.initial is not None and base is not None:
         say_assumed(request.initial, base)
-    about_inputs = "preprocessing: "
+    settled = (
+        "preprocessing:",
+        "class names:",
+        "dropped transition",
+    )  # by the trained network; a teacher drops nothing
     for path, (_, found) in zip(teachers, request.teachers, strict=True):
         if found.form != "bdexport":
-            notes = (note for note in found.notes if not note.startswith(about_inputs))
-            found = replace(found, notes=(*notes, f"{about_inputs}the same as the trained network's, as it must be"))
+            notes = (note for note in found.notes if not note.startswith(settled))
+            found = replace(found, notes=(*notes, "preprocessing: the same as the trained network's, as it must be"))
         say_assumed(found, path)
 
 
@@ -261,6 +265,7 @@ def _request(
     dataset: str, data: Path | None, validation_share: float, loading: Loading, found: Checkpoint | None, out: Path
 ) -> TrainRequest:
     """Load the data, and settle on a network for it."""
+    from bdexport.checkpoint import named_by
     from bdexport.dataset import load_dataset
     from bdexport.train.request import TrainRequest
 
@@ -269,6 +274,7 @@ def _request(
         for split in ("train", "validation")
     }
     if found is not None:
+        found = named_by(found, splits["train"])
         network, preprocess = found.network, found.preprocess
     else:
         network, preprocess = _new_network(loading, len(splits["train"].class_names))

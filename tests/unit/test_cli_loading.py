@@ -137,6 +137,7 @@ def test_training_takes_the_names_of_the_data(
     err = capsys.readouterr().err
     assert err.count("preprocessing:") == 2
     assert "the same as the trained network's" in err
+    assert "class names: those of folder, in its order (crop, forest, grass, ..)" in err
     found = load_checkpoint(out)
     assert (found.class_names, found.preprocess.mean) == (CLASSES, (0.4914, 0.4822, 0.4465))
     assert any(note.startswith("preprocessing:") for note in found.training["loaded_with"])
