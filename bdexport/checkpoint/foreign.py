@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdexport.architecture import DroppedTransition, PolicySpec, ResNetSpec, Shortcut
+from bdexport.architecture import SHORTCUTS, DroppedTransition, PolicySpec, ResNetSpec, Shortcut
 from bdexport.checkpoint.containers import parts_of, policy_state
 from bdexport.checkpoint.data import Checkpoint, Form, numbered_names
 from bdexport.checkpoint.fitting import expected_shapes, fit_state
@@ -127,7 +127,7 @@ def _shortcut(found: Found, form: Form, wishes: Wishes, what: str) -> tuple[Shor
         kind = "avgpool" if form == "blockdrop" else "option_a"
     if wishes.shortcut in (None, kind):
         reason = "the authors' code pools" if form == "blockdrop" else "the common kind"
-        other = "option_a" if kind == "avgpool" else "avgpool"
+        other = " or ".join(name for name in SHORTCUTS if name not in (kind, "conv"))
         note = f"shortcut {kind}: assumed ({reason}), the file has no shortcut weights; or --shortcut {other}"
         if wishes.shortcut is not None:
             note = f"shortcut {kind}: asked for"

@@ -11,14 +11,14 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bdexport.architecture import BlockSpec, ResNetSpec, Shortcut
+from bdexport.architecture import ResNetSpec, Shortcut
 from bdexport.models.resnet import Block, BottleneckBranch, ResNet
 from bdexport.preprocess import Preprocess
 
@@ -54,12 +54,9 @@ def lookalikes(network: ResNet) -> Iterator[LookAlike]:
     """One network after another, each with one difference, on the weights of ``network``."""
     spec = network.spec
     if spec.shortcut != "conv":
-        for kind in ("option_a", "avgpool"):
-            if kind != spec.shortcut:
+        for kind in get_args(Shortcut):
+            if kind not in (spec.shortcut, "conv"):
                 yield LookAlike(f"shortcut {kind}", f"pass --shortcut {kind}", _with_shortcut(network, spec, kind))
-        yield LookAlike(
-            "every second pixel and all zero channels at the end in a shortcut", NOT_BUILT, _with_zeros_last(network)
-        )
     if spec.block == "bottleneck":
         yield LookAlike(
             "the stride of a stage in its first 1x1 convolution (ResNet v1)", NOT_BUILT, _with_early_strides(network)
@@ -87,24 +84,6 @@ def _with_shortcut(network: ResNet, spec: ResNetSpec, kind: Shortcut) -> ResNet:
     other = ResNet(replace(spec, shortcut=kind))
     other.load_state_dict(network.state_dict())
     return other.eval()
-
-
-class _ZerosLast(nn.Module):
-    def __init__(self, spec: BlockSpec) -> None:
-        super().__init__()
-        self.stride, self.extra = spec.stride, spec.out_channels - spec.in_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
-
-
-def _with_zeros_last(network: ResNet) -> ResNet:
-    other = copy.deepcopy(network)
-    for block in other.blocks:
-        assert isinstance(block, Block)
-        if block.spec.transition:
-            block.shortcut = _ZerosLast(block.spec)
-    return other
 
 
 def _with_early_strides(network: ResNet) -> ResNet:

@@ -29,7 +29,9 @@ Arch: TypeAlias = Annotated[
 ]
 ShortcutKind: TypeAlias = Annotated[
     str | None,
-    typer.Option("--shortcut", help="Shortcuts without weights: avgpool or option_a.", rich_help_panel=PANEL),
+    typer.Option(
+        "--shortcut", help="Shortcuts without weights: avgpool, option_a or zeros_last.", rich_help_panel=PANEL
+    ),
 ]
 DroppedRule: TypeAlias = Annotated[
     str | None,

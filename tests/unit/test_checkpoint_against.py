@@ -131,7 +131,7 @@ ALIKE: dict[str, tuple[Callable[[], PublicResNet], str]] = {
     "ResNet v1": (early_stride, "first 1x1 convolution"),
     "SiLU": (lambda: like(SwishStem), "SiLU instead of ReLU"),
     "epsilon": (with_epsilon, "batch norm's epsilon 0.001"),
-    "zeros at the end": (zeros_last, "all zero channels at the end"),
+    "zeros at the end": (zeros_last, "pass --shortcut zeros_last"),
     "pooled shortcut": (lambda: network(kind="avgpool"), "pass --shortcut avgpool"),
 }
 
@@ -155,9 +155,11 @@ def test_the_network_that_was_assumed_passes(tmp_path: Path, options: dict[str, 
 
 
 def test_the_choice_that_is_named_passes(tmp_path: Path) -> None:
-    """Oracle: the remedy of the message."""
+    """Oracle: the remedy of the message, for both kinds of look-alike that can be chosen."""
     path, reference = saved(tmp_path, network(kind="avgpool"))
     checked(path, reference, shortcut="avgpool")
+    path, reference = saved(tmp_path, zeros_last())
+    checked(path, reference, shortcut="zeros_last")
 
 
 def test_images_check_the_preprocessing(tmp_path: Path) -> None:
