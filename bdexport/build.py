@@ -29,7 +29,7 @@ from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import CALIBRATED, BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache
-from bdexport.errors import UsageError
+from bdexport.errors import OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
 from bdexport.files import default_cache_folder, making_folder, sha256_file
 from bdexport.fusing import Fusing, check_fusing, check_size
@@ -109,6 +109,7 @@ def build_bundle(
     checked = None if check_against is None else compare_logits(model, checkpoint, Path(check_against))
     if progress is not None:
         progress("load", 1, 1)
+    cache, notes = _engine_cache(cache_dir)
     built = bundle_from_model(
         model,
         checkpoint,
@@ -118,13 +119,22 @@ def build_bundle(
         checkpoint_sha256=sha256_file(checkpoint_file(path)),
         overwrite=overwrite,
         progress=progress,
-        cache=EngineCache(Path(cache_dir) if cache_dir is not None else default_cache_folder()),
+        cache=cache,
         calibration=calibration,
         counted=counted,
         judged=judged,
         verify=verify,
     )
-    return replace(built, loading=loading_record(checkpoint), checked_against=checked)
+    notes += built.notes
+    return replace(built, notes=tuple(notes), loading=loading_record(checkpoint), checked_against=checked)
+
+
+def _engine_cache(folder: str | Path | None) -> tuple[EngineCache | None, list[str]]:
+    """The cache in ``folder`` or in the default one; None, with a note that says why, where there is no such folder."""
+    try:
+        return EngineCache(Path(folder) if folder is not None else default_cache_folder()), []
+    except OutputError as error:
+        return None, [f"engine cache: {error}; engines are not kept for a later build"]
 
 
 def bundle_from_model(

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from bdexport import __version__
 from bdexport.hardware import GpuReport, gpu_report, gpu_to_json, machine, usable_cores
+from bdexport.requirements import outdated
 
 State = Literal["ok", "build only", "missing", "broken"]  # build only: a backend whose engines run elsewhere
 TIMEOUT_S = 120.0  # for one import; torch from a cold network disk takes tens of seconds
@@ -148,6 +149,9 @@ def run_probe(probe: Probe) -> Finding:
         )
     if answer["state"] == "broken":
         return _broken(probe, answer["detail"], _beyond_doctor(answer.get("remedy")))
+    too_old = None if probe.group == "backend" else outdated(probe.name)
+    if too_old is not None:
+        return _broken(probe, str(too_old), too_old.remedy)
     return Finding(probe.name, probe.group, "ok", answer["version"], answer["detail"])
 
 

@@ -34,12 +34,21 @@ _OWNED = re.compile(r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(\.[a-z0-9_]
 
 
 def default_cache_folder() -> Path:
-    """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will."""
+    """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will.
+
+    Raises :class:`OutputError` for a user who has no home folder, as in many containers: who can do without a cache
+    goes on, and says so.
+    """
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative values ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "bdexport"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if base.is_absolute():  # the XDG specification has relative values ignored
+        return base / "bdexport"
+    try:
+        return Path.home() / ".cache" / "bdexport"
+    except RuntimeError as error:  # neither $HOME nor an entry in the system's list of users
+        remedy = f"set {CACHE_VARIABLE} to a folder that can be written"
+        raise OutputError("no folder for a cache: this user has no home folder", remedy=remedy) from error
 
 
 @contextmanager

@@ -11,13 +11,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from bdexport.cli.app import DEBUG_VARIABLE, run_line
-from bdexport.cli.failures import INTERRUPTED, discard_stdout_if_broken, explain, terminable
+from bdexport.cli.failures import INTERRUPTED, discard_stdout_if_broken, explain, open_closed_streams, terminable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` by default) and return the exit code; prints at most one line of error."""
+    open_closed_streams()
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     _print_any_name()
     # Pillow refuses bombs; that it warns of half of one says nothing to who has a camera of 100 megapixels.
@@ -55,4 +57,5 @@ def _print_any_name() -> None:
 
 def _say(text: str | None) -> None:
     if text:
-        print(text, file=sys.stderr)
+        with suppress(OSError):  # a full disk or a terminal that is gone: the exit code still says that it failed
+            print(text, file=sys.stderr, flush=True)
