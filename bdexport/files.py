@@ -272,6 +272,32 @@ def _is_dead(pid: int) -> bool:
     return False
 
 
+@contextmanager
+def native_path(path: Path) -> Iterator[str]:
+    """The name under which a library that takes UTF-8 only opens the file ``path``: its own, or a link's while inside.
+
+    Names on disk are bytes. Python opens any of them; libraries in C++ and Rust are given UTF-8, which is another name
+    where these bytes are none, or where the locale has Python read them in another encoding.
+    """
+    if is_utf8(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, f"linked{path.suffix}" if is_utf8(Path(path.suffix)) else "linked")
+        link.symlink_to(path.absolute())
+        yield str(link)
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the name's bytes on disk are the UTF-8 of its text."""
+    return os.fsencode(path) == str(path).encode(errors="surrogatepass")
+
+
+def utf8_text(text: str) -> str:
+    """``text`` with what is no character (a byte of a file name that is no UTF-8) as an escape: backslash, udcff."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

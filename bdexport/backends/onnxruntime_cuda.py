@@ -24,6 +24,7 @@ from bdexport.backends.onnxruntime_common import NO_CAPTURE, Reported, import_on
 from bdexport.bundle import INPUT_NAME, OUTPUT_NAME
 from bdexport.cuda import open_cuda
 from bdexport.errors import BackendError
+from bdexport.files import native_path
 
 if TYPE_CHECKING:
     from bdexport.bundle import Bundle, PartEntry
@@ -105,10 +106,8 @@ class OrtCudaEngine:
         # Operators that would run on the CPU copy between host and device in every call: an error, not a slow answer.
         session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            with Reported(part, f"cannot load {graph} on CUDA"):
-                self._session: Any = ort.InferenceSession(
-                    str(graph), session_options, providers=[(PROVIDER, dict(options))]
-                )
+            with Reported(part, f"cannot load {graph} on CUDA"), native_path(graph) as file:
+                self._session: Any = ort.InferenceSession(file, session_options, providers=[(PROVIDER, dict(options))])
         except BackendError as error:
             raise _provider_error(part) or error from error
         if PROVIDER not in self._session.get_providers():

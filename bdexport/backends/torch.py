@@ -21,6 +21,7 @@ from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
+from bdexport.files import native_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +62,7 @@ class TorchBackend(BuildsWhereItRuns):
         self, part: str, graph: Path, engine: Path, options: BuildOptions, model: BlockDropNet | None = None
     ) -> None:
         """Write the part's weights; ``graph`` is not read. Raises BuildError without a ``model``."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         from bdexport.partition import part_module
 
@@ -72,7 +73,7 @@ class TorchBackend(BuildsWhereItRuns):
         specs = {"network": model.network.spec.to_json(), "policy": model.policy.spec.to_json(), "part": part}
         # clone: ``full`` may hold one storage under two names, which safetensors refuses.
         state = {name: value.detach().clone() for name, value in part_module(model, part).state_dict().items()}
-        save_file(state, engine, metadata={HEADER: json.dumps(specs)})
+        engine.write_bytes(save(state, {HEADER: json.dumps(specs)}))
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load every part of ``bundle`` on the CPU or a GPU."""
@@ -154,7 +155,7 @@ def _read_engine(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Tenso
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with native_path(path) as name, safe_open(name, framework="pt") as file:
             specs = json.loads(file.metadata()[HEADER])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if specs["part"] != part:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from bdexport.checkpoint.beside import known_beside_weights
 from bdexport.errors import CheckpointError
+from bdexport.files import native_path
 from bdexport.zoo import zoo_model, zoo_name
 
 RUN_FILE = "model.safetensors"  # what a training run leaves in its folder
@@ -104,7 +105,7 @@ def _kind_of(start: bytes) -> str:
 
 def _read_safetensors(path: Path) -> RawFile:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with native_path(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.options import refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import BenchConfig
@@ -78,13 +78,11 @@ def bench(
 
 
 def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
     full, dynamic, speedup = result["full"], result["dynamic"], result["speedup"]
     where = f"{result['dataset']['name']} {result['dataset']['split']}, {result['images']} images"
     how = f"batch {result['batch']}, {result['backend']} {result['precision']} on {result['device']}"
     threads = "" if result["threads"] is None else f", {result['threads']} thread{'s' * (result['threads'] != 1)}"
-    table = Table("", title=f"{result['architecture']}, {where}, {how}{threads}")
+    table = FittedTable("", title=f"{result['architecture']}, {where}, {how}{threads}")
     for name in ("full", "dynamic", "gain"):
         table.add_column(name, justify="right")
     used, flops, blocks = dynamic["blocks_used"], dynamic["flops"], result["num_blocks"]
@@ -103,9 +101,7 @@ def _table(result: dict[str, Any]) -> Table:
 
 
 def _executors(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("executor", title="executors, in turn on the same images")
+    table = FittedTable("executor", title="executors, in turn on the same images", expendable=("p90", "p99"))
     for name in ("mean", "p50", "p90", "p99", "images/s", "gain", "efficiency", "hits"):
         table.add_column(name, justify="right")
     full = result["full"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.backends import BACKENDS
-from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, err_console, progress, table_console, write_json_result
 from bdexport.cli.loading import (
     Arch,
     CheckAgainst,
@@ -250,12 +250,10 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
 
 
 def _quantisation(bundle: BuiltBundle) -> Table:
-    from rich.table import Table
-
     mapping = bundle.manifest.mask_mapping
     facts = {} if mapping is None else mapping.facts
     title = f"masks, {facts.get('images')} {facts.get('split')} images; latency: batch 1, policy included"
-    table = Table("fused paths", "masks run", title=title)
+    table = FittedTable("fused paths", "masks run", title=title)
     for name in ("accuracy", "drawn masks fused", "blocks", "FLOPs", "latency"):
         table.add_column(name, justify="right")
     for row in bundle.quantisation:

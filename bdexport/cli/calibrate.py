@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, err_console, progress, table_console, write_json_result
 from bdexport.cli.loading import (
     Arch,
     ClassNames,
@@ -134,10 +134,8 @@ def _largest(scales: Scales, part: str) -> float | None:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
     where = f"{result['images']} images of {result['dataset']['name']} {result['dataset']['split']}"
-    table = Table("part", title=f"scales from {where}; list: {result['list']}")
+    table = FittedTable("part", title=f"scales from {where}; list: {result['list']}")
     for name in ("images that run it", "tensors", "largest value"):
         table.add_column(name, justify="right")
     for entry in result["parts"]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, progress, table_console, write_json_result
 from bdexport.cli.loading import (
     Arch,
     CheckAgainst,
@@ -174,12 +174,10 @@ def _zeros(word: str) -> float | None:
 
 
 def _print_table(result: dict[str, Any], json: str | None) -> None:
-    from rich.table import Table
-
     where = result["dataset"]
     network = f"{result['architecture']}{' (pruned)' if result['pruned'] else ''}, {result['num_blocks']} blocks"
     title = f"{network}, {where['name']} {where['split']}, {where['images']} images"
-    table = Table("", "accuracy", "blocks used", "FLOPs", "unique masks", title=title)
+    table = FittedTable("", "accuracy", "blocks used", "FLOPs", "unique masks", title=title)
     full = result["full"]
     table.add_row("full", f"{full['accuracy']:.2f} %", f"{result['num_blocks']:.1f}", f"{full['flops']:.3e}", "1")
     rows = [("policy", result["policy"])] if "policy" in result else []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, progress, table_console, write_json_result
 from bdexport.cli.loading import (
     Arch,
     ClassNames,
@@ -96,9 +96,7 @@ def _write(found: Checkpoint, out: Path, wanted: list[str] | None, overwrite: bo
 
 
 def _print_table(result: dict[str, Any], json: str | None) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{result['architecture']}: {len(result['parts'])} parts in {result['out']}")
+    table = FittedTable(title=f"{result['architecture']}: {len(result['parts'])} parts in {result['out']}")
     table.add_column("part")
     for name in ("size", "nodes", "FLOPs"):
         table.add_column(name, justify="right")

@@ -51,7 +51,8 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _print_any_name() -> None:
     """File and class names that the terminal's encoding lacks are printed as escapes, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # Python writes "surrogateescape" in the locales C and POSIX, where characters beyond ASCII fail all the same.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.loading import (
     Arch,
     ClassNames,
@@ -123,9 +123,7 @@ def _size(found: Checkpoint) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any], before: ResNetSpec, after: ResNetSpec, json: str | None) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{result['architecture']}: filters inside the blocks, {result['out']}")
+    table = FittedTable(title=f"{result['architecture']}: filters inside the blocks, {result['out']}")
     for name in ("stage", "ratio", "block by block"):
         table.add_column(name)
     pairs = [f"{old.channels}>{new.channels}" for old, new in zip(before.blocks(), after.blocks(), strict=True)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.app import run_line
-from bdexport.cli.console import STDOUT, table_console, write_json_result
+from bdexport.cli.console import STDOUT, FittedTable, table_console, write_json_result
 from bdexport.cli.options import writable
 from bdexport.config import PRESETS, QuickstartConfig
 
@@ -167,12 +167,10 @@ def _step(line: list[str], json: str | None) -> None:
 
 
 def _table(result: dict[str, Any], plan: Plan) -> Table:
-    from rich.table import Table
-
     bench, verified = result["bench"], result["verify"]
     full, dynamic = bench["full"], bench["dynamic"]
     used, blocks = dynamic["blocks_used"], bench["num_blocks"]
-    table = Table(title=f"quickstart: {bench['architecture']} on {plan.dataset}", show_header=False)
+    table = FittedTable(title=f"quickstart: {bench['architecture']} on {plan.dataset}", show_header=False)
     accuracy = f"{dynamic['accuracy']:.2f} % against {full['accuracy']:.2f} %"
     rows = {
         "mean latency, batch 1": f"{dynamic['latency_ms']['mean']:.3f} ms against {full['latency_ms']['mean']:.3f} ms "

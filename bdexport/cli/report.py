@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import err_console, progress, table_console, to_plain, write_json_result
+from bdexport.cli.console import FittedTable, err_console, progress, table_console, to_plain, write_json_result
 from bdexport.cli.loading import (
     ClassNames,
     DroppedRule,
@@ -114,8 +114,6 @@ def _tracked(bar: StageProgress) -> Tracked:
 
 
 def _print_summary(result: Report, files: list[Path], json: str | None) -> None:
-    from rich.table import Table
-
     out = table_console(json)
     for dataset in result.datasets():
         measured = [(number, point) for number, point in result.numbered(dataset) if point.source == "measured"]
@@ -125,7 +123,7 @@ def _print_summary(result: Report, files: list[Path], json: str | None) -> None:
 
         rows = all_points(measured)
         shown = [index for index, column in enumerate(rows.columns) if column not in ("command", "network")]
-        table = Table(*(rows.columns[index] for index in shown), title=f"results on {dataset}")
+        table = FittedTable(*(rows.columns[index] for index in shown), title=f"results on {dataset}")
         for row in rows.rows:
             table.add_row(*(row[index] for index in shown))
         out.print(table)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, progress, table_console, write_json_result
 from bdexport.cli.loading import (
     Arch,
     DroppedRule,
@@ -21,7 +21,6 @@ from bdexport.cli.stages import stages_of
 from bdexport.config import VerifyConfig
 
 if TYPE_CHECKING:
-    from rich.table import Table
 
     from bdexport.bundle import Bundle
     from bdexport.dataset import Dataset
@@ -142,20 +141,16 @@ def _judged(bundle: Bundle, dataset: str, data: Path | None, split: str, images:
     return chosen
 
 
-def _parts_table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("part", title=f"parts against {result['reference']}, {result['images']} images")
+def _parts_table(result: dict[str, Any]) -> FittedTable:
+    table = FittedTable("part", title=f"parts against {result['reference']}, {result['images']} images")
     _add_columns(table)
     for entry in result["parts"]:
         table.add_row(entry["part"], *_cells(entry))
     return table
 
 
-def _paths_table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("paths", title=f"logits of whole paths against {result['reference']}")
+def _paths_table(result: dict[str, Any]) -> FittedTable:
+    table = FittedTable("paths", title=f"logits of whole paths against {result['reference']}")
     table.add_column("masks", justify="right")
     _add_columns(table)
     for entry in result["paths"]:
@@ -164,7 +159,7 @@ def _paths_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _add_columns(table: Table) -> None:
+def _add_columns(table: FittedTable) -> None:
     for name in ("largest difference", "mean", "largest value", "tolerance", ""):
         table.add_column(name, justify="right")
 

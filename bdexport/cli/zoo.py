@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.options import writable
 from bdexport.cli.stages import size_text
 
@@ -39,11 +39,11 @@ def zoo(
 
 
 def _table(cards: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
     from bdexport.zoo import PREFIX
 
-    table = Table(title=f"{len(cards)} model{'s' * (len(cards) != 1)} in the zoo")
+    table = FittedTable(
+        title=f"{len(cards)} model{'s' * (len(cards) != 1)} in the zoo", expendable=("size", "masks", "FLOPs", "full")
+    )
     for heading in ("model", "data"):
         table.add_column(heading)
     for heading in ("base", "full", "policy", "blocks run", "FLOPs", "masks", "size"):
