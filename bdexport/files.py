@@ -272,6 +272,16 @@ def _is_dead(pid: int) -> bool:
     return False
 
 
+def shown(path: Path) -> str:
+    """A file's name on one line, with an escape for what a terminal would obey instead of printing it."""
+    return "".join(ascii(c)[1:-1] if is_control(c) else c for c in str(path))
+
+
+def is_control(character: str) -> bool:
+    """Whether it is one of Unicode's control characters (category Cc)."""
+    return ord(character) < 32 or 127 <= ord(character) < 160
+
+
 @contextmanager
 def native_path(path: Path) -> Iterator[str]:
     """The name under which a library that takes UTF-8 only opens the file ``path``: its own, or a link's while inside.

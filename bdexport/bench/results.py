@@ -78,7 +78,7 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "efficiency": float(ideal_ms / dynamic.latency_ms.mean()),
         "ideal_ms": float(ideal_ms),
         "spread": {"full": _spread(full), "dynamic": _spread(dynamic)},
-        "dataset": {"name": dataset.name, "split": dataset.split},
+        "dataset": {"name": dataset.name, "split": dataset.split, "skipped": dataset.skipped},
         "architecture": manifest.architecture,
         "num_blocks": manifest.num_blocks,
         "measured": {

@@ -9,7 +9,7 @@ import typer
 
 from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.options import refuse_threads, writable
-from bdexport.cli.stages import quiet_progress, updates
+from bdexport.cli.stages import quiet_progress, show_skipped, updates
 from bdexport.config import BenchConfig
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ def bench(
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
     images: Annotated[int, typer.Option(min=1, help="The first N images, or all if there are fewer.")] = DEFAULT.images,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = DEFAULT.batch,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute one call. Default: the backend's choice.")
@@ -53,7 +56,8 @@ def bench(
     opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
     with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
-        chosen = load_dataset(dataset, data, split, limit=images)
+        chosen = load_dataset(dataset, data, split, limit=images, skip_damaged=skip_damaged)
+        show_skipped(chosen)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
         sides = executors_of(orchestrator) if every else {orchestrator.executor: orchestrator}
         measurements = measure_all(

@@ -25,7 +25,7 @@ from bdexport.cli.loading import (
     say_assumed,
 )
 from bdexport.cli.options import refuse, writable
-from bdexport.cli.stages import size_text, stages_of
+from bdexport.cli.stages import show_skipped, size_text, stages_of
 from bdexport.config import CALIBRATED, BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
 from bdexport.fused import MOST_FUSED, shares_text
 
@@ -85,6 +85,9 @@ def build(
         typer.Option(help="For masks, scales (int8, fp8) and accuracy against torch: cifar10, .."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="A list that `bdexport calibrate` wrote, for int8 or fp8.")
     ] = None,
@@ -177,8 +180,8 @@ def build(
             overwrite=overwrite,
             progress=stages_of(bar),
             calibration=request,
-            counted=_split(dataset, data, "validation", mask_images) if fuses else None,
-            judged=_split(dataset, data, VERIFY.accuracy_split, images),
+            counted=_split(dataset, data, "validation", mask_images, skip_damaged) if fuses else None,
+            judged=_split(dataset, data, VERIFY.accuracy_split, images, skip_damaged),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
         )
     result = _result(bundle, time.perf_counter() - started)
@@ -208,20 +211,22 @@ def _refuse_without_effect(
     if dataset is None:
         if calibration is None:
             refuse(context, ("data",), "without the name of what is in the folder", "pass --dataset too")
-        needing = ("mask_images", "images", "max_drop", "calibration_images", "quantise_masks")
+        needing = ("mask_images", "images", "max_drop", "calibration_images", "quantise_masks", "skip_damaged")
         refuse(context, needing, "without images", "pass --dataset D and --data DIR, or leave it out")
     if not fuses:
         refuse(context, ("mask_images",), "on a backend that runs no fused paths")
 
 
-def _split(dataset: str | None, data: Path | None, split: str, images: int) -> Dataset | None:
+def _split(dataset: str | None, data: Path | None, split: str, images: int, skip_damaged: bool) -> Dataset | None:
     """Images of a split, or of the only one that the data set has; None where no data set is named."""
     if dataset is None:
         return None
     from bdexport.calibration_list import default_split
     from bdexport.dataset import load_dataset
 
-    return load_dataset(dataset, data, default_split(dataset, split), limit=images)
+    chosen = load_dataset(dataset, data, default_split(dataset, split), limit=images, skip_damaged=skip_damaged)
+    show_skipped(chosen)
+    return chosen
 
 
 def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from bdexport.cli.failures import without_controls
 from bdexport.files import utf8_text, write_json
 
 STDOUT = "-"  # ``--json -``
@@ -54,6 +55,10 @@ class WideConsole(Console):
     @size.setter
     def size(self, new_size: tuple[int, int]) -> None:
         self._width, self._height = new_size
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """As Rich's; control characters in a text, which a terminal would obey, are printed as escapes."""
+        super().print(*(without_controls(item) if isinstance(item, str) else item for item in objects), **settings)
 
 
 console = WideConsole(markup=False, highlight=False, emoji=False)

@@ -22,6 +22,7 @@ from bdexport.cli.loading import (
     say_assumed,
 )
 from bdexport.cli.options import refuse, writable
+from bdexport.cli.stages import show_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +41,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
+    ] = False,
     fixed: Annotated[
         list[str] | None,
         typer.Option(help="Also a fixed mask: first-k, random-k, distribute-k or 0s and 1s; repeatable."),
@@ -83,7 +87,8 @@ def evaluate(
     trained_for = found.training.get("fixed_mask")
     masks = fixed or ([] if trained_for is None else [trained_for["mask"]])
     _refuse_without_effect(context, masks)
-    chosen = load_dataset(dataset, data, split, limit=images)
+    chosen = load_dataset(dataset, data, split, limit=images, skip_damaged=skip_damaged)
+    show_skipped(chosen)
     check_classes(chosen, found.network.num_classes, found.class_names)
     say_assumed(found, checkpoint)
     model = build_model(found, with_policy=False)
@@ -151,7 +156,7 @@ def _described(path: Path, checkpoint: Checkpoint, dataset: Dataset) -> dict[str
         "checkpoint": path,
         "checkpoint_sha256": sha256_file(checkpoint_file(path)),
         "architecture": checkpoint.network.name,
-        "dataset": {"name": dataset.name, "split": dataset.split, "images": len(dataset)},
+        "dataset": {"name": dataset.name, "split": dataset.split, "images": len(dataset), "skipped": dataset.skipped},
         "num_blocks": checkpoint.network.num_blocks,
         "pruned": checkpoint.network.inner_widths is not None,
         "loading": loading_record(checkpoint),

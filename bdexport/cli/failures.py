@@ -16,6 +16,7 @@ from typing import TextIO
 import typer
 
 from bdexport.errors import BdexportError
+from bdexport.files import is_control
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
 
@@ -101,7 +102,8 @@ def _describe_import(module: str, error: BaseException) -> str:
     from bdexport.requirements import installed_version, outdated, package_of
 
     package = package_of(module)
-    if installed_version(package) is None:
+    absent = isinstance(error, ModuleNotFoundError) and error.name == module
+    if absent or installed_version(package) is None:
         return f'this needs {module}, which is not installed; pip install "bdexport[{EXTRA_OF[module]}]"'
     if (too_old := outdated(package)) is not None:
         return f"{too_old}; {too_old.remedy} ({error})"
@@ -132,7 +134,13 @@ def _usage_line(error: BaseException) -> str:
 
 
 def _line(text: str) -> str:
-    return "bdexport: error: " + " ".join(part.strip() for part in text.splitlines() if part.strip())
+    one_line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "bdexport: error: " + without_controls(one_line)
+
+
+def without_controls(text: str) -> str:
+    """``text`` with an escape for every control character but the end of a line: file names may hold any of them."""
+    return "".join(ascii(c)[1:-1] if is_control(c) and c not in "\n\t" else c for c in text)
 
 
 def _exit_code(error: SystemExit) -> int:

@@ -12,9 +12,17 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from bdexport.cli.app import DEBUG_VARIABLE, run_line
-from bdexport.cli.failures import INTERRUPTED, discard_stdout_if_broken, explain, open_closed_streams, terminable
+from bdexport.cli.failures import (
+    INTERRUPTED,
+    discard_stdout_if_broken,
+    explain,
+    open_closed_streams,
+    terminable,
+    without_controls,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_any_name()
     # Pillow refuses bombs; that it warns of half of one says nothing to who has a camera of 100 megapixels.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    warnings.showwarning = _show_warning
     with terminable() as terminated:
         try:
             code = run_line(arguments)
@@ -54,6 +63,14 @@ def _print_any_name() -> None:
         # Python writes "surrogateescape" in the locales C and POSIX, where characters beyond ASCII fail all the same.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_where: Any, **_output: Any) -> None:
+    """One line for a warning, with the image that it is about: packages warn without saying which file it is."""
+    preprocess = sys.modules.get("bdexport.preprocess")
+    path = None if preprocess is None else preprocess.image_being_read()
+    about = "" if path is None else f"{path}: "
+    _say(without_controls(f"bdexport: warning: {about}{' '.join(str(message).split())} ({category.__name__})"))
 
 
 def _say(text: str | None) -> None:

@@ -23,6 +23,7 @@ from bdexport.cli.loading import (
     say_assumed,
 )
 from bdexport.cli.options import LEAVE_OUT, refuse, writable
+from bdexport.cli.stages import show_skipped
 from bdexport.config import PRESETS
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ def train(
     samples: Annotated[int | None, typer.Option(help="Masks drawn per image and step.")] = None,
     reward: Annotated[str | None, typer.Option(help="correct (paper) or probability.")] = None,
     distillation: Annotated[float | None, typer.Option(help="Weight of the undropped base as a teacher.")] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, e.g. finetune.batch=256; repeatable.")
     ] = None,
@@ -139,7 +143,7 @@ def train(
         found, num_blocks = _base(base, loading)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
         _refuse_without_effect(context, config, base_only=base_only)
-        request = _request(dataset, data, config.validation_share, loading, found, out)
+        request = _request(dataset, data, config.validation_share, loading, found, out, skip_damaged)
         request = replace(
             request,
             base=None if base is None else base.name,
@@ -262,7 +266,13 @@ def _say_assumed(request: TrainRequest, base: Path | None, teachers: list[Path])
 
 
 def _request(
-    dataset: str, data: Path | None, validation_share: float, loading: Loading, found: Checkpoint | None, out: Path
+    dataset: str,
+    data: Path | None,
+    validation_share: float,
+    loading: Loading,
+    found: Checkpoint | None,
+    out: Path,
+    skip_damaged: bool,
 ) -> TrainRequest:
     """Load the data, and settle on a network for it."""
     from bdexport.checkpoint import named_by
@@ -270,9 +280,11 @@ def _request(
     from bdexport.train.request import TrainRequest
 
     splits = {
-        split: load_dataset(dataset, data, split, validation_share=validation_share)
+        split: load_dataset(dataset, data, split, validation_share=validation_share, skip_damaged=skip_damaged)
         for split in ("train", "validation")
     }
+    for chosen in splits.values():
+        show_skipped(chosen)
     if found is not None:
         found = named_by(found, splits["train"])
         network, preprocess = found.network, found.preprocess

@@ -180,7 +180,12 @@ def _record(
         "fresh_policy": request.fresh_policy,
         "teachers": [name for name, _ in request.teachers],
         "teachers_sha256": list(request.teachers_sha256),
-        "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
+        "dataset": {
+            "name": request.train.name,
+            "train": len(request.train),
+            "validation": len(request.validation),
+            "skipped": len(request.train.skipped) + len(request.validation.skipped),  # damaged, as --skip-damaged asks
+        },
         "settings": config.to_json(),
         "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "machine": machine(),
