@@ -256,9 +256,8 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "zoo.json").stat().st_size > 1000
-    done = subprocess.run(
-        ["sh", "-c", line.replace("zoo ", "nonsense ", 1)], capture_output=True, text=True, check=False
-    )
+    line = line.replace("zoo ", "nonsense ", 1)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
