@@ -21,7 +21,6 @@ from bdexport.cli.stages import stages_of
 from bdexport.config import VerifyConfig
 
 if TYPE_CHECKING:
-
     from bdexport.bundle import Bundle
     from bdexport.dataset import Dataset
     from bdexport.models.pair import BlockDropNet
