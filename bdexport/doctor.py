@@ -83,14 +83,18 @@ class Report:
 
 def examine(done: Callable[[str], None] = lambda name: None) -> Report:
     """Look at everything; ``done`` is told the name of each package when its turn is over. Never raises."""
-    probes = (*packages(), *_backend_probes())
     gpus = gpu_report()
     with ThreadPoolExecutor(max(1, usable_cores())) as pool:
         findings = []
-        for finding in pool.map(run_probe, probes):
+        for finding in pool.map(run_probe, probes()):
             done(finding.name)
             findings.append(finding)
     return Report((_python(), _bdexport(), *_in_groups(findings, gpus)), gpus)
+
+
+def probes() -> tuple[Probe, ...]:
+    """Everything that is tried: packages, then backends."""
+    return (*packages(), *_backend_probes())
 
 
 def packages() -> tuple[Probe, ...]:

@@ -92,7 +92,7 @@ class FittedTable(Table):
             for place, index in enumerate(kept)
         ]
         yield from Table.__rich_console__(fitted, console, options)
-        left_out = [str(self.columns[index].header) for index in range(len(self.columns)) if index not in kept]
+        left_out = [str(column.header) for index, column in enumerate(self.columns) if index not in kept]
         if left_out:
             yield Text(f"left out at {options.max_width} columns: {', '.join(left_out)} (--json has them)")
 
@@ -112,7 +112,7 @@ class FittedTable(Table):
         words = max((cell.minimum for cell in cells), default=0)
         natural = max((cell.maximum for cell in cells), default=0)
         header = Measurement.get(console, options, column.header) if self.show_header else Measurement(0, 0)
-        whole = column.justify == "right" or (index == 0 and natural <= options.max_width // 3)
+        whole = column.justify == "right" or (index == 0 and natural <= options.max_width // 2)
         least = max(natural if whole else words, header.minimum, 1)
         fits = options.max_width - _table_width([0])  # a single column can be no wider: what is longer is folded
         return min(least, fits), min(max(natural, header.maximum, least), fits)

@@ -30,10 +30,10 @@ def doctor(
 
     What is missing is no failure: exit code 1 means that the core is broken or that no backend can run.
     """
-    from bdexport.doctor import examine, packages
+    from bdexport.doctor import examine, probes
 
     with progress() as bar:
-        stage = bar.add_task("looking at packages", total=len(packages()))
+        stage = bar.add_task("looking at packages", total=len(probes()))
         report = examine(lambda name: bar.update(stage, advance=1))
     out = table_console(json)
     out.print(findings_table(report) if verbose else summary_table(report))
@@ -56,7 +56,7 @@ def summary_table(report: Report) -> Table:
     for found in report.findings:
         own_row = found.name if found.state == "broken" else ""
         detail = f": {found.detail}" if own_row else ""
-        version = f" {found.version}" if found.version and found.group != "backend" else ""
+        version = f" {found.version.partition('-')[0]}" if found.version and found.group != "backend" else ""
         rows.setdefault((found.group, found.state, own_row), []).append(f"{found.name}{version}{detail}")
     table = FittedTable("part of", "state", "what", title="bdexport doctor (--verbose has every remark)")
     for (group, state, _), names in rows.items():

@@ -121,7 +121,18 @@ def _main_settings(training: dict[str, Any]) -> dict[str, Any]:
     """What the network was trained from and what came of it; of the dozens of settings those that name the others."""
     settings = training.get("settings")
     named = {key: settings[key] for key in ("preset", "seed") if key in settings} if isinstance(settings, dict) else {}
-    return {key: value for key, value in training.items() if key not in ("settings", "machine", "torch")} | named
+    left_out = ("settings", "machine", "torch", "seconds", "threads", "validation")
+    kept = {key: value for key, value in training.items() if key not in left_out}
+    reached = training.get("validation")
+    policy = reached.get("policy") if isinstance(reached, dict) else None
+    if isinstance(reached, dict) and isinstance(policy, dict):
+        used = policy.get("blocks_used")
+        kept["validation"] = {
+            "full accuracy": reached.get("full_accuracy"),
+            "policy accuracy": policy.get("accuracy"),
+            "blocks used": used.get("mean") if isinstance(used, dict) else None,
+        }
+    return kept | named
 
 
 def _scalars(data: dict[str, Any], prefix: str = "") -> str:
