@@ -53,7 +53,14 @@ def retarget(
     """
     from dataclasses import replace
 
-    from bdexport.checkpoint import build_model, load_checkpoint, loading_record, named_by, save_checkpoint
+    from bdexport.checkpoint import (
+        build_model,
+        check_suffix,
+        load_checkpoint,
+        loading_record,
+        named_by,
+        save_checkpoint,
+    )
     from bdexport.dataset import check_classes, load_dataset, unnamed_classes
     from bdexport.errors import UsageError
     from bdexport.evaluate import policy_statistics, run_masks
@@ -64,6 +71,7 @@ def retarget(
     from bdexport.train.data import DeviceImages
 
     refuse_existing(out, overwrite)
+    check_suffix(out)
     check_writable(out)
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     found = load_checkpoint(checkpoint, **loading.arguments())

@@ -104,7 +104,7 @@ def train(
     preprocessing; a teacher in bdexport's own form says everything itself.
     """
     from bdexport.checkpoint.reading import checkpoint_file
-    from bdexport.files import sha256_file
+    from bdexport.files import sha256_file, utf8_name
     from bdexport.train.distributed import joined
     from bdexport.train.request import goes_on
     from bdexport.train.unused import check_used
@@ -142,9 +142,11 @@ def train(
         request = _request(dataset, data, config.validation_share, loading, found, out)
         request = replace(
             request,
-            base=None if base is None else base.name,
+            base=None if base is None else utf8_name(base.name),
             base_sha256=None if base is None else sha256_file(checkpoint_file(base)),
-            teachers=tuple((path.name, _teacher(path, loading, request.preprocess)) for path in teacher or []),
+            teachers=tuple(
+                (utf8_name(path.name), _teacher(path, loading, request.preprocess)) for path in teacher or []
+            ),
             teachers_sha256=tuple(sha256_file(checkpoint_file(path)) for path in teacher or []),
             base_only=base_only,
             fresh_policy=fresh_policy,

@@ -10,10 +10,12 @@ import torch
 
 from bdexport import __version__
 from bdexport.checkpoint import Checkpoint, save_checkpoint
+from bdexport.class_names import usable_names
 from bdexport.config import TrainConfig
 from bdexport.errors import DivergedError
 from bdexport.evaluate import keep_all, policy_statistics
 from bdexport.hardware import machine
+from bdexport.json_text import finite
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.retarget import policy_logits, retarget, shift_for
@@ -53,6 +55,8 @@ def finish(
     full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
     training["validation"] = {"full_accuracy": full.accuracy} | training.get("validation", {})
     checkpoint = _checkpoint(request, model, model.state_dict(), training, decides)
+    if checkpoint.class_names != request.train.class_names:
+        reporter.note("warning: some class names cannot be stored as they are: '?' stands for what cannot")
 
     def write() -> None:
         save_checkpoint(request.out / MODEL_FILE, checkpoint)
@@ -117,10 +121,11 @@ def _settle_batch_norm(config: TrainConfig, setting: Setting, data: TrainingData
     with setting.autocast():
         recalibrate_batch_norm(model, data.train.batches(config.evaluation_batch, config.recalibrate_images))
     accuracy_after = validation_outcome(setting, data.validation, None).accuracy
-    kept = accuracy_after >= accuracy_before
+    sound = all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())  # or it could not be saved
+    kept = sound and accuracy_after >= accuracy_before
     if not kept:
         model.load_state_dict(before)
-    verdict = "kept" if kept else "not kept: the accuracy fell"
+    verdict = "kept" if kept else f"not kept: {'the accuracy fell' if sound else 'they are not finite'}"
     reporter.note(
         f"batch-norm statistics re-estimated on greedy paths: validation accuracy {accuracy_before:.2f} % -> "
         f"{accuracy_after:.2f} %, {verdict}"
@@ -207,9 +212,9 @@ def _checkpoint(
         policy=model.policy.spec if with_policy else None,
         gates=model.gates.spec if decides and model.gates is not None else None,
         preprocess=request.preprocess,
-        class_names=request.train.class_names,
+        class_names=usable_names(request.train.class_names),
         state=kept,
-        training=training,
+        training=finite(training),
         form="bdexport",
         notes=() if request.initial is None else request.initial.notes,
     )

@@ -12,7 +12,7 @@ from bdexport.config import TrainConfig
 from bdexport.dataset import unnamed_classes
 from bdexport.errors import DivergedError, TrainingError
 from bdexport.files import holding
-from bdexport.train.checks import agree, check_same_run, checked
+from bdexport.train.checks import agree, check_can_be_saved, check_same_run, checked
 from bdexport.train.distributed import ALONE, World, check_batches
 from bdexport.train.finish import finish, with_last_good
 from bdexport.train.loop import restore, run_phases
@@ -41,6 +41,7 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
         phases = [phase(setting) for phase in phases_of(config)]
     check_batches({f"{phase.name}.batch": phase.batch for phase in phases if phase.epochs}, world)
     check_same_run(request, config, world)
+    world.once(lambda: check_can_be_saved(request, config))
     with ExitStack() as held:
         world.once(lambda: held.enter_context(holding(request.out)))
         resumed = agree(request, config, world)
