@@ -308,15 +308,25 @@ def _new_network(loading: Loading, num_classes: int) -> tuple[ResNetSpec, Prepro
 
 def summary(training: dict[str, Any]) -> str:
     """One line: what the run reached on its validation split."""
-    validation = training["validation"]
-    text = f"validation accuracy {validation['full_accuracy']:.2f} % undropped"
+    from bdexport.base_figures import points
+
+    validation, measured = training["validation"], training.get("base_measured")
+
+    def against(accuracy: float) -> str:
+        return f"{accuracy:.2f} %" if measured is None else f"{accuracy:.2f} % ({points(accuracy, base)})"
+
+    text = "validation accuracy "
+    if measured is not None:
+        base = measured["accuracy"]
+        text += f"{base:.2f} % of your base, "
+    text += f"{against(validation['full_accuracy'])} undropped"
     for title, fixed in validation.get("fixed", {}).items():
-        text += f", {fixed['accuracy']:.2f} % under {title}"
+        text += f", {against(fixed['accuracy'])} under {title}"
     if "policy" in validation or "gates" in validation:
         policy = validation.get("policy") or validation["gates"]
         used = policy["blocks_used"]
         text += (
-            f", {policy['accuracy']:.2f} % with {used['mean']:.1f} +- {used['std']:.1f} blocks, "
+            f", {against(policy['accuracy'])} with {used['mean']:.1f} +- {used['std']:.1f} blocks, "
             f"{policy['flops']['mean']:.3g} FLOPs, {policy['unique_masks']} unique masks"
         )
     return text

@@ -182,6 +182,7 @@ def _record(
         "complete": complete,
         "base": request.base,
         "base_sha256": request.base_sha256,
+        "base_measured": state.base,
         "fresh_policy": request.fresh_policy,
         "teachers": [name for name, _ in request.teachers],
         "teachers_sha256": list(request.teachers_sha256),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,41 @@ from bdexport.train.reporter import Reporter
 from bdexport.train.state import STATE_FILE, RunState, generator_for, save_state, weights_of
 
 
-def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
-    """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch."""
+def run_phases(
+    setting: Setting,
+    data: TrainingData,
+    state: RunState,
+    run: Path,
+    reporter: Reporter,
+    before_learning: Callable[[], None] = lambda: None,
+) -> None:
+    """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch.
+
+    ``before_learning`` is called whenever a phase begins or goes on that learns on the base: all but ``pretrain``.
+    """
     events = EventLog(run, len(state.history), writes=setting.world.leads)
     try:
-        _run_phases(setting, data, state, run, reporter, events)
+        _run_phases(setting, data, state, run, reporter, events, before_learning)
     finally:
         events.close()
 
 
 def _run_phases(
-    setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter, events: EventLog
+    setting: Setting,
+    data: TrainingData,
+    state: RunState,
+    run: Path,
+    reporter: Reporter,
+    events: EventLog,
+    before_learning: Callable[[], None],
 ) -> None:
     phases = [phase(setting) for phase in phases_of(setting.config)]
     if state.phase > len(phases) or (state.phase < len(phases) and state.epoch > phases[state.phase].epochs):
         raise TrainingError(f"the run's {STATE_FILE} is beyond its last epoch", remedy="train into another folder")
     for index in range(state.phase, len(phases)):
         phase = phases[index]
+        if phase.name != "pretrain":
+            before_learning()
         if phase.epochs > state.epoch:
             _enter(phase, setting, state, data, reporter)
         if state.epoch > 0:  # resumed: what ended the run by collapse ends it again

@@ -12,6 +12,7 @@ from bdexport.config import TrainConfig
 from bdexport.dataset import unnamed_classes
 from bdexport.errors import DivergedError, TrainingError
 from bdexport.files import holding
+from bdexport.train.base import keep_base
 from bdexport.train.checks import agree, check_can_be_saved, check_same_run, checked
 from bdexport.train.distributed import ALONE, World, check_batches
 from bdexport.train.finish import finish, with_last_good
@@ -77,7 +78,14 @@ def _run(
     with memory_explained(plan, running, config.evaluation_batch):
         data = training_data(request, setting.device)
         try:
-            run_phases(setting, data, state, request.out, reporter)
+            run_phases(
+                setting,
+                data,
+                state,
+                request.out,
+                reporter,
+                before_learning=lambda: keep_base(request, setting, data, state, reporter.note),
+            )
         except DivergedError as error:
             raise with_last_good(error, request, config, setting, state) from error
         return finish(request, config, setting, data, state, reporter)
