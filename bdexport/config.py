@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from bdexport.train_config import (
     AdaptConfig,
+    AugmentConfig,
     CurriculumConfig,
     Estimator,
     FinetuneConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "CALIBRATED",
     "PRESETS",
     "AdaptConfig",
+    "AugmentConfig",
     "BenchConfig",
     "BuildConfig",
     "CalibrationConfig",
@@ -153,6 +155,11 @@ class QuickstartConfig:
         "finetune.epochs=9",
         "finetune.batch=64",
         "policy.target_blocks=6",
+        "adapt.epochs=3",
+        "adapt.learning_rate=0.03",
+        "curriculum.learning_rate=0.001",
+        "finetune.network_learning_rate=0.05",
+        "finetune.policy_learning_rate=0.0005",
     )
     threads: int = 1
     out: str = "engines/quickstart"

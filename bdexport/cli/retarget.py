@@ -61,7 +61,7 @@ def retarget(
         named_by,
         save_checkpoint,
     )
-    from bdexport.dataset import check_classes, load_dataset, unnamed_classes
+    from bdexport.dataset import check_classes, check_folder, load_dataset, unnamed_classes
     from bdexport.errors import UsageError
     from bdexport.evaluate import policy_statistics, run_masks
     from bdexport.files import check_writable, refuse_existing
@@ -70,6 +70,7 @@ def retarget(
     from bdexport.retarget import retarget as shift_policy
     from bdexport.train.data import DeviceImages
 
+    check_folder(dataset, data)
     refuse_existing(out, overwrite)
     check_suffix(out)
     check_writable(out)

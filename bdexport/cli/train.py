@@ -81,6 +81,16 @@ def train(
     samples: Annotated[int | None, typer.Option(help="Masks drawn per image and step.")] = None,
     reward: Annotated[str | None, typer.Option(help="correct (paper) or probability.")] = None,
     distillation: Annotated[float | None, typer.Option(help="Weight of the undropped base as a teacher.")] = None,
+    mirror: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror", help="Mirror every second image; wrong for text. Default: as suits the data set."
+        ),
+    ] = None,
+    shift: Annotated[
+        int | None,
+        typer.Option(help="Move images by up to so many pixels (0: not at all). Default: as suits the data set."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, e.g. finetune.batch=256; repeatable.")
     ] = None,
@@ -130,6 +140,8 @@ def train(
         "policy.samples": samples,
         "policy.reward": reward,
         "distillation_weight": distillation,
+        "augment.mirror": mirror,
+        "augment.shift": shift,
     }
     _check_options(method, mask, kept, fresh_policy, base)
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
@@ -152,6 +164,9 @@ def train(
             fresh_policy=fresh_policy,
             device=device,
         )
+        given = {name for name, value in settings.items() if value is not None}
+        given |= {assignment.partition("=")[0].strip() for assignment in set_ or []}
+        config, request = _fitted(config, num_blocks, request, given, world)
         going_on = goes_on(request, config)
         check_used(settings, set_ or [], config, with_base=found is not None, base_only=base_only, goes_on=going_on)
         if world.leads:
@@ -218,6 +233,25 @@ def resolved_config(preset: str, num_blocks: int, settings: dict[str, Any], assi
         if value is not None:
             resolved = with_setting(resolved, name, value)
     return with_assignments(resolved, assignments)
+
+
+def _fitted(
+    config: TrainConfig, num_blocks: int, request: TrainRequest, given: set[str], world: World
+) -> tuple[TrainConfig, TrainRequest]:
+    """The settings for a data set of this size; a run that an older version began goes on as it was."""
+    from bdexport.config import preset
+    from bdexport.train.data_size import fitted_text, fitted_to_data
+    from bdexport.train.methods import phases_of
+    from bdexport.train.state import began_before
+
+    images = len(request.train)
+    fitted = fitted_to_data(config, preset(config.preset, num_blocks), images, given)
+    if fitted == config or world.once(lambda: began_before(request.out, "whole_epochs")):
+        return config, request
+    phases = {phase.settings or phase.name for phase in phases_of(config)}
+    if request.initial is not None:
+        phases.discard("pretrain")
+    return fitted, replace(request, notes=(*request.notes, fitted_text(fitted, images, given, phases)))
 
 
 def _base(base: Path | None, loading: Loading) -> tuple[Checkpoint | None, int]:

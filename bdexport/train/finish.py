@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.retarget import policy_logits, retarget, shift_for
 from bdexport.train.advice import against_one_mask
 from bdexport.train.choice import decision_trained, good_model
-from bdexport.train.data import TrainingData
+from bdexport.train.data import TrainingData, augmentation_for
 from bdexport.train.loop import validation_outcome
 from bdexport.train.phases import Setting
 from bdexport.train.recalibrate import recalibrate_batch_norm
@@ -188,6 +189,7 @@ def _record(
         "teachers_sha256": list(request.teachers_sha256),
         "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
         "settings": config.to_json(),
+        "augmentation": asdict(augmentation_for(request.train.name, config.augment)),
         "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "machine": machine(),
         "device": torch.cuda.get_device_name(setting.device) if setting.device.startswith("cuda") else None,

@@ -108,11 +108,12 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
 
 def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporter) -> dict[str, Any]:
     setting = phase.setting
-    steps = steps_per_epoch(len(data.train), phase.batch, phase.share)
+    whole = setting.config.whole_epochs
+    steps = steps_per_epoch(len(data.train), phase.batch, phase.share, whole)
     sums: dict[str, float] = {}
     images_seen = 0
     started = time.perf_counter()
-    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator, setting.world)
+    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator, setting.world, whole)
     with reporter.epoch(f"{phase.name} {epoch + 1}/{phase.epochs}", steps) as advance:
         for step, batch in enumerate(batches):
             phase.at(epoch + step / steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from bdexport.errors import DivergedError, TrainingError
 from bdexport.files import holding
 from bdexport.train.base import keep_base
 from bdexport.train.checks import agree, check_can_be_saved, check_same_run, checked
+from bdexport.train.data import augmentation_for, steps_per_epoch
+from bdexport.train.data_size import FEWEST_STEPS, fitting_batch
 from bdexport.train.distributed import ALONE, World, check_batches
 from bdexport.train.finish import finish, with_last_good
 from bdexport.train.loop import restore, run_phases
@@ -47,6 +49,8 @@ def train(request: TrainRequest, config: TrainConfig, reporter: Reporter, world:
         world.once(lambda: held.enter_context(holding(request.out)))
         resumed = agree(request, config, world)
         reporter.note(f"device: {device} ({device_reason}); {'bf16' if bf16 else 'fp32'} ({bf16_reason})")
+        for note in request.notes:
+            reporter.note(note)
         return _run(request, config, setting, phases, resumed, reporter)
 
 
@@ -67,8 +71,10 @@ def _run(
         world.once(lambda: save_metrics(request.out, state))  # a report reads them: mended, if they were damaged
         reporter.note(f"{request.out} is complete already")
         return request.out / MODEL_FILE
-    for note in _doubts(request, config):
+    for note in [*_doubts(request, config), *_few_steps(request, config, phases[state.phase :])]:
         reporter.note(note)
+    augmentation = augmentation_for(request.train.name, config.augment)
+    reporter.note(f"augmentation: {augmentation.text()}")
     plan = memory_plan(setting, request.preprocess.size, bytes_to_load(request, setting.device))
     check_memory(plan, phases[state.phase :], reporter.note)
 
@@ -76,7 +82,7 @@ def _run(
         return phases[state.phase] if state.phase < len(phases) else None
 
     with memory_explained(plan, running, config.evaluation_batch):
-        data = training_data(request, setting.device)
+        data = training_data(request, setting.device, augmentation)
         try:
             run_phases(
                 setting,
@@ -101,6 +107,23 @@ def _doubts(request: TrainRequest, config: TrainConfig) -> list[str]:
         names = ", ".join(repr(request.validation.class_names[label]) for label in absent[:10])
         doubts.append(f"warning: no validation image is of {len(absent)} of the classes ({names}): choices ignore them")
     return doubts
+
+
+def _few_steps(request: TrainRequest, config: TrainConfig, phases: Sequence[Phase]) -> Iterator[str]:
+    """Phases that see the data in so few steps an epoch that they learn little."""
+    images = len(request.train)
+    for phase in phases:
+        steps = steps_per_epoch(images, phase.batch, phase.share, config.whole_epochs)
+        if phase.epochs == 0 or steps >= FEWEST_STEPS:
+            continue
+        fitting = fitting_batch(int(images * phase.share), phase.batch)
+        group = phase.settings or phase.name
+        remedy = f"--set {group}.batch={fitting}" if fitting < phase.batch else f"more images, or --{group}-epochs"
+        yield (
+            f"warning: {phase.name} has {steps} step{'s' * (steps != 1)} an epoch (batch {phase.batch}, {images} images"
+            f"{'' if phase.share == 1 else f', {phase.share:.0%} of them'}), fewer than {FEWEST_STEPS}: it learns "
+            f"little in an epoch; better: {remedy}"
+        )
 
 
 def _standing(request: TrainRequest, setting: Setting, resumed: bool, reporter: Reporter) -> tuple[RunState, bool]:

@@ -31,6 +31,7 @@ class TrainRequest:
     base_only: bool = False
     fresh_policy: bool = False  # leave the base's policy aside and learn a new one
     device: str = "auto"
+    notes: tuple[str, ...] = ()  # what was chosen on the way to this request, said when the run begins
 
 
 def just_pruned(request: TrainRequest) -> bool:

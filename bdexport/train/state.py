@@ -169,6 +169,15 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
     return True
 
 
+def began_before(run: Path, setting: str) -> bool:
+    """Whether the run there was begun by a version that did not have this setting."""
+    try:
+        settings = parse_json((run / RUN_FILE).read_bytes())["settings"]
+        return setting not in settings
+    except (OSError, ValueError, KeyError, TypeError):  # no run, or one that agree_on_run complains about
+        return False
+
+
 def _begun_phases(run: Path) -> Collection[str] | None:
     """The phases with a finished epoch; None where that cannot be read."""
     try:

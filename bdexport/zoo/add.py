@@ -30,6 +30,7 @@ from bdexport.dataset import needs_folder
 from bdexport.errors import BdexportError, CheckpointError, OutputError, UsageError
 from bdexport.files import sha256_file, writing
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.train.data_size import AS_THEY_ARE, following_settings, follows
 from bdexport.train.settings import with_assignments
 from bdexport.train.state import METRICS_FILE
 from bdexport.train.unused import why_unused
@@ -279,7 +280,8 @@ def training_command(checkpoint: Checkpoint) -> str:
     words += ["--preset", recorded["preset"]]
     num_blocks, with_base = checkpoint.network.num_blocks, training["base"] is not None
     changed = [
-        (name, "none" if value is None else str(value)) for name, value in changed_settings(recorded, num_blocks)
+        (name, "none" if value is None else str(value))
+        for name, value in changed_settings(recorded, num_blocks, training["dataset"]["train"])
     ]
     config = with_assignments(preset(recorded["preset"], num_blocks), [f"{name}={value}" for name, value in changed])
     for name, value in changed:
@@ -290,8 +292,10 @@ def training_command(checkpoint: Checkpoint) -> str:
     return shlex.join([*words, "--out", "RUN"])
 
 
-def changed_settings(recorded: dict[str, Any], num_blocks: int) -> Iterator[tuple[str, Any]]:
+def changed_settings(recorded: dict[str, Any], num_blocks: int, images: int = AS_THEY_ARE) -> Iterator[tuple[str, Any]]:
     """Dotted names and values of the recorded settings that are not those of the preset.
+
+    Of a run on so few ``images`` that settings follow their number, also all that do: whatever is given stays.
 
     A setting that the record does not have is younger than the run and was what it is by default: switched off.
     """
@@ -302,8 +306,9 @@ def changed_settings(recorded: dict[str, Any], num_blocks: int) -> Iterator[tupl
             "recorded settings that this version does not have", got=", ".join(sorted(unknown)), remedy="pass --command"
         )
     usual = _flat(preset(recorded["preset"], num_blocks).to_json())
+    fitted = set(following_settings()) if follows(recorded["preset"], images) else set()
     for name, value in (effective | _flat(recorded)).items():
-        if value != usual[name]:
+        if value != usual[name] or name in fitted:
             yield name, value
 
 
