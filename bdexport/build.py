@@ -32,7 +32,8 @@ from bdexport.engine_cache import EngineCache
 from bdexport.errors import UsageError
 from bdexport.export import Progress, Specs, export_parts
 from bdexport.files import default_cache_folder, making_folder, sha256_file
-from bdexport.fusing import Fusing, check_fusing, check_size
+from bdexport.fixed_mask import KEY, chosen_mask, model_with_mask, with_mask
+from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
@@ -82,6 +83,7 @@ def build_bundle(
     counted: Dataset | None = None,
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
+    mask: str | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
@@ -92,7 +94,8 @@ def build_bundle(
     :func:`bdexport.files.default_cache_folder`. ``calibration``: where int8 and fp8 take scales from. ``counted``:
     images on which masks are counted and executors measured, best a validation split; None: the masks that the
     checkpoint's policy statistics count, and random images. ``judged``: images on which accuracy is held against
-    torch's.
+    torch's. ``mask``: one mask (K characters, 0 or 1) for every image instead of a policy, which the checkpoint need
+    not have; None: a network that was finetuned under one mask gets that one.
 
     Raises UsageError, CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or
     OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
@@ -105,14 +108,20 @@ def build_bundle(
     checkpoint = named_by(load_checkpoint(path, **loading or {}), counted or judged)
     if loaded is not None:
         loaded(checkpoint)
-    model = build_model(checkpoint)
+    fixed = chosen_mask(mask, checkpoint)
+    if fixed is None:
+        model = build_model(checkpoint)
+    else:
+        check_static(config.fused)
+        model, checkpoint = model_with_mask(checkpoint, fixed), with_mask(checkpoint, fixed)
     checked = None if check_against is None else compare_logits(model, checkpoint, Path(check_against))
     if progress is not None:
         progress("load", 1, 1)
+    place = default_bundle_path(path)
     built = bundle_from_model(
         model,
         checkpoint,
-        Path(out) if out is not None else default_bundle_path(path),
+        Path(out) if out is not None else place if mask is None else place.with_name(f"{place.name}-{mask}"),
         backend,
         config=config,
         checkpoint_sha256=sha256_file(checkpoint_file(path)),
@@ -123,6 +132,7 @@ def build_bundle(
         counted=counted,
         judged=judged,
         verify=verify,
+        fixed=fixed,
     )
     return replace(built, loading=loading_record(checkpoint), checked_against=checked)
 
@@ -142,6 +152,7 @@ def bundle_from_model(
     counted: Dataset | None = None,
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
+    fixed: str | None = None,
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
@@ -158,6 +169,9 @@ def bundle_from_model(
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
         check_size(manifest, config.fused.max_bundle_mb)
+        if fixed is not None:
+            manifest = replace(manifest, extra=manifest.extra | {KEY: fixed})
+            notes.append(f"every image runs the mask {fixed}: no policy network decides")
         if scales is not None:
             manifest = replace(
                 manifest, extra=manifest.extra | {CALIBRATION: scales.source | {"images_by_part": scales.images}}

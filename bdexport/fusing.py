@@ -60,6 +60,12 @@ def check_fusing(config: FusedConfig, backend: Backend) -> None:
         raise UsageError("--mask-images", got=config.mask_images, expected="at least 1")
 
 
+def check_static(config: FusedConfig) -> None:
+    """Raises UsageError for what has no effect on a bundle of one mask."""
+    if config.quantise is not None:
+        raise UsageError("--quantise-masks has no effect with one fixed mask", remedy="leave it out")
+
+
 def bundle_bytes(manifest: Manifest) -> int:
     """Bytes of all files but the manifest."""
     return sum(entry.bytes for entry in manifest.files())

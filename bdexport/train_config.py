@@ -176,6 +176,7 @@ class TrainConfig:
     mirrored_teacher: bool = True  # cached: averaged with the mirrored image, where mirroring is an augmentation
     retarget: bool = True  # at the end, shift the policy's logits so that the validation mean meets target_blocks
     recalibrate_images: int = 10_000  # batch-norm statistics are re-estimated on this many greedy paths at the end
+    static_images: int = 1000  # of the validation split, for the static mask that the policy is held against; 0: none
     evaluation_batch: int = 500
     # An epoch sees every image: what whole batches leave over is spread over them. False: up to a batch is left out.
     whole_epochs: bool = False

@@ -37,6 +37,7 @@ def _smoke(num_blocks: int) -> TrainConfig:
         curriculum=CurriculumConfig(epochs=2, batch=64, epoch_share=0.5, blocks_per_epoch=-(-num_blocks // 2)),
         finetune=FinetuneConfig(epochs=2, batch=64),
         recalibrate_images=500,
+        static_images=100,
     )
 
 

@@ -85,6 +85,7 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "dataset": {"name": dataset.name, "split": dataset.split},
         "architecture": manifest.architecture,
         "num_blocks": manifest.num_blocks,
+        "fixed_mask": manifest.extra.get("fixed_mask"),
         "measured": {
             "input": INPUT,
             "rounds": measurement.rounds,

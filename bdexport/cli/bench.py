@@ -159,6 +159,8 @@ def _remarks(result: dict[str, Any], batch: int) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items())),
     ]
+    if result["fixed_mask"] is not None:
+        lines.append(f"one mask for every image, without a policy network: {result['fixed_mask']}")
     if batch != result["batch"]:
         lines.append(f"batch {batch} is more than there are images: measured with {result['batch']}")
     elif measured["images_not_timed"]:

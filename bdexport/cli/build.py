@@ -80,6 +80,10 @@ def build(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Choose the executor for 'auto' by measuring.")
     ] = FUSED.measure,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="One mask of 0s and 1s for every image, block 0 first, instead of a policy."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="For masks, scales (int8, fp8) and accuracy against torch: cifar10, .."),
@@ -162,6 +166,8 @@ def build(
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings, tensorrt=tensorrt)
     fuses = fuses_paths(checked_backend(config))  # before a data set is read
+    if mask is not None:
+        refuse(context, ("mask_images", "quantise_masks"), "with --mask, which every image runs")
     _refuse_without_effect(context, dataset, calibration, scaled=precision in CALIBRATED, fuses=fuses)
     request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
@@ -180,6 +186,7 @@ def build(
             counted=_split(dataset, data, "validation", mask_images) if fuses else None,
             judged=_split(dataset, data, VERIFY.accuracy_split, images),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
+            mask=mask,
         )
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:
@@ -240,6 +247,7 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
         "verification": manifest.verification,
         "executor": manifest.executor,
         "fused": None if manifest.fused is None else manifest.fused.to_json() | (bundle.fusing or {}),
+        "fixed_mask": manifest.extra.get("fixed_mask"),
         "mask_mapping": None if manifest.mask_mapping is None else manifest.mask_mapping.to_json(),
         "quantisation": list(bundle.quantisation),
         "versions": manifest.versions,

@@ -206,6 +206,7 @@ def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | N
     """Train; of several processes, the first one shows what it gave."""
     from bdexport.checkpoint import load_checkpoint, loading_record
     from bdexport.train.pipeline import train as run_training
+    from bdexport.train.static_mask import static_text
 
     if not world.leads:
         run_training(request, config, QuietReporter(), world)
@@ -214,6 +215,10 @@ def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | N
     path = run_training(request, config, ConsoleReporter(shown), world)
     training = load_checkpoint(path).training
     shown.print(f"{path}: {summary(training)}")
+    static = training["validation"].get("static")
+    if static is not None:
+        accuracy = training["validation"]["policy"]["accuracy"]
+        shown.print(static_text(static, accuracy, request.network.num_blocks, request.out), soft_wrap=True)
     if json is not None:
         loading = None if request.initial is None else loading_record(request.initial)
         result = {"schema": "bdexport.train/1", "checkpoint": path, "loading": loading, "training": training}

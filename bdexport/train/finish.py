@@ -29,6 +29,7 @@ from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.reporter import Reporter
 from bdexport.train.request import TrainRequest, goes_on, learns_decisions
 from bdexport.train.state import LAST_GOOD_FILE, MODEL_FILE, RunState, Weights, save_state
+from bdexport.train.static_mask import best_static_mask
 
 
 def finish(
@@ -87,6 +88,9 @@ def _decided_result(
     figures = outcome.to_json(count_flops(setting.model, request.preprocess.size), with_policy=gates is None)
     decided = {"policy": figures} if gates is None else {"gates": {"kind": gates.spec.kind, **figures}}
     result["validation"] = settled | decided
+    if gates is None:
+        static = best_static_mask(setting, data, outcome, count_flops(setting.model, request.preprocess.size), reporter)
+        result["validation"] |= {} if static is None else {"static": static}
     if config.method != "sact":  # its decisions are on positions; a mask would say little
         result["policy_statistics"] = policy_statistics(outcome, "validation")
     return result
