@@ -37,6 +37,7 @@ from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_specs, transitions
+from bdexport.policy_cost import cost_text, policy_cost
 from bdexport.precision import check_offered, typed_graphs
 from bdexport.samples import CALIBRATION
 from bdexport.verify import require, verify_against_model
@@ -62,6 +63,8 @@ class BuiltBundle(Bundle):
     fusing: dict[str, Any] | None = None  # "seconds" that fusing takes, "bytes_before" and "bytes_after"
     loading: dict[str, Any] = field(default_factory=dict)  # see bdexport.checkpoint.loading_record
     checked_against: dict[str, Any] | None = None  # see bdexport.checkpoint.against
+
+    policy_cost: dict[str, Any] = field(default_factory=dict)  # see bdexport.policy_cost
 
     def count(self, outcome: str) -> int:
         """How many engines were "built", "reused" or "rebuilt"."""
@@ -183,8 +186,11 @@ def bundle_from_model(
         manifest = replace(fusing.with_executor(manifest), verification=verification)
         write_manifest(staging, manifest)
         notes += fusing.notes
+        cost = policy_cost(manifest, fusing.times)
+        if fixed is None:
+            notes.append(cost_text(cost))
     opened = open_bundle(out)
-    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs)
+    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs, cost)
 
 
 def checked_backend(config: BuildConfig) -> Backend:

@@ -28,6 +28,7 @@ from bdexport.train_presets import PRESETS, preset
 
 __all__ = [
     "CALIBRATED",
+    "LARGEST_POLICY_SHARE",
     "PRESETS",
     "AdaptConfig",
     "AugmentConfig",
@@ -59,6 +60,7 @@ __all__ = [
     "preset",
 ]
 
+LARGEST_POLICY_SHARE = 0.05  # of the full network's cost: a dearer policy is warned of, and none by default
 CALIBRATED = ("int8", "fp8")  # precisions that need scales, from ``bdexport calibrate``
 
 

@@ -250,6 +250,7 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
         "fixed_mask": manifest.extra.get("fixed_mask"),
         "mask_mapping": None if manifest.mask_mapping is None else manifest.mask_mapping.to_json(),
         "quantisation": list(bundle.quantisation),
+        "policy_cost": bundle.policy_cost,
         "versions": manifest.versions,
         "loading": bundle.loading,
         "checked_against": bundle.checked_against,

@@ -43,6 +43,9 @@ def train(
     out: Annotated[Path, typer.Option(help="RUN folder; an unfinished run there is resumed.")],
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N training images, and validation images in proportion.")
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="e.g. resnet32; recognised from --base when left out.")] = None,
     base: Annotated[
         Path | None, typer.Option(help="Checkpoint (or zoo:NAME) to start from; without it the base is trained.")
@@ -166,6 +169,7 @@ def train(
         )
         given = {name for name, value in settings.items() if value is not None}
         given |= {assignment.partition("=")[0].strip() for assignment in set_ or []}
+        request = _limited(request, config, images)
         config, request = _fitted(config, num_blocks, request, given, world)
         going_on = goes_on(request, config)
         check_used(settings, set_ or [], config, with_base=found is not None, base_only=base_only, goes_on=going_on)
@@ -240,6 +244,26 @@ def resolved_config(preset: str, num_blocks: int, settings: dict[str, Any], assi
     return with_assignments(resolved, assignments)
 
 
+def _limited(request: TrainRequest, config: TrainConfig, images: int | None) -> TrainRequest:
+    """Fewer images: as many as asked for, or for the preset ``smoke`` as many as it has the time for."""
+    from bdexport.train.data_size import smoke_images
+
+    note = ""
+    if images is None and config.preset == "smoke":
+        images = smoke_images(request, config)
+        note = f"preset smoke: the first {images} of {len(request.train)} training images, to take about a minute"
+    if images is None or images >= len(request.train):
+        return request
+    validation = max(images * len(request.validation) // len(request.train), min(50, len(request.validation)))
+    return replace(
+        request,
+        train=request.train.first(images),
+        validation=request.validation.first(validation),
+        limit=images,
+        notes=(*request.notes, f"{note}; --images N for others") if note else request.notes,
+    )
+
+
 def _fitted(
     config: TrainConfig, num_blocks: int, request: TrainRequest, given: set[str], world: World
 ) -> tuple[TrainConfig, TrainRequest]:
@@ -251,12 +275,28 @@ def _fitted(
 
     images = len(request.train)
     fitted = fitted_to_data(config, preset(config.preset, num_blocks), images, given)
-    if fitted == config or world.once(lambda: began_before(request.out, "whole_epochs")):
-        return config, request
+    old = world.once(lambda: began_before(request.out, "whole_epochs"))
+    if fitted == config or old:
+        return _with_policy(config, request, given, old), request
+    fitted = _with_policy(fitted, request, given, old)
     phases = {phase.settings or phase.name for phase in phases_of(config)}
     if request.initial is not None:
         phases.discard("pretrain")
     return fitted, replace(request, notes=(*request.notes, fitted_text(fitted, images, given, phases)))
+
+
+def _with_policy(config: TrainConfig, request: TrainRequest, given: set[str], old: bool) -> TrainConfig:
+    """For ImageNet-style networks a fresh policy below 5 % of the network's FLOPs, unless one was asked for."""
+    from bdexport.models.policy_size import fitting_policy
+    from bdexport.train.request import kept_policy, learns_decisions
+
+    asked = given & {"policy.input_pool", "policy.widths", "policy.stages"}
+    ours = learns_decisions(request, config) and config.method == "blockdrop" and config.preset != "paper"
+    if old or asked or not ours or request.network.family != "imagenet" or kept_policy(request) is not None:
+        return config
+    spec = fitting_policy(request.network, request.preprocess.size)
+    widths = ",".join(map(str, spec.widths))
+    return replace(config, policy=replace(config.policy, input_pool=spec.input_pool, widths=widths))
 
 
 def _base(base: Path | None, loading: Loading) -> tuple[Checkpoint | None, int]:

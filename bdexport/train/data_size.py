@@ -17,11 +17,18 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from bdexport.config import TrainConfig
+from bdexport.models.flops import count_flops
+from bdexport.models.pair import BlockDropNet
+from bdexport.train.request import TrainRequest, wanted_policy
 
 AS_THEY_ARE = 22_500  # training images from which on presets are taken as they are; CIFAR has 45,000
 FEWEST_STEPS = 20  # an epoch
 SMALLEST_BATCH = 8  # batch norm estimates little from fewer
+SMOKE_FLOPS = 4.5e12  # 45 seconds at 100 GFLOP/s, between the two machines in docs/training.md, Speed
+SMOKE_FEWEST = 32
 MOST_EPOCHS = 3.0  # times the preset's
 PHASES = ("pretrain", "prime", "adapt", "curriculum", "finetune")
 ADAM = ("policy_learning_rate",)  # in finetune, whatever its optimiser is; the curriculum has Adam alone
@@ -76,6 +83,20 @@ def fitting_batch(images: int, usual: int) -> int:
     while batch > SMALLEST_BATCH and images < FEWEST_STEPS * batch:
         batch = 2 ** (math.ceil(math.log2(batch)) - 1)
     return min(usual, max(SMALLEST_BATCH, batch))
+
+
+def smoke_images(request: TrainRequest, config: TrainConfig) -> int:
+    """Training images for which the preset ``smoke`` takes about a minute on two cores, by FLOPs; 32 at least."""
+    with torch.random.fork_rng(devices=[]):
+        table = count_flops(BlockDropNet(request.network, wanted_policy(request, config)), request.preprocess.size)
+    network = policy = 0.0  # FLOPs an image, in passes forward
+    if request.initial is None:
+        network += 3 * config.pretrain.epochs
+    network += 2  # of the teacher
+    network += 2 * (config.adapt.epochs + config.finetune.epochs)
+    policy += 3 * (config.finetune.epochs + config.curriculum.epochs * config.curriculum.epoch_share)
+    network += 2 * config.curriculum.epochs * config.curriculum.epoch_share
+    return max(SMOKE_FEWEST, int(SMOKE_FLOPS / (network * table.full + policy * table.policy)))
 
 
 def fitted_text(config: TrainConfig, images: int, given: Collection[str], phases: Collection[str]) -> str:

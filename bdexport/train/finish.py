@@ -28,7 +28,7 @@ from bdexport.train.phases import Setting
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.reporter import Reporter
 from bdexport.train.request import TrainRequest, goes_on, learns_decisions
-from bdexport.train.state import LAST_GOOD_FILE, MODEL_FILE, RunState, Weights, save_state
+from bdexport.train.state import LAST_GOOD_FILE, MODEL_FILE, TEACHER_FILE, RunState, Weights, save_state
 from bdexport.train.static_mask import best_static_mask
 
 
@@ -63,6 +63,7 @@ def finish(
     def write() -> None:
         save_checkpoint(request.out / MODEL_FILE, checkpoint)
         (request.out / LAST_GOOD_FILE).unlink(missing_ok=True)  # of a run that went on with another batch after all
+        (request.out / TEACHER_FILE).unlink(missing_ok=True)
         state.finished = True
         save_state(request.out, state)
 
@@ -191,7 +192,12 @@ def _record(
         "fresh_policy": request.fresh_policy,
         "teachers": [name for name, _ in request.teachers],
         "teachers_sha256": list(request.teachers_sha256),
-        "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
+        "dataset": {
+            "name": request.train.name,
+            "train": len(request.train),
+            "validation": len(request.validation),
+            **({} if request.limit is None else {"limit": request.limit}),
+        },
         "settings": config.to_json(),
         "augmentation": asdict(augmentation_for(request.train.name, config.augment)),
         "seconds": round(sum(row["seconds"] for row in state.history), 1),

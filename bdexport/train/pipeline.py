@@ -12,11 +12,14 @@ from bdexport.config import TrainConfig
 from bdexport.dataset import unnamed_classes
 from bdexport.errors import DivergedError, TrainingError
 from bdexport.files import holding
+from bdexport.models.flops import count_flops
+from bdexport.models.policy_size import cost_text
 from bdexport.train.base import keep_base
 from bdexport.train.checks import agree, check_can_be_saved, check_same_run, checked
 from bdexport.train.data import augmentation_for, steps_per_epoch
 from bdexport.train.data_size import FEWEST_STEPS, fitting_batch
 from bdexport.train.distributed import ALONE, World, check_batches
+from bdexport.train.eta import RunClock, duration
 from bdexport.train.finish import finish, with_last_good
 from bdexport.train.loop import restore, run_phases
 from bdexport.train.memory import check_memory, memory_explained, memory_plan
@@ -24,7 +27,7 @@ from bdexport.train.methods import phases_of
 from bdexport.train.phases import Phase, Setting
 from bdexport.train.prepare import bytes_to_load, chosen_device, chosen_precision, new_setting, training_data
 from bdexport.train.reporter import Reporter
-from bdexport.train.request import TrainRequest, just_pruned
+from bdexport.train.request import TrainRequest, just_pruned, learns_decisions
 from bdexport.train.state import MODEL_FILE, STATE_FILE, RunState, load_state, save_metrics
 
 
@@ -75,14 +78,23 @@ def _run(
         reporter.note(note)
     augmentation = augmentation_for(request.train.name, config.augment)
     reporter.note(f"augmentation: {augmentation.text()}")
+    table = count_flops(setting.model, request.preprocess.size)
+    if learns_decisions(request, config) and setting.model.gates is None:
+        reporter.note(cost_text(table, config.policy.target_blocks))
     plan = memory_plan(setting, request.preprocess.size, bytes_to_load(request, setting.device))
     check_memory(plan, phases[state.phase :], reporter.note)
 
     def running() -> Phase | None:
         return phases[state.phase] if state.phase < len(phases) else None
 
+    clock = RunClock(setting, phases, table, len(request.train), len(request.validation))
+
     with memory_explained(plan, running, config.evaluation_batch):
         data = training_data(request, setting.device, augmentation)
+        clock.probe(setting, table, request.preprocess.size)
+        seconds = clock.left(state, taught=False)
+        if seconds is not None:
+            reporter.note(f"{'what is left of the run' if state.history else 'the run'}: about {duration(seconds)}")
         try:
             run_phases(
                 setting,
@@ -91,6 +103,7 @@ def _run(
                 request.out,
                 reporter,
                 before_learning=lambda: keep_base(request, setting, data, state, reporter.note),
+                clock=clock,
             )
         except DivergedError as error:
             raise with_last_good(error, request, config, setting, state) from error

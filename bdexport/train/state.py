@@ -6,6 +6,7 @@
     RUN/tensorboard/       the same for TensorBoard, where it is installed
     RUN/model.safetensors  the chosen model, once the run is complete
     RUN/base.safetensors   the network that the rest of the run started from: the base, or what pretraining gave
+    RUN/teacher.safetensors  until the run is complete: what the teacher said of each training image
     RUN/last_good.safetensors  where the loss or the policy went astray: the best model before (``complete``: false)
 
 Data order, augmentation and sampled masks of an epoch are drawn from a generator seeded by (seed, phase, epoch), so
@@ -33,7 +34,7 @@ from bdexport.files import write_bytes, write_json, write_text
 from bdexport.json_text import MalformedError, parse_json, why
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
-LAST_GOOD_FILE, BASE_FILE = "last_good.safetensors", "base.safetensors"
+LAST_GOOD_FILE, BASE_FILE, TEACHER_FILE = "last_good.safetensors", "base.safetensors", "teacher.safetensors"
 Weights = dict[str, torch.Tensor]
 
 

@@ -277,6 +277,8 @@ def training_command(checkpoint: Checkpoint) -> str:
     words += ["--dataset", training["dataset"]["name"]]
     if needs_folder(training["dataset"]["name"]):
         words += ["--data", "DIR"]
+    if training["dataset"].get("limit") is not None:
+        words += ["--images", str(training["dataset"]["limit"])]
     words += ["--preset", recorded["preset"]]
     num_blocks, with_base = checkpoint.network.num_blocks, training["base"] is not None
     changed = [
