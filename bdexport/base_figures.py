@@ -76,7 +76,7 @@ def _of_record(training: Mapping[str, Any]) -> BaseFigures | None:
     if not isinstance(measured, dict):
         return None
     validation = validation if isinstance(validation, dict) else {}
-    dynamic = validation.get("policy") or validation.get("gates") or next(iter(_fixed(validation)), {})
+    dynamic: Any = validation.get("policy") or validation.get("gates") or next(iter(_fixed(validation)), {})
     return _checked(
         name=str(training.get("base") or "pretrained in the same run"),
         accuracy=measured.get("accuracy"),

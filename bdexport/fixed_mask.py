@@ -38,7 +38,7 @@ def _trained_under(checkpoint: Checkpoint) -> str | None:
     trained: Any = checkpoint.training.get("fixed_mask")
     if not isinstance(trained, dict) or not isinstance(trained.get("mask"), str):
         return None
-    name, kept, network = trained["mask"], trained.get("kept"), checkpoint.network
+    name, kept, network = str(trained["mask"]), trained.get("kept"), checkpoint.network
     if not set(name) - {"0", "1"} and len(name) == network.num_blocks:
         return name
     if name == "first-k" and isinstance(kept, int):

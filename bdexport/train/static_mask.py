@@ -39,7 +39,7 @@ def best_static_mask(
         return None
     budget = float(flops.of_masks(outcome.masks).mean())
     texts = list(dict.fromkeys(mask_to_text(mask) for mask in _candidates(setting, data, outcome, flops, budget)))
-    found = []
+    found: list[dict[str, Any]] = []
     with reporter.epoch("static masks at the policy's cost", len(texts)) as advance:
         for text in texts:
             mask = mask_from_text(text, setting.num_blocks)
