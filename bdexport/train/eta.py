@@ -16,7 +16,8 @@ BACKWARD = 3.0  # a step that learns, over a forward pass
 DROPPED = 0.6  # of a network's FLOPs run while blocks are dropped, roughly
 MASKS = 2.0  # paths that the frozen network runs for each image that a policy learns from
 PROBE_FLOPS = 2e10  # of the step that is timed beforehand
-PROBE_BATCH = (4, 64)
+PROBE_BATCH = (8, 64)
+PROBES = 3
 
 
 def epoch_flops(phase: Phase, table: FlopsTable, images: int, validation: int) -> float:
@@ -51,13 +52,15 @@ class RunClock:
         batch = max(low, min(high, int(PROBE_FLOPS / (BACKWARD * max(1, table.full)))))
         network = deepcopy(setting.model.network).train().requires_grad_(True)
         images = torch.zeros(batch, 3, *image_size, device=setting.device).to(memory_format=torch.channels_last)
-        for _ in range(2):  # the first one warms up
+        times = []
+        for _ in range(PROBES):
             began = time.perf_counter()
             with setting.autocast():
                 loss = network(images).float().sum()
             loss.backward()
             loss.item()  # waits for a GPU
-            self._rate = BACKWARD * table.full * batch / max(1e-9, time.perf_counter() - began)
+            times.append(time.perf_counter() - began)
+        self._rate = BACKWARD * table.full * batch / max(1e-9, min(times))  # the first one warms up
 
     def begin_epoch(self) -> None:
         """The clock starts; validation and saving count as well."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -122,21 +122,25 @@ def _doubts(request: TrainRequest, config: TrainConfig) -> list[str]:
     return doubts
 
 
-def _few_steps(request: TrainRequest, config: TrainConfig, phases: Sequence[Phase]) -> Iterator[str]:
-    """Phases that see the data in so few steps an epoch that they learn little."""
+def _few_steps(request: TrainRequest, config: TrainConfig, phases: Sequence[Phase]) -> list[str]:
+    """A warning of phases that see the data in so few steps an epoch that they learn little; nothing without any."""
     images = len(request.train)
+    few, remedies = [], []
     for phase in phases:
         steps = steps_per_epoch(images, phase.batch, phase.share, config.whole_epochs)
         if phase.epochs == 0 or steps >= FEWEST_STEPS:
             continue
+        few.append(f"{phase.name} {steps} (batch {phase.batch})")
         fitting = fitting_batch(int(images * phase.share), phase.batch)
-        group = phase.settings or phase.name
-        remedy = f"--set {group}.batch={fitting}" if fitting < phase.batch else f"more images, or --{group}-epochs"
-        yield (
-            f"warning: {phase.name} has {steps} step{'s' * (steps != 1)} an epoch (batch {phase.batch}, {images} images"
-            f"{'' if phase.share == 1 else f', {phase.share:.0%} of them'}), fewer than {FEWEST_STEPS}: it learns "
-            f"little in an epoch; better: {remedy}"
-        )
+        if fitting < phase.batch:
+            remedies.append(f"--set {phase.settings or phase.name}.batch={fitting}")
+    if not few:
+        return []
+    better = " ".join(remedies) or "more images, or more epochs"
+    return [
+        f"warning: fewer than {FEWEST_STEPS} steps an epoch teach little: {', '.join(few)}, from {images} images; "
+        f"better: {better}"
+    ]
 
 
 def _standing(request: TrainRequest, setting: Setting, resumed: bool, reporter: Reporter) -> tuple[RunState, bool]:

@@ -93,7 +93,11 @@ def test_few_steps_an_epoch_are_warned_of(tmp_path: Path) -> None:
     config = replace(CONFIG, pretrain=replace(CONFIG.pretrain, epochs=1, batch=256), whole_epochs=True)
     recorder = Recorder()
     train(request(tmp_path / "run", base_only=True), config, recorder)
-    warned = [note for note in recorder.notes if note.startswith("warning: pretrain has 2 steps an epoch")]
+    warned = [
+        note
+        for note in recorder.notes
+        if note.startswith("warning: fewer than 20 steps") and "pretrain 2 (batch 256), from 512" in note
+    ]
     assert len(warned) == 1
     batch = int(warned[0].rpartition("pretrain.batch=")[2])
     assert 512 // batch >= FEWEST_STEPS
