@@ -36,6 +36,7 @@ from bdexport.fixed_mask import KEY, chosen_mask, model_with_mask, with_mask
 from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
+from bdexport.models.policy_size import cost_text as share_text
 from bdexport.partition import part_specs, transitions
 from bdexport.policy_cost import cost_text, policy_cost
 from bdexport.precision import check_offered, typed_graphs
@@ -87,6 +88,7 @@ def build_bundle(
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
     mask: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
@@ -99,6 +101,7 @@ def build_bundle(
     checkpoint's policy statistics count, and random images. ``judged``: images on which accuracy is held against
     torch's. ``mask``: one mask (K characters, 0 or 1) for every image instead of a policy, which the checkpoint need
     not have; None: a network that was finetuned under one mask gets that one.
+    ``note`` is told beforehand what can be gained at most with such a policy.
 
     Raises UsageError, CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or
     OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
@@ -120,6 +123,10 @@ def build_bundle(
     checked = None if check_against is None else compare_logits(model, checkpoint, Path(check_against))
     if progress is not None:
         progress("load", 1, 1)
+    if note is not None and fixed is None:
+        counted_blocks = (checkpoint.training.get(STATISTICS) or {}).get("blocks_used") or {}
+        table = count_flops(model, checkpoint.preprocess.size)
+        note(share_text(table, counted_blocks.get("mean")))
     place = default_bundle_path(path)
     built = bundle_from_model(
         model,
@@ -187,7 +194,7 @@ def bundle_from_model(
         write_manifest(staging, manifest)
         notes += fusing.notes
         cost = policy_cost(manifest, fusing.times)
-        if fixed is None:
+        if fixed is None and fusing.times is not None:
             notes.append(cost_text(cost))
     opened = open_bundle(out)
     return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs, cost)

@@ -187,6 +187,7 @@ def build(
             judged=_split(dataset, data, VERIFY.accuracy_split, images),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
             mask=mask,
+            note=lambda text: err_console.print(text, soft_wrap=True),
         )
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:

@@ -60,5 +60,5 @@ def cost_text(table: FlopsTable, blocks: float | None) -> str:
         most = ceiling(table, blocks)
         text += f": at {blocks:.1f} of {len(table.branches)} blocks on average at most {most:.2f} x fewer FLOPs"
     if share > LARGEST_POLICY_SHARE:
-        text = f"warning: {text}; a smaller one: --fresh-policy --set policy.input_pool=4, or fewer policy.widths"
+        text = f"warning: {text}; a smaller one: train --fresh-policy --set policy.input_pool=4, or fewer policy.widths"
     return text

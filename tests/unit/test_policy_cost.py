@@ -52,7 +52,9 @@ def test_the_largest_that_fits_is_taken() -> None:
     assert policy_share(network, chosen, (64, 64)) >= policy_share(network, paper, (64, 64))
 
 
-def test_build_says_what_the_policy_costs_in_flops_and_in_time(tmp_path: Path) -> None:
+def test_build_says_what_the_policy_costs_in_flops_and_in_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Oracle: the manifest's FLOPs and masks; the shares of time from the two times that are given beside them."""
     written = tmp_path / "build.json"
     assert main(["build", "zoo:resnet20-digits", "--out", str(tmp_path / "b"), "--json", str(written)]) == 0
@@ -63,6 +65,10 @@ def test_build_says_what_the_policy_costs_in_flops_and_in_time(tmp_path: Path) -
     assert cost["time_share"] == pytest.approx(cost["policy_ms"] / cost["full_ms"])
     assert 1 < cost["flops_ceiling"] < full / manifest.parts["policy"].flops
     assert any(note.startswith("warning: the policy network costs 7.5 %") for note in result["notes"])
+    assert (
+        "costs 7.5 % of the full network's FLOPs: at 3.8 of 9 blocks"
+        in capsys.readouterr().err.partition("exporting")[0]
+    )
     path = 1 / cost["flops_ceiling"] - cost["flops_share"]
     assert cost["time_ceiling"] == pytest.approx(1 / (cost["time_share"] + path))
 
