@@ -42,8 +42,8 @@ class RunClock:
         if config.distillation_weight > 0 and config.distillation == "cached":
             self._teaching = 2 * self._teachers * table.full * images
         self._ending = table.full * (min(images, config.recalibrate_images) + 4 * validation)
-        self._rates: dict[int, float] = {}  # FLOPs a second, by phase
-        self._rate: float | None = None
+        self._seconds: dict[int, tuple[float, int]] = {}  # of a phase: seconds of its epochs so far, and their number
+        self._rate: float | None = None  # FLOPs a second of all epochs so far
         self._begun: float | None = None
 
     def probe(self, setting: Setting, table: FlopsTable, image_size: tuple[int, int]) -> None:
@@ -68,8 +68,12 @@ class RunClock:
 
     def end_epoch(self, phase: int) -> None:
         """The clock stops."""
-        if self._begun is not None:
-            self._rate = self._rates[phase] = self._epochs[phase] / max(1e-9, time.perf_counter() - self._begun)
+        if self._begun is None:
+            return
+        seconds, epochs = self._seconds.get(phase, (0.0, 0))
+        self._seconds[phase] = seconds + time.perf_counter() - self._begun, epochs + 1
+        flops = sum(self._epochs[index] * count for index, (_, count) in self._seconds.items())
+        self._rate = flops / max(1e-9, sum(seconds for seconds, _ in self._seconds.values()))
 
     def left(self, state: RunState, taught: bool) -> float | None:
         """Seconds until the run's end from where ``state`` stands; None before anything was measured."""
@@ -78,7 +82,9 @@ class RunClock:
         seconds = (self._ending + (0.0 if taught else self._teaching)) / self._rate
         for index in range(state.phase, len(self._phases)):
             epochs = self._phases[index].epochs - (state.epoch if index == state.phase else 0)
-            seconds += max(0, epochs) * self._epochs[index] / self._rates.get(index, self._rate)
+            known = self._seconds.get(index)
+            of_one = self._epochs[index] / self._rate if known is None else known[0] / known[1]
+            seconds += max(0, epochs) * of_one
         return seconds
 
 

@@ -14,11 +14,15 @@ from bdexport.architecture import resnet_spec
 from bdexport.checkpoint import Checkpoint, load_checkpoint
 from bdexport.cli.main import main
 from bdexport.config import preset
+from bdexport.models.flops import count_flops
 from bdexport.preprocess import Preprocess
 from bdexport.train.data_size import SMOKE_FEWEST, smoke_images
-from bdexport.train.eta import duration
+from bdexport.train.eta import RunClock, duration
+from bdexport.train.methods import phases_of
 from bdexport.train.pipeline import train
+from bdexport.train.prepare import new_setting
 from bdexport.train.request import TrainRequest
+from bdexport.train.state import RunState
 from bdexport.zoo.add import training_command
 
 SHORT = replace(
@@ -86,6 +90,26 @@ def test_the_time_that_a_run_takes_is_said_before_and_while_it_runs(digits_base:
     epochs = [title for title in watcher.titles if title.startswith(("adapt", "curriculum", "finetune"))]
     assert len(epochs) == 3
     assert all(" left of the run" in title for title in epochs)
+
+
+def test_the_estimate_follows_the_epochs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: by hand: epochs of 10 seconds each leave 10 for each that is left of their phase."""
+    now = [0.0]
+    monkeypatch.setattr("bdexport.train.eta.time.perf_counter", lambda: now[0])
+    config = replace(SHORT, finetune=replace(SHORT.finetune, epochs=5), recalibrate_images=0, distillation_weight=0.0)
+    wanted = request(tmp_path / "run")
+    setting = new_setting(wanted, config, "cpu", False)
+    phases = [phase(setting) for phase in phases_of(config)]
+    table = count_flops(setting.model, wanted.preprocess.size)
+    clock = RunClock(setting, phases, table, len(wanted.train), 0)
+    last = len(phases) - 1
+    assert clock.left(RunState(phase=last, epoch=1), taught=True) is None
+    for _ in range(2):
+        clock.begin_epoch()
+        now[0] += 10.0
+        clock.end_epoch(last)
+    assert clock.left(RunState(phase=last, epoch=2), taught=True) == pytest.approx(30.0)
+    assert clock.left(RunState(phase=last, epoch=5), taught=True) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(
