@@ -64,7 +64,6 @@ class BuiltBundle(Bundle):
     fusing: dict[str, Any] | None = None  # "seconds" that fusing takes, "bytes_before" and "bytes_after"
     loading: dict[str, Any] = field(default_factory=dict)  # see bdexport.checkpoint.loading_record
     checked_against: dict[str, Any] | None = None  # see bdexport.checkpoint.against
-
     policy_cost: dict[str, Any] = field(default_factory=dict)  # see bdexport.policy_cost
 
     def count(self, outcome: str) -> int:
@@ -197,7 +196,15 @@ def bundle_from_model(
         if fixed is None and fusing.times is not None:
             notes.append(cost_text(cost))
     opened = open_bundle(out)
-    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs, cost)
+    return BuiltBundle(
+        opened.path,
+        opened.manifest,
+        engines=outcomes,
+        notes=tuple(notes),
+        quantisation=tuple(fusing.table),
+        fusing=fusing.costs,
+        policy_cost=cost,
+    )
 
 
 def checked_backend(config: BuildConfig) -> Backend:

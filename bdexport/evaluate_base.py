@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def find_base(path: Path, found: Checkpoint, given: Path | None) -> tuple[str, C
     the given one alone.
     """
     if given is not None:
-        return given.name, load_checkpoint(given)
+        base = load_checkpoint(given)
+        # A foreign file does not say how its images are to be prepared; training prepared them as it does the model's.
+        return given.name, base if base.form == "bdexport" else replace(base, preprocess=found.preprocess)
     training = found.training
     measured, name = training.get("base_measured"), training.get("base")
     wanted = [(checkpoint_file(path).parent / BASE_FILE, measured.get("file_sha256"))] if measured else []
