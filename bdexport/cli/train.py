@@ -397,7 +397,7 @@ def summary(training: dict[str, Any]) -> str:
     text = "validation accuracy "
     if measured is not None:
         base = measured["accuracy"]
-        text += f"{base:.2f} % of your base, "
+        text += f"{base:.2f} % (your base), "
     text += f"{against(validation['full_accuracy'])} undropped"
     for title, fixed in validation.get("fixed", {}).items():
         text += f", {against(fixed['accuracy'])} under {title}"

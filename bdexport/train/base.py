@@ -44,7 +44,10 @@ def keep_base(
         "accuracy": outcome.accuracy,
         "file_sha256": digest,
     }
-    note(f"the base, every block kept: {outcome.accuracy:.2f} % of {len(outcome.correct)} validation images")
+    text = f"the base, every block kept: {outcome.accuracy:.2f} % of {len(outcome.correct)} validation images"
+    if request.initial is not None:  # public CIFAR checkpoints were trained on the whole training set
+        text += ", which it may have been trained on; 'bdexport evaluate RUN' compares on test images"
+    note(text)
 
 
 def _initial(request: TrainRequest, setting: Setting) -> BlockDropNet:

@@ -54,7 +54,7 @@ def test_train_measures_the_base_before_it_learns_on_it(run: Path, digits_base: 
     assert kept.policy is None
     assert all(torch.equal(tensor, digits_base.state[name]) for name, tensor in kept.state.items())
     training = load_checkpoint(run).training
-    assert f"{measured['accuracy']:.2f} % of your base" in summary(training)
+    assert f"{measured['accuracy']:.2f} % (your base), " in summary(training)
 
 
 def test_the_base_that_the_run_trains_itself_is_measured_too(tmp_path: Path) -> None:
