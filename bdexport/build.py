@@ -32,10 +32,13 @@ from bdexport.engine_cache import EngineCache
 from bdexport.errors import OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
 from bdexport.files import default_cache_folder, making_folder, sha256_file, utf8_text
-from bdexport.fusing import Fusing, check_fusing, check_size
+from bdexport.fixed_mask import KEY, chosen_mask, model_with_mask, with_mask
+from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
+from bdexport.models.policy_size import cost_text as share_text
 from bdexport.partition import part_specs, transitions
+from bdexport.policy_cost import cost_text, policy_cost
 from bdexport.precision import check_offered, typed_graphs
 from bdexport.samples import CALIBRATION
 from bdexport.verify import require, verify_against_model
@@ -61,6 +64,7 @@ class BuiltBundle(Bundle):
     fusing: dict[str, Any] | None = None  # "seconds" that fusing takes, "bytes_before" and "bytes_after"
     loading: dict[str, Any] = field(default_factory=dict)  # see bdexport.checkpoint.loading_record
     checked_against: dict[str, Any] | None = None  # see bdexport.checkpoint.against
+    policy_cost: dict[str, Any] = field(default_factory=dict)  # see bdexport.policy_cost
 
     def count(self, outcome: str) -> int:
         """How many engines were "built", "reused" or "rebuilt"."""
@@ -82,6 +86,8 @@ def build_bundle(
     counted: Dataset | None = None,
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
+    mask: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
@@ -92,7 +98,9 @@ def build_bundle(
     :func:`bdexport.files.default_cache_folder`. ``calibration``: where int8 and fp8 take scales from. ``counted``:
     images on which masks are counted and executors measured, best a validation split; None: the masks that the
     checkpoint's policy statistics count, and random images. ``judged``: images on which accuracy is held against
-    torch's.
+    torch's. ``mask``: one mask (K characters, 0 or 1) for every image instead of a policy, which the checkpoint need
+    not have; None: a network that was finetuned under one mask gets that one.
+    ``note`` is told beforehand what can be gained at most with such a policy.
 
     Raises UsageError, CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or
     OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
@@ -105,15 +113,25 @@ def build_bundle(
     checkpoint = named_by(load_checkpoint(path, **loading or {}), counted or judged)
     if loaded is not None:
         loaded(checkpoint)
-    model = build_model(checkpoint)
+    fixed = chosen_mask(mask, checkpoint)
+    if fixed is None:
+        model = build_model(checkpoint)
+    else:
+        check_static(config.fused)
+        model, checkpoint = model_with_mask(checkpoint, fixed), with_mask(checkpoint, fixed)
     checked = None if check_against is None else compare_logits(model, checkpoint, Path(check_against))
     if progress is not None:
         progress("load", 1, 1)
     cache, notes = _engine_cache(cache_dir)
+    if note is not None and fixed is None:
+        counted_blocks = (checkpoint.training.get(STATISTICS) or {}).get("blocks_used") or {}
+        table = count_flops(model, checkpoint.preprocess.size)
+        note(share_text(table, counted_blocks.get("mean")))
+    place = default_bundle_path(path)
     built = bundle_from_model(
         model,
         checkpoint,
-        Path(out) if out is not None else default_bundle_path(path),
+        Path(out) if out is not None else place if mask is None else place.with_name(f"{place.name}-{mask}"),
         backend,
         config=config,
         checkpoint_sha256=sha256_file(checkpoint_file(path)),
@@ -124,6 +142,7 @@ def build_bundle(
         counted=counted,
         judged=judged,
         verify=verify,
+        fixed=fixed,
     )
     notes += built.notes
     return replace(built, notes=tuple(notes), loading=loading_record(checkpoint), checked_against=checked)
@@ -152,6 +171,7 @@ def bundle_from_model(
     counted: Dataset | None = None,
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
+    fixed: str | None = None,
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
@@ -168,6 +188,9 @@ def bundle_from_model(
         parts = _part_entries(staging, graphs, engines, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
         check_size(manifest, config.fused.max_bundle_mb)
+        if fixed is not None:
+            manifest = replace(manifest, extra=manifest.extra | {KEY: fixed})
+            notes.append(f"every image runs the mask {fixed}: no policy network decides")
         if scales is not None:
             manifest = replace(
                 manifest, extra=manifest.extra | {CALIBRATION: scales.source | {"images_by_part": scales.images}}
@@ -179,8 +202,19 @@ def bundle_from_model(
         manifest = replace(fusing.with_executor(manifest), verification=verification)
         write_manifest(staging, manifest)
         notes += fusing.notes
+        cost = policy_cost(manifest, fusing.times)
+        if fixed is None and fusing.times is not None:
+            notes.append(cost_text(cost))
     opened = open_bundle(out)
-    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs)
+    return BuiltBundle(
+        opened.path,
+        opened.manifest,
+        engines=outcomes,
+        notes=tuple(notes),
+        quantisation=tuple(fusing.table),
+        fusing=fusing.costs,
+        policy_cost=cost,
+    )
 
 
 def checked_backend(config: BuildConfig) -> Backend:

@@ -92,6 +92,11 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
+def utf8_name(name: str | Path) -> str:
+    """A file's name as UTF-8 can hold it: each byte that is no UTF-8 becomes its escape, always the same."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def check_writable(path: Path) -> None:
     """Raise :class:`OutputError` where a file ``path`` could not be written; for use before long work. Leaves nothing.
 

@@ -70,7 +70,10 @@ class TorchBackend(BuildsWhereItRuns):
             raise BuildError(f"{part} [torch]: precision", got=options.precision, expected=", ".join(self.precisions))
         if model is None:
             raise BuildError(f"{part} [torch]: is built from a model, not from a graph", remedy="pass the model")
-        specs = {"network": model.network.spec.to_json(), "policy": model.policy.spec.to_json(), "part": part}
+        # A fixed mask has no policy network: its part is a layer of K units, whatever they keep.
+        policy = getattr(model.policy, "spec", None)
+        deciding = None if policy is None else policy.to_json()
+        specs = {"network": model.network.spec.to_json(), "policy": deciding, "part": part}
         # clone: ``full`` may hold one storage under two names, which safetensors refuses.
         state = {name: value.detach().clone() for name, value in part_module(model, part).state_dict().items()}
         engine.write_bytes(save(state, {HEADER: json.dumps(specs)}))
@@ -174,7 +177,12 @@ def _skeleton(specs: Mapping[str, Any]) -> BlockDropNet:
 
     try:
         with torch.device("meta"):
-            return BlockDropNet(resnet_spec_from_json(specs["network"]), policy_spec_from_json(specs["policy"]))
+            network = resnet_spec_from_json(specs["network"])
+            if specs["policy"] is not None:
+                return BlockDropNet(network, policy_spec_from_json(specs["policy"]))
+            model = BlockDropNet(network)
+            model.set_mask([True] * network.num_blocks)  # the engine's weights say what it keeps
+            return model
     except (KeyError, TypeError, UsageError) as error:
         raise _engine_error(str(specs["part"]), f"its network cannot be made: {error}") from error
 

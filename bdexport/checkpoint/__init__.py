@@ -12,6 +12,15 @@ from __future__ import annotations
 
 from bdexport.checkpoint.data import Checkpoint, build_model, describe, loading_record, named_by
 from bdexport.checkpoint.loading import load_checkpoint
-from bdexport.checkpoint.own import save_checkpoint
+from bdexport.checkpoint.own import check_suffix, save_checkpoint
 
-__all__ = ["Checkpoint", "build_model", "describe", "load_checkpoint", "loading_record", "named_by", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "build_model",
+    "check_suffix",
+    "describe",
+    "load_checkpoint",
+    "loading_record",
+    "named_by",
+    "save_checkpoint",
+]

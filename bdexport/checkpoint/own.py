@@ -24,10 +24,7 @@ def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
     The same checkpoint always gives the same bytes.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path}: not a checkpoint's name", got=f"suffix {path.suffix!r}", expected=".safetensors"
-        )
+    check_suffix(path)
     training = ckpt.training
     if ckpt.notes:  # they are lost otherwise: what is written says everything itself
         training = training | {LOADED_WITH: [*training.get(LOADED_WITH, []), *ckpt.notes]}
@@ -35,6 +32,14 @@ def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
     header_from_text(text, str(path))
     state = fit_own(ckpt.state, ckpt.network, ckpt.policy, str(path), ckpt.gates)
     files.write_bytes(path, safetensors.torch.save(state, {HEADER_KEY: text}))
+
+
+def check_suffix(path: Path) -> None:
+    """Raise :class:`CheckpointError` for a name that no checkpoint is written to; for use before long work."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: not a checkpoint's name", got=f"suffix {path.suffix!r}", expected=".safetensors"
+        )
 
 
 def checkpoint_from_own(raw: RawFile) -> Checkpoint:

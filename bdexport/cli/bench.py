@@ -72,6 +72,8 @@ def bench(
         )
         result = executors_result(sides, chosen, measurements, orchestrator.executor)
     out = table_console(json)
+    for line in _against_base(result, opened.manifest.training):
+        out.print(line, soft_wrap=True)
     out.print(_table(result))
     if every:
         out.print(_executors(result))
@@ -79,6 +81,26 @@ def bench(
         out.print(line, soft_wrap=True)
     if json is not None:
         write_json_result(json, result)
+
+
+def _against_base(result: dict[str, Any], training: dict[str, Any]) -> list[str]:
+    """What every accuracy below is to be held against: the base, not the network that training left."""
+    from bdexport.base_figures import BaseFigures, points, was_trained
+
+    if result["base"] is None:
+        return (
+            ["your base's accuracy is not on record: 'full' is the network after training"]
+            if was_trained(training)
+            else []
+        )
+    base = BaseFigures(**result["base"])
+    if not base.here:
+        return [base.sentence()]
+    sides = ", ".join(
+        f"{side} {result[side]['accuracy']:.2f} % ({points(result[side]['accuracy'], base.accuracy)})"
+        for side in ("full", "dynamic")
+    )
+    return [f"your base ({base.name}): {base.accuracy:.2f} % of these images, {base.how}; {sides}"]
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -137,6 +159,8 @@ def _remarks(result: dict[str, Any], batch: int) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items())),
     ]
+    if result["fixed_mask"] is not None:
+        lines.append(f"one mask for every image, without a policy network: {result['fixed_mask']}")
     if batch != result["batch"]:
         lines.append(f"batch {batch} is more than there are images: measured with {result['batch']}")
     elif measured["images_not_timed"]:

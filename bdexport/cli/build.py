@@ -80,6 +80,10 @@ def build(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Choose the executor for 'auto' by measuring.")
     ] = FUSED.measure,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="One mask of 0s and 1s for every image, block 0 first, instead of a policy."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="For masks, scales (int8, fp8) and accuracy against torch: cifar10, .."),
@@ -165,6 +169,8 @@ def build(
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings, tensorrt=tensorrt)
     fuses = fuses_paths(checked_backend(config))  # before a data set is read
+    if mask is not None:
+        refuse(context, ("mask_images", "quantise_masks"), "with --mask, which every image runs")
     _refuse_without_effect(context, dataset, calibration, scaled=precision in CALIBRATED, fuses=fuses)
     request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
@@ -183,6 +189,8 @@ def build(
             counted=_split(dataset, data, "validation", mask_images, skip_damaged) if fuses else None,
             judged=_split(dataset, data, VERIFY.accuracy_split, images, skip_damaged),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
+            mask=mask,
+            note=lambda text: err_console.print(text, soft_wrap=True),
         )
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:
@@ -245,8 +253,10 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
         "verification": manifest.verification,
         "executor": manifest.executor,
         "fused": None if manifest.fused is None else manifest.fused.to_json() | (bundle.fusing or {}),
+        "fixed_mask": manifest.extra.get("fixed_mask"),
         "mask_mapping": None if manifest.mask_mapping is None else manifest.mask_mapping.to_json(),
         "quantisation": list(bundle.quantisation),
+        "policy_cost": bundle.policy_cost,
         "versions": manifest.versions,
         "loading": bundle.loading,
         "checked_against": bundle.checked_against,

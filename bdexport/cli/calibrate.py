@@ -70,6 +70,7 @@ def calibrate(
     from bdexport.checkpoint import load_checkpoint, loading_record
     from bdexport.dataset import check_folder
     from bdexport.errors import UsageError
+    from bdexport.files import check_writable
 
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     if dataset is None and list_file is None:
@@ -77,6 +78,8 @@ def calibrate(
     if list_file is not None:
         why, remedy = "with --list, which names its data set and images", "leave it out, or --list to draw new images"
         refuse(context, ("dataset", "out", "images", "split"), why, remedy)
+    if list_file is None:
+        check_writable(out or folder / f"{dataset}.json")
     # Before the parts are exported.
     check_folder(read_list(list_file).dataset if list_file is not None else str(dataset), data)
     config = CalibrationConfig(images, split, DEFAULTS.batch, str(folder))

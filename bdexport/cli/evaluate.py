@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from bdexport.base_figures import BaseFigures
     from bdexport.checkpoint import Checkpoint
     from bdexport.dataset import Dataset
     from bdexport.models.pair import BlockDropNet
@@ -50,6 +51,10 @@ def evaluate(
     ] = None,
     kept: Annotated[
         int | None, typer.Option(help="K of the fixed masks; default: the policy's mean, rounded up.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The base, measured on the same images. Default: the one in the RUN folder, if it is there."),
     ] = None,
     reference: Annotated[
         list[str] | None,
@@ -76,6 +81,7 @@ def evaluate(
     from bdexport.checkpoint import build_model, load_checkpoint
     from bdexport.dataset import check_classes, load_dataset, unnamed_classes
     from bdexport.evaluate import evaluate_model
+    from bdexport.evaluate_base import base_figures
     from bdexport.models.lccl import lccl_reference
     from bdexport.train.data import DeviceImages
 
@@ -113,8 +119,15 @@ def evaluate(
         for word, zeros in references.items():
             row = lccl_reference(model, batches(word), found.preprocess.size, zeros)
             result.setdefault("reference", {})[word] = row
+
+        def tracked(base_batches: Iterable[tuple[Tensor, Tensor]], total: int) -> Iterable[tuple[Tensor, Tensor]]:
+            return bar.track(base_batches, total=total, description="the base")
+
+        figures = base_figures(checkpoint, found, base, chosen, result, batch=batch, tracked=tracked)
     result = _described(checkpoint, found, chosen) | checked | result
+    result |= {"base": None if figures is None else figures.to_json()}
     _print_table(result, json)
+    _print_base(figures, found.training, json)
     for note in unnamed_classes(chosen, found.class_names):
         table_console(json).print(note, soft_wrap=True)
     if json is not None:
@@ -164,6 +177,17 @@ def _described(path: Path, checkpoint: Checkpoint, dataset: Dataset) -> dict[str
     }
 
 
+def _print_base(figures: BaseFigures | None, training: dict[str, Any], json: str | None) -> None:
+    """What the table cannot say of the base: that it is known for other images only, or not at all."""
+    from bdexport.base_figures import was_trained
+
+    out = table_console(json)
+    if figures is not None and not figures.here:
+        out.print(f"{figures.sentence()}; --base CKPT measures it on these images", soft_wrap=True)
+    elif figures is None and was_trained(training):
+        out.print("your base's accuracy is not on record: --base CKPT measures it on these images", soft_wrap=True)
+
+
 def _zeros(word: str) -> float | None:
     """``lccl=0.4`` -> 0.4, ``lccl`` -> None: the share of zeros is measured. Raises UsageError on anything else."""
     from bdexport.errors import UsageError
@@ -182,25 +206,43 @@ def _print_table(result: dict[str, Any], json: str | None) -> None:
     where = result["dataset"]
     network = f"{result['architecture']}{' (pruned)' if result['pruned'] else ''}, {result['num_blocks']} blocks"
     title = f"{network}, {where['name']} {where['split']}, {where['images']} images"
-    table = FittedTable("", "accuracy", "blocks used", "FLOPs", "unique masks", title=title)
-    full = result["full"]
-    table.add_row("full", f"{full['accuracy']:.2f} %", f"{result['num_blocks']:.1f}", f"{full['flops']:.3e}", "1")
+    base = result["base"] if result["base"] is not None and result["base"]["here"] else None
+    heading = [] if base is None else ["against it"]
+    table = FittedTable("", "accuracy", *heading, "blocks used", "FLOPs", "masks", title=title)
+    full, blocks = result["full"], f"{result['num_blocks']:.1f}"
+    if base is not None:  # the same network, and so the same FLOPs, unless it was pruned since
+        table.add_row("your base", f"{base['accuracy']:.2f} %", "", blocks, "", "1")
+
+    def figures(row: dict[str, Any]) -> list[str]:
+        own = f"{row['accuracy']:.2f} %"
+        return [own] if base is None else [own, f"{row['accuracy'] - base['accuracy']:+.2f}"]
+
+    table.add_row("full", *figures(full), blocks, f"{full['flops']:.3e}", "1")
     rows = [("policy", result["policy"])] if "policy" in result else []
     rows += [(result["gates"]["kind"], result["gates"])] if "gates" in result else []
     for name, row in [*rows, *result.get("fixed", {}).items()]:
         used, flops = row["blocks_used"], row["flops"]
         table.add_row(
             name,
-            f"{row['accuracy']:.2f} %",
+            *figures(row),
             f"{used['mean']:.1f} +- {used['std']:.1f}",
             f"{flops['mean']:.3e} +- {flops['std']:.1e}",
             str(row["unique_masks"]),
         )
     for word, row in result.get("reference", {}).items():
         flops = row["flops"]
-        table.add_row(f"{word} (reference)", "-", "-", f"{flops['mean']:.3e} +- {flops['std']:.1e}", "-")
+        table.add_row(
+            f"{word} (reference)",
+            "-",
+            *[""] * len(heading),
+            "-",
+            f"{flops['mean']:.3e} +- {flops['std']:.1e}",
+            "-",
+        )
     out = table_console(json)
     out.print(table)
+    if base is not None:
+        out.print(f"your base: {base['name']}, {base['how']}", soft_wrap=True)
     references = result.get("reference", {})
     for word, row in references.items():
         out.print(

@@ -83,6 +83,7 @@ def _overview(manifest: Manifest, verbose: bool) -> Table:
         "network": f"{manifest.architecture}, {manifest.num_blocks} blocks, {len(manifest.class_names)} classes",
         "transitions": f"{crossing} (dropped: {manifest.dropped_transition})",
         "engines": f"{manifest.backend}, {manifest.precision}, {batch}",
+        "mask": str(manifest.extra.get("fixed_mask") or ""),
         "executor": _executor(manifest),
         "preprocessing": f"RGB {pre.size[1]}x{pre.size[0]} ({geometry}, {pre.resampling}), "
         f"mean {_numbers(pre.mean)}, std {_numbers(pre.std)}",

@@ -53,8 +53,15 @@ def retarget(
     """
     from dataclasses import replace
 
-    from bdexport.checkpoint import build_model, load_checkpoint, loading_record, named_by, save_checkpoint
-    from bdexport.dataset import check_classes, load_dataset, unnamed_classes
+    from bdexport.checkpoint import (
+        build_model,
+        check_suffix,
+        load_checkpoint,
+        loading_record,
+        named_by,
+        save_checkpoint,
+    )
+    from bdexport.dataset import check_classes, check_folder, load_dataset, unnamed_classes
     from bdexport.errors import UsageError
     from bdexport.evaluate import policy_statistics, run_masks
     from bdexport.files import check_writable, refuse_existing
@@ -63,7 +70,9 @@ def retarget(
     from bdexport.retarget import retarget as shift_policy
     from bdexport.train.data import DeviceImages
 
+    check_folder(dataset, data)
     refuse_existing(out, overwrite)
+    check_suffix(out)
     check_writable(out)
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     found = load_checkpoint(checkpoint, **loading.arguments())

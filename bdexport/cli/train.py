@@ -44,6 +44,9 @@ def train(
     out: Annotated[Path, typer.Option(help="RUN folder; an unfinished run there is resumed.")],
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N training images, and validation images in proportion.")
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="e.g. resnet32; recognised from --base when left out.")] = None,
     base: Annotated[
         Path | None, typer.Option(help="Checkpoint (or zoo:NAME) to start from; without it the base is trained.")
@@ -85,6 +88,16 @@ def train(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
     ] = False,
+    mirror: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror", help="Mirror every second image; wrong for text. Default: as suits the data set."
+        ),
+    ] = None,
+    shift: Annotated[
+        int | None,
+        typer.Option(help="Move images by up to so many pixels (0: not at all). Default: as suits the data set."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, e.g. finetune.batch=256; repeatable.")
     ] = None,
@@ -108,7 +121,7 @@ def train(
     preprocessing; a teacher in bdexport's own form says everything itself.
     """
     from bdexport.checkpoint.reading import checkpoint_file
-    from bdexport.files import sha256_file
+    from bdexport.files import sha256_file, utf8_name
     from bdexport.train.distributed import joined
     from bdexport.train.request import goes_on
     from bdexport.train.unused import check_used
@@ -134,6 +147,8 @@ def train(
         "policy.samples": samples,
         "policy.reward": reward,
         "distillation_weight": distillation,
+        "augment.mirror": mirror,
+        "augment.shift": shift,
     }
     _check_options(method, mask, kept, fresh_policy, base)
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
@@ -146,14 +161,20 @@ def train(
         request = _request(dataset, data, config.validation_share, loading, found, out, skip_damaged)
         request = replace(
             request,
-            base=None if base is None else base.name,
+            base=None if base is None else utf8_name(base.name),
             base_sha256=None if base is None else sha256_file(checkpoint_file(base)),
-            teachers=tuple((path.name, _teacher(path, loading, request.preprocess)) for path in teacher or []),
+            teachers=tuple(
+                (utf8_name(path.name), _teacher(path, loading, request.preprocess)) for path in teacher or []
+            ),
             teachers_sha256=tuple(sha256_file(checkpoint_file(path)) for path in teacher or []),
             base_only=base_only,
             fresh_policy=fresh_policy,
             device=device,
         )
+        given = {name for name, value in settings.items() if value is not None}
+        given |= {assignment.partition("=")[0].strip() for assignment in set_ or []}
+        request = _limited(request, config, images)
+        config, request = _fitted(config, num_blocks, request, given, world)
         going_on = goes_on(request, config)
         check_used(settings, set_ or [], config, with_base=found is not None, base_only=base_only, goes_on=going_on)
         if world.leads:
@@ -193,6 +214,7 @@ def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | N
     """Train; of several processes, the first one shows what it gave."""
     from bdexport.checkpoint import load_checkpoint, loading_record
     from bdexport.train.pipeline import train as run_training
+    from bdexport.train.static_mask import static_text
 
     if not world.leads:
         run_training(request, config, QuietReporter(), world)
@@ -201,6 +223,10 @@ def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | N
     path = run_training(request, config, ConsoleReporter(shown), world)
     training = load_checkpoint(path).training
     shown.print(f"{path}: {summary(training)}")
+    static = training["validation"].get("static")
+    if static is not None:
+        accuracy = training["validation"]["policy"]["accuracy"]
+        shown.print(static_text(static, accuracy, request.network.num_blocks, request.out), soft_wrap=True)
     if json is not None:
         loading = None if request.initial is None else loading_record(request.initial)
         result = {"schema": "bdexport.train/1", "checkpoint": path, "loading": loading, "training": training}
@@ -220,6 +246,61 @@ def resolved_config(preset: str, num_blocks: int, settings: dict[str, Any], assi
         if value is not None:
             resolved = with_setting(resolved, name, value)
     return with_assignments(resolved, assignments)
+
+
+def _limited(request: TrainRequest, config: TrainConfig, images: int | None) -> TrainRequest:
+    """Fewer images: as many as asked for, or for the preset ``smoke`` as many as it has the time for."""
+    from bdexport.train.data_size import smoke_images
+
+    note = ""
+    if images is None and config.preset == "smoke":
+        images = smoke_images(request, config)
+        note = f"preset smoke: the first {images} of {len(request.train)} training images, to take about a minute"
+    if images is None or images >= len(request.train):
+        return request
+    validation = max(images * len(request.validation) // len(request.train), min(50, len(request.validation)))
+    return replace(
+        request,
+        train=request.train.first(images),
+        validation=request.validation.first(validation),
+        limit=images,
+        notes=(*request.notes, f"{note}; --images N for others") if note else request.notes,
+    )
+
+
+def _fitted(
+    config: TrainConfig, num_blocks: int, request: TrainRequest, given: set[str], world: World
+) -> tuple[TrainConfig, TrainRequest]:
+    """The settings for a data set of this size; a run that an older version began goes on as it was."""
+    from bdexport.config import preset
+    from bdexport.train.data_size import fitted_text, fitted_to_data
+    from bdexport.train.methods import phases_of
+    from bdexport.train.state import began_before
+
+    images = len(request.train)
+    fitted = fitted_to_data(config, preset(config.preset, num_blocks), images, given)
+    old = world.once(lambda: began_before(request.out, "whole_epochs"))
+    if fitted == config or old:
+        return _with_policy(config, request, given, old), request
+    fitted = _with_policy(fitted, request, given, old)
+    phases = {phase.settings or phase.name for phase in phases_of(config)}
+    if request.initial is not None:
+        phases.discard("pretrain")
+    return fitted, replace(request, notes=(*request.notes, fitted_text(fitted, images, given, phases)))
+
+
+def _with_policy(config: TrainConfig, request: TrainRequest, given: set[str], old: bool) -> TrainConfig:
+    """For ImageNet-style networks a fresh policy below 5 % of the network's FLOPs, unless one was asked for."""
+    from bdexport.models.policy_size import fitting_policy
+    from bdexport.train.request import kept_policy, learns_decisions
+
+    asked = given & {"policy.input_pool", "policy.widths", "policy.stages"}
+    ours = learns_decisions(request, config) and config.method == "blockdrop" and config.preset != "paper"
+    if old or asked or not ours or request.network.family != "imagenet" or kept_policy(request) is not None:
+        return config
+    spec = fitting_policy(request.network, request.preprocess.size)
+    widths = ",".join(map(str, spec.widths))
+    return replace(config, policy=replace(config.policy, input_pool=spec.input_pool, widths=widths))
 
 
 def _base(base: Path | None, loading: Loading) -> tuple[Checkpoint | None, int]:
@@ -318,15 +399,25 @@ def _new_network(loading: Loading, num_classes: int) -> tuple[ResNetSpec, Prepro
 
 def summary(training: dict[str, Any]) -> str:
     """One line: what the run reached on its validation split."""
-    validation = training["validation"]
-    text = f"validation accuracy {validation['full_accuracy']:.2f} % undropped"
+    from bdexport.base_figures import points
+
+    validation, measured = training["validation"], training.get("base_measured")
+
+    def against(accuracy: float) -> str:
+        return f"{accuracy:.2f} %" if measured is None else f"{accuracy:.2f} % ({points(accuracy, base)})"
+
+    text = "validation accuracy "
+    if measured is not None:
+        base = measured["accuracy"]
+        text += f"{base:.2f} % (your base), "
+    text += f"{against(validation['full_accuracy'])} undropped"
     for title, fixed in validation.get("fixed", {}).items():
-        text += f", {fixed['accuracy']:.2f} % under {title}"
+        text += f", {against(fixed['accuracy'])} under {title}"
     if "policy" in validation or "gates" in validation:
         policy = validation.get("policy") or validation["gates"]
         used = policy["blocks_used"]
         text += (
-            f", {policy['accuracy']:.2f} % with {used['mean']:.1f} +- {used['std']:.1f} blocks, "
+            f", {against(policy['accuracy'])} with {used['mean']:.1f} +- {used['std']:.1f} blocks, "
             f"{policy['flops']['mean']:.3g} FLOPs, {policy['unique_masks']} unique masks"
         )
     return text

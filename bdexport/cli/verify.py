@@ -117,6 +117,7 @@ def _reference_model(bundle: Bundle, path: Path, loading: Loading) -> BlockDropN
     """The network of a checkpoint; inputs are preprocessed as the bundle says, whatever the checkpoint says."""
     from bdexport.checkpoint import build_model, load_checkpoint
     from bdexport.errors import CheckpointError
+    from bdexport.fixed_mask import KEY, model_with_mask
 
     manifest = bundle.manifest
     checkpoint = load_checkpoint(path, preprocess=manifest.preprocess, **_network_only(loading))
@@ -126,7 +127,8 @@ def _reference_model(bundle: Bundle, path: Path, loading: Loading) -> BlockDropN
     if ours != theirs:
         names = ("{}, {} blocks, {} classes".format(*side) for side in (ours, theirs))
         raise CheckpointError(f"{path}: not the network of {bundle.path}", got=next(names), expected=next(names))
-    return build_model(checkpoint)
+    fixed = manifest.extra.get(KEY)
+    return build_model(checkpoint) if fixed is None else model_with_mask(checkpoint, fixed)
 
 
 def _network_only(loading: Loading) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def zoo(
     else:
         cards = [zoo_card(known) for known in zoo_names()]
         out.print(_table(cards))
+        out.print("base: the network that the model goes back to, measured as its card says")
         out.print("accuracy and usage: on the whole test set; 'bdexport zoo NAME' shows how each was trained")
         result = {"schema": "bdexport.zoo/1", "models": cards}
     if json is not None:
@@ -54,7 +55,7 @@ def _table(cards: list[dict[str, Any]]) -> Table:
         table.add_row(
             PREFIX + card["name"],
             card["data"]["name"],
-            f"{card['base']['accuracy']:.2f} %",
+            f"{card['base'].get('origin', card['base'])['accuracy']:.2f} %",
             f"{full['accuracy']:.2f} %",
             f"{policy['accuracy']:.2f} %",
             f"{used['mean']:.1f} +- {used['std']:.1f} of {card['num_blocks']}",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bdexport.base_figures import BaseFigures, known_base, was_trained
 from bdexport.config import ReportConfig
 from bdexport.dataset import Dataset
 from bdexport.errors import DatasetError
@@ -19,6 +20,7 @@ from bdexport.report.curves import Curves, curves_of
 from bdexport.report.points import (
     FIXED_MASKS,
     Point,
+    base_point,
     checkpoint_key,
     comparable,
     datasets,
@@ -156,6 +158,7 @@ def collect(
             report.skipped.append(f"{source.name}: not measured on {data.dataset.name if data else ''}: {error}")
         if measured is not None and data is not None:
             _add_measured(report, source, found, kind, measured, data, config)
+            _add_base(report, source, found, measure.base(source.path, found, data.dataset, config.batch, tracked))
         else:
             try:
                 _add_stored(report, source, found, kind, measure.flops_of(found).full)
@@ -261,6 +264,19 @@ def _add_measured(
             report.sheets.append(Sheet(source.name, name, tuple(strips), pixels))
 
 
+def _add_base(report: Report, source: Trained, found: Checkpoint, base: BaseFigures | None) -> None:
+    """What the run started from, on the images that its results are of; a remark where that is not known."""
+    if base is not None and base.here:
+        common = _common(source, found) | {"dataset": base.dataset, "split": base.split, "images": base.images}
+        report.points.append(base_point(source.name, base.to_json(), **common))
+    elif base is not None:
+        report.notes.append(f"{source.name}: {base.sentence()}")
+    elif was_trained(found.training):
+        report.notes.append(
+            f"{source.name}: its base's accuracy is not on record: what training cost shows only beside it"
+        )
+
+
 def _add_stored(
     report: Report, source: Trained, found: Checkpoint, kind: tuple[str, bool | None], full_flops: int
 ) -> None:
@@ -271,6 +287,9 @@ def _add_stored(
         return
     common = _common(source, found) | {"dataset": dataset.get("name"), "split": "validation"}
     common["images"] = dataset.get("validation")
+    _add_base(
+        report, source, found, known_base(found.training, None, common["dataset"], "validation", common["images"])
+    )
     outcome = validation.get("policy") or next(iter((validation.get("fixed") or {}).values()), None)
     tuned = (kind[1] or None) if outcome else None
     report.points.append(
