@@ -16,13 +16,14 @@ from bdexport.errors import UsageError
 
 Family = Literal["cifar", "imagenet"]
 BlockKind = Literal["basic", "bottleneck"]
-Shortcut = Literal["avgpool", "option_a", "conv"]
+Shortcut = Literal["avgpool", "option_a", "zeros_last", "conv"]
 DroppedTransition = Literal["shortcut", "shortcut_relu"]
 GateKind = Literal["sequential", "act", "sact"]
 
 SHORTCUTS: dict[str, str] = {
     "avgpool": "average pooling, zero channels appended (the original BlockDrop code)",
     "option_a": "every second pixel, zero channels split evenly before and after (common public CIFAR ResNets)",
+    "zeros_last": "every second pixel, zero channels appended (DownsampleA of other public CIFAR ResNets)",
     "conv": "1x1 convolution and batch norm (ImageNet ResNets, CIFAR 'option B')",
 }
 IMAGENET_STAGES: dict[int, tuple[BlockKind, tuple[int, ...]]] = {

@@ -4,10 +4,11 @@ name only when everything is built and verified.
 
 from __future__ import annotations
 
+import os
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,24 +18,27 @@ import onnx
 import torch
 
 from bdexport import __version__
-from bdexport.architecture import Shortcut
 from bdexport.backends import backend_class, get_builder
 from bdexport.backends.base import Backend, BuildOptions, RebuildingBackend
 from bdexport.build_engines import build_engines
 from bdexport.bundle import Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
 from bdexport.calibrate import CalibrationRequest, Scales, scales_for
-from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
+from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint, loading_record, named_by
+from bdexport.checkpoint.against import check_against as compare_logits
 from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import CALIBRATED, BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache
-from bdexport.errors import UsageError
+from bdexport.errors import OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
-from bdexport.files import default_cache_folder, making_folder, sha256_file
-from bdexport.fusing import Fusing, check_fusing, check_size
+from bdexport.files import default_cache_folder, making_folder, sha256_file, utf8_text
+from bdexport.fixed_mask import KEY, chosen_mask, model_with_mask, with_mask
+from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
+from bdexport.models.policy_size import cost_text as share_text
 from bdexport.partition import part_specs, transitions
+from bdexport.policy_cost import cost_text, policy_cost
 from bdexport.precision import check_offered, typed_graphs
 from bdexport.samples import CALIBRATION
 from bdexport.verify import require, verify_against_model
@@ -58,6 +62,9 @@ class BuiltBundle(Bundle):
     notes: tuple[str, ...] = ()
     quantisation: tuple[dict[str, Any], ...] = ()  # rows of the table, see bdexport.quantise
     fusing: dict[str, Any] | None = None  # "seconds" that fusing takes, "bytes_before" and "bytes_after"
+    loading: dict[str, Any] = field(default_factory=dict)  # see bdexport.checkpoint.loading_record
+    checked_against: dict[str, Any] | None = None  # see bdexport.checkpoint.against
+    policy_cost: dict[str, Any] = field(default_factory=dict)  # see bdexport.policy_cost
 
     def count(self, outcome: str) -> int:
         """How many engines were "built", "reused" or "rebuilt"."""
@@ -69,8 +76,9 @@ def build_bundle(
     out: str | Path | None = None,
     *,
     config: BuildConfig | None = None,
-    arch: str | None = None,
-    shortcut: Shortcut | None = None,
+    loading: Mapping[str, Any] | None = None,
+    loaded: Callable[[Checkpoint], None] | None = None,
+    check_against: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     cache_dir: str | Path | None = None,
@@ -78,14 +86,21 @@ def build_bundle(
     counted: Dataset | None = None,
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
+    mask: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
 
-    ``arch`` and ``shortcut`` as in :func:`load_checkpoint`; ``progress(what, done, total)`` is called along the way;
-    ``cache_dir``: the engine cache, default as :func:`bdexport.files.default_cache_folder`. ``calibration``:
-    where int8 and fp8 take scales from. ``counted``: images on which masks are counted and executors measured, best a
-    validation split; None: the masks that the checkpoint's policy statistics count, and random images. ``judged``:
-    images on which accuracy is held against torch's.
+    ``loading``: arguments of :func:`load_checkpoint`, e.g. ``{"shortcut": "avgpool"}``; ``loaded`` is called with what
+    it gave. Classes without names get those of the images that are named below. ``check_against``: a reference that
+    the undropped network's logits must meet (:mod:`bdexport.checkpoint.against`) before anything is built.
+    ``progress(what, done, total)`` is called along the way. ``cache_dir``: the engine cache, default as
+    :func:`bdexport.files.default_cache_folder`. ``calibration``: where int8 and fp8 take scales from. ``counted``:
+    images on which masks are counted and executors measured, best a validation split; None: the masks that the
+    checkpoint's policy statistics count, and random images. ``judged``: images on which accuracy is held against
+    torch's. ``mask``: one mask (K characters, 0 or 1) for every image instead of a policy, which the checkpoint need
+    not have; None: a network that was finetuned under one mask gets that one.
+    ``note`` is told beforehand what can be gained at most with such a policy.
 
     Raises UsageError, CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or
     OutputError; after them, as after Ctrl-C, nothing is left and an old bundle is as it was.
@@ -95,25 +110,50 @@ def build_bundle(
     path = Path(checkpoint_path)
     if progress is not None:
         progress("load", 0, 1)
-    checkpoint = load_checkpoint(path, arch=arch, shortcut=shortcut)
-    model = build_model(checkpoint)
+    checkpoint = named_by(load_checkpoint(path, **loading or {}), counted or judged)
+    if loaded is not None:
+        loaded(checkpoint)
+    fixed = chosen_mask(mask, checkpoint)
+    if fixed is None:
+        model = build_model(checkpoint)
+    else:
+        check_static(config.fused)
+        model, checkpoint = model_with_mask(checkpoint, fixed), with_mask(checkpoint, fixed)
+    checked = None if check_against is None else compare_logits(model, checkpoint, Path(check_against))
     if progress is not None:
         progress("load", 1, 1)
-    return bundle_from_model(
+    cache, notes = _engine_cache(cache_dir)
+    if note is not None and fixed is None:
+        counted_blocks = (checkpoint.training.get(STATISTICS) or {}).get("blocks_used") or {}
+        table = count_flops(model, checkpoint.preprocess.size)
+        note(share_text(table, counted_blocks.get("mean")))
+    place = default_bundle_path(path)
+    built = bundle_from_model(
         model,
         checkpoint,
-        Path(out) if out is not None else default_bundle_path(path),
+        Path(out) if out is not None else place if mask is None else place.with_name(f"{place.name}-{mask}"),
         backend,
         config=config,
         checkpoint_sha256=sha256_file(checkpoint_file(path)),
         overwrite=overwrite,
         progress=progress,
-        cache=EngineCache(Path(cache_dir) if cache_dir is not None else default_cache_folder()),
+        cache=cache,
         calibration=calibration,
         counted=counted,
         judged=judged,
         verify=verify,
+        fixed=fixed,
     )
+    notes += built.notes
+    return replace(built, notes=tuple(notes), loading=loading_record(checkpoint), checked_against=checked)
+
+
+def _engine_cache(folder: str | Path | None) -> tuple[EngineCache | None, list[str]]:
+    """The cache in ``folder`` or in the default one; None, with a note that says why, where there is no such folder."""
+    try:
+        return EngineCache(Path(folder) if folder is not None else default_cache_folder()), []
+    except OutputError as error:
+        return None, [f"engine cache: {error}; engines are not kept for a later build"]
 
 
 def bundle_from_model(
@@ -131,6 +171,7 @@ def bundle_from_model(
     counted: Dataset | None = None,
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
+    fixed: str | None = None,
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
@@ -150,6 +191,9 @@ def bundle_from_model(
         parts = _part_entries(staging, graphs, engines, sources, specs, model, checkpoint)
         manifest = _manifest(out, model, checkpoint, backend, options, parts, checkpoint_sha256)
         check_size(manifest, config.fused.max_bundle_mb)
+        if fixed is not None:
+            manifest = replace(manifest, extra=manifest.extra | {KEY: fixed})
+            notes.append(f"every image runs the mask {fixed}: no policy network decides")
         if scales is not None:
             manifest = replace(
                 manifest, extra=manifest.extra | {CALIBRATION: scales.source | {"images_by_part": scales.images}}
@@ -161,8 +205,19 @@ def bundle_from_model(
         manifest = replace(fusing.with_executor(manifest), verification=verification)
         write_manifest(staging, manifest)
         notes += fusing.notes
+        cost = policy_cost(manifest, fusing.times)
+        if fixed is None and fusing.times is not None:
+            notes.append(cost_text(cost))
     opened = open_bundle(out)
-    return BuiltBundle(opened.path, opened.manifest, outcomes, tuple(notes), tuple(fusing.table), fusing.costs)
+    return BuiltBundle(
+        opened.path,
+        opened.manifest,
+        engines=outcomes,
+        notes=tuple(notes),
+        quantisation=tuple(fusing.table),
+        fusing=fusing.costs,
+        policy_cost=cost,
+    )
 
 
 def checked_backend(config: BuildConfig) -> Backend:
@@ -182,14 +237,21 @@ def _build_options(config: BuildConfig) -> BuildOptions:
 
 
 def default_bundle_path(checkpoint_path: Path) -> Path:
-    """``engines/<name>``: the name in the zoo, the run folder's, or the checkpoint file's without its suffix."""
+    """``engines/<name>``: the name in the zoo, the run folder's, or the checkpoint file's without its suffix.
+
+    A link has its own name, not that of what it points to, which in a cache is a hash; in Hugging Face's cache a
+    folder called by its commit is called by its repository.
+    """
     name = zoo_name(checkpoint_path)
     if name is not None:
         return DEFAULT_PARENT / name
-    path = checkpoint_path.resolve()
+    path = Path(os.path.abspath(checkpoint_path))
+    is_folder = path.is_dir()
     if path.name == RUN_FILE:
-        path = path.parent
-    return DEFAULT_PARENT / (path.name if path.is_dir() else path.stem or path.name)
+        path, is_folder = path.parent, True
+    if is_folder and path.parent.name == "snapshots":
+        path = Path(path.parent.parent.name.rpartition("--")[2] or path.name)
+    return DEFAULT_PARENT / (path.name if is_folder else path.stem or path.name)
 
 
 def _scales(
@@ -243,7 +305,7 @@ def _manifest(
     network = model.network.spec
     training = {key: value for key, value in checkpoint.training.items() if key != STATISTICS}
     return Manifest(
-        name=out.absolute().name,
+        name=utf8_text(out.absolute().name),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         architecture=network.name,
         network=network.to_json(),
@@ -260,6 +322,7 @@ def _manifest(
         fingerprint=backend.fingerprint(),
         compute_capability=", ".join(options.tensorrt.compute_capabilities) or None,
         training=training,
+        extra={"loading": list(checkpoint.notes)} if checkpoint.notes else {},
         policy_statistics=checkpoint.training.get(STATISTICS) or {},
         checkpoint={"sha256": checkpoint_sha256, "form": checkpoint.form},
     )

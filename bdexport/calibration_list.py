@@ -25,7 +25,7 @@ from bdexport.dataset import Dataset, check_classes, load_dataset
 from bdexport.dataset.samples import NAME as SAMPLES
 from bdexport.dataset.splits import split_rows
 from bdexport.errors import CalibrationError, UsageError
-from bdexport.files import sha256_file, write_text
+from bdexport.files import sha256_file, utf8_name, write_text
 from bdexport.json_text import MalformedError, json_kind, parse_json, shown
 from bdexport.preprocess import Preprocess
 
@@ -184,7 +184,9 @@ def _list_of(loaded: Dataset, rows: list[int], data: Path | None) -> Calibration
 
 
 def _relative(path: Path, data: Path | None) -> str:
-    return path.relative_to(data).as_posix() if data is not None and path.is_relative_to(data) else path.as_posix()
+    """How a list names an image; a name that is no UTF-8 in a form that JSON can hold."""
+    inside = data is not None and path.is_relative_to(data)
+    return utf8_name(path.relative_to(data).as_posix() if data is not None and inside else path.as_posix())
 
 
 def _digest(images: Dataset) -> str:

@@ -13,12 +13,12 @@ from bdexport.backends.base import Session
 from bdexport.bench.measure import without_garbage_collection
 from bdexport.bundle import Bundle
 from bdexport.config import ChoiceConfig
-from bdexport.parts import POLICY, Masks
+from bdexport.parts import FULL, POLICY, Masks
 from bdexport.runtime import Orchestrator
 from bdexport.runtime.decide import masks_from_probabilities
 from bdexport.runtime.executors import usable_executors
 
-WARM_UP_CALLS, FEWEST_CALLS = 8, 3
+WARM_UP_CALLS, FEWEST_CALLS, TIMED_CALLS = 8, 3, 64
 POLICY_BATCH = 250  # images that the policy sees at a time
 
 
@@ -50,6 +50,22 @@ def choose(
     ]
     choice, reason = decision(measured, config.worth)
     return {"choice": choice, "reason": reason, "measured": measured, "threads": session.threads}
+
+
+def policy_times(session: Session, image: NDArray[np.float32], seconds: float) -> dict[str, float]:
+    """``{"policy_ms", "full_ms"}``: medians of the two engines at batch 1, in turn; ``image`` (1, 3, H, W)."""
+    times: dict[str, list[float]] = {POLICY: [], FULL: []}
+    until = monotonic() + seconds
+    with without_garbage_collection():
+        for number in range(WARM_UP_CALLS + TIMED_CALLS):
+            for part, own in times.items():
+                begin = perf_counter_ns()
+                session.get(part, session.run(part, session.put(part, image)))
+                if number >= WARM_UP_CALLS:
+                    own.append((perf_counter_ns() - begin) / 1e6)
+            if monotonic() > until and number >= WARM_UP_CALLS + FEWEST_CALLS:
+                break
+    return {f"{part}_ms": float(np.median(own)) for part, own in times.items()}
 
 
 def decision(measured: Sequence[dict[str, Any]], worth: float) -> tuple[str, str]:

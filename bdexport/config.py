@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from bdexport.train_config import (
     AdaptConfig,
+    AugmentConfig,
     CurriculumConfig,
     Estimator,
     FinetuneConfig,
@@ -27,8 +28,10 @@ from bdexport.train_presets import PRESETS, preset
 
 __all__ = [
     "CALIBRATED",
+    "LARGEST_POLICY_SHARE",
     "PRESETS",
     "AdaptConfig",
+    "AugmentConfig",
     "BenchConfig",
     "BuildConfig",
     "CalibrationConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "preset",
 ]
 
+LARGEST_POLICY_SHARE = 0.05  # of the full network's cost: a dearer policy is warned of, and none by default
 CALIBRATED = ("int8", "fp8")  # precisions that need scales, from ``bdexport calibrate``
 
 
@@ -153,6 +157,11 @@ class QuickstartConfig:
         "finetune.epochs=9",
         "finetune.batch=64",
         "policy.target_blocks=6",
+        "adapt.epochs=3",
+        "adapt.learning_rate=0.03",
+        "curriculum.learning_rate=0.001",
+        "finetune.network_learning_rate=0.05",
+        "finetune.policy_learning_rate=0.0005",
     )
     threads: int = 1
     out: str = "engines/quickstart"

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from bdexport import __version__
 from bdexport.hardware import GpuReport, gpu_report, gpu_to_json, machine, usable_cores
 from bdexport.packages import install_line
+from bdexport.requirements import outdated
 
 State = Literal["ok", "build only", "missing", "broken"]  # build only: a backend whose engines run elsewhere
 TIMEOUT_S = 120.0  # for one import; torch from a cold network disk takes tens of seconds
@@ -83,14 +84,18 @@ class Report:
 
 def examine(done: Callable[[str], None] = lambda name: None) -> Report:
     """Look at everything; ``done`` is told the name of each package when its turn is over. Never raises."""
-    probes = (*packages(), *_backend_probes())
     gpus = gpu_report()
     with ThreadPoolExecutor(max(1, usable_cores())) as pool:
         findings = []
-        for finding in pool.map(run_probe, probes):
+        for finding in pool.map(run_probe, probes()):
             done(finding.name)
             findings.append(finding)
     return Report((_python(), _bdexport(), *_in_groups(findings, gpus)), gpus)
+
+
+def probes() -> tuple[Probe, ...]:
+    """Everything that is tried: packages, then backends."""
+    return (*packages(), *_backend_probes())
 
 
 def packages() -> tuple[Probe, ...]:
@@ -149,6 +154,9 @@ def run_probe(probe: Probe) -> Finding:
         )
     if answer["state"] == "broken":
         return _broken(probe, answer["detail"], _beyond_doctor(answer.get("remedy")))
+    too_old = None if probe.group == "backend" else outdated(probe.name)
+    if too_old is not None:
+        return _broken(probe, str(too_old), too_old.remedy)
     return Finding(probe.name, probe.group, "ok", answer["version"], answer["detail"])
 
 

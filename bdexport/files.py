@@ -34,12 +34,21 @@ _OWNED = re.compile(r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(\.[a-z0-9_]
 
 
 def default_cache_folder() -> Path:
-    """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will."""
+    """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will.
+
+    Raises :class:`OutputError` for a user who has no home folder, as in many containers: who can do without a cache
+    goes on, and says so.
+    """
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative values ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "bdexport"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if base.is_absolute():  # the XDG specification has relative values ignored
+        return base / "bdexport"
+    try:
+        return Path.home() / ".cache" / "bdexport"
+    except RuntimeError as error:  # neither $HOME nor an entry in the system's list of users
+        remedy = f"set {CACHE_VARIABLE} to a folder that can be written"
+        raise OutputError("no folder for a cache: this user has no home folder", remedy=remedy) from error
 
 
 @contextmanager
@@ -81,6 +90,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON (indented, no NaN) atomically."""
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def utf8_name(name: str | Path) -> str:
+    """A file's name as UTF-8 can hold it: each byte that is no UTF-8 becomes its escape, always the same."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check_writable(path: Path) -> None:
@@ -261,6 +275,42 @@ def _is_dead(pid: int) -> bool:
     except (OSError, OverflowError):  # somebody else's, for one
         return False
     return False
+
+
+def shown(path: Path) -> str:
+    """A file's name on one line, with an escape for what a terminal would obey instead of printing it."""
+    return "".join(ascii(c)[1:-1] if is_control(c) else c for c in str(path))
+
+
+def is_control(character: str) -> bool:
+    """Whether it is one of Unicode's control characters (category Cc)."""
+    return ord(character) < 32 or 127 <= ord(character) < 160
+
+
+@contextmanager
+def native_path(path: Path) -> Iterator[str]:
+    """The name under which a library that takes UTF-8 only opens the file ``path``: its own, or a link's while inside.
+
+    Names on disk are bytes. Python opens any of them; libraries in C++ and Rust are given UTF-8, which is another name
+    where these bytes are none, or where the locale has Python read them in another encoding.
+    """
+    if is_utf8(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, f"linked{path.suffix}" if is_utf8(Path(path.suffix)) else "linked")
+        link.symlink_to(path.absolute())
+        yield str(link)
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the name's bytes on disk are the UTF-8 of its text."""
+    return os.fsencode(path) == str(path).encode(errors="surrogatepass")
+
+
+def utf8_text(text: str) -> str:
+    """``text`` with what is no character (a byte of a file name that is no UTF-8) as an escape: backslash, udcff."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def sha256_file(path: Path) -> str:

@@ -152,5 +152,7 @@ def sampled_masks(counts: MaskCounts, number: int) -> Masks:
 def shares_text(fused: FusedPaths) -> str:
     """``11 fused paths cover 99.8 % of 5000 validation images``."""
     one = len(fused.paths) == 1
+    if fused.images == 1:  # a fixed mask, counted once: it is every image's
+        return "the mask runs as one fused path" if one else "the mask keeps every block"
     subject = "1 fused path covers" if one else f"{len(fused.paths)} fused paths cover"
     return f"{subject} {100 * fused.coverage:.1f} % of {fused.images} {fused.split} images"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bdexport.backends.base import Backend, FusedSession, RunOptions, Session, fuses_paths
 from bdexport.bundle import Bundle, Manifest
-from bdexport.choose import choose, policy_masks
+from bdexport.choose import choose, policy_masks, policy_times
 from bdexport.config import ChoiceConfig, FusedConfig
 from bdexport.dataset import Dataset, check_classes
 from bdexport.errors import BuildError, UsageError
@@ -60,6 +60,12 @@ def check_fusing(config: FusedConfig, backend: Backend) -> None:
         raise UsageError("--mask-images", got=config.mask_images, expected="at least 1")
 
 
+def check_static(config: FusedConfig) -> None:
+    """Raises UsageError for what has no effect on a bundle of one mask."""
+    if config.quantise is not None:
+        raise UsageError("--quantise-masks has no effect with one fixed mask", remedy="leave it out")
+
+
 def bundle_bytes(manifest: Manifest) -> int:
     """Bytes of all files but the manifest."""
     return sum(entry.bytes for entry in manifest.files())
@@ -88,6 +94,7 @@ class Fusing:
         self.notes: list[str] = []
         self.table: list[dict[str, Any]] = []
         self.costs: dict[str, Any] | None = None
+        self.times: dict[str, float] | None = None  # of the policy's and the full network's engine, where measured
 
     def with_paths(self) -> Manifest:
         """The manifest with its fused paths; as it was, with a note, where none can be."""
@@ -136,9 +143,11 @@ class Fusing:
         size = bundle_bytes(manifest)
         with closing(self.backend.open(bundle, RunOptions(fused=True))) as session:
             self.costs = {"seconds": _prepare(session, self.backend), "bytes_before": size, "bytes_after": size}
-            executor = (
-                choose(bundle, session, *self._sample(ChoiceConfig(), manifest)) if self.config.measure else _UNMEASURED
-            )
+            executor = _UNMEASURED
+            if self.config.measure:
+                images, masks = self._sample(ChoiceConfig(), manifest)
+                executor = choose(bundle, session, images, masks)
+                self.times = policy_times(session, manifest.preprocess(images[:1]), ChoiceConfig.seconds)
         self.report("executors", 1, 1)
         return replace(manifest, executor=executor)
 

@@ -71,6 +71,15 @@ def json_kind(value: Any) -> str:
     return shown(value) if value is None or isinstance(value, bool) else "a number"
 
 
+def finite(value: Any) -> Any:
+    """``value`` with null in place of every number that JSON does not have (NaN, infinity)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if repeated:

@@ -6,7 +6,7 @@ a fresh policy starts to drop blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,23 @@ def drop_order(network: ResNet, batches: Sequence[tuple[Tensor, Tensor]]) -> lis
     ``network`` must be in eval mode; ``batches`` of images (N, 3, H, W) and labels (N,). Takes K (K + 1) / 2
     evaluations of the part of the network behind the block in question.
     """
-    mask = [True] * len(network.blocks)
+    return eliminated(network, batches, [True] * len(network.blocks), lambda mask: not any(mask))
+
+
+@torch.no_grad()
+def eliminated(
+    network: ResNet,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    mask: Sequence[bool],
+    enough: Callable[[Sequence[bool]], bool],
+) -> list[int]:
+    """The blocks that ``mask`` (K) loses, in the order of :func:`drop_order`, until it is small ``enough``."""
+    left = list(mask)
     order: list[int] = []
-    while any(mask):
-        losses = _losses_without(network, batches, mask)
+    while any(left) and not enough(left):
+        losses = _losses_without(network, batches, left)
         order.append(min(losses, key=lambda index: losses[index]))
-        mask[order[-1]] = False
+        left[order[-1]] = False
     return order
 
 

@@ -9,6 +9,7 @@ transparency shows white, 16-bit greyscale keeps its upper 8 bits. Colour profil
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.errors import ImageError, InputError
+from bdexport.files import shown
 
 if TYPE_CHECKING:  # arrays of the network's size need no Pillow, and a machine that measures may not have it
     from PIL import Image
@@ -25,6 +27,8 @@ if TYPE_CHECKING:  # arrays of the network's size need no Pillow, and a machine 
 Resampling = Literal["bilinear", "bicubic"]
 MAX_RESIZE_SHORT = 8192  # pixels
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the public CIFAR ResNets use ImageNet's
+
+_reading = threading.local()
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # what undoes each EXIF orientation (TIFF 6.0, tag 274), by Pillow's name; 1 is upright already
@@ -178,22 +182,32 @@ def read_image(path: Path) -> Image.Image:
     """
     from PIL import Image, UnidentifiedImageError
 
+    _reading.path = path
     try:
         with Image.open(path) as image:
             image.load()
             return _upright(image)
     except UnidentifiedImageError:
         raise ImageError(
-            f"{path}: not an image that Pillow can decode", expected="PNG, JPEG, WebP, BMP, TIFF.. "
+            f"{shown(path)}: not an image that Pillow can decode", expected="PNG, JPEG, WebP, BMP, TIFF.. "
         ) from None
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file", remedy="check the path") from None
+        raise ImageError(f"{shown(path)}: no such file", remedy="check the path") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{path}: too large to decode safely ({error})", remedy="scale it down first") from error
+        raise ImageError(
+            f"{shown(path)}: too large to decode safely ({error})", remedy="scale it down first"
+        ) from error
     except Exception as error:  # decoders of damaged files raise nearly anything: struct.error, IndexError, EOFError..
         if isinstance(error, OSError) and error.errno is not None:
-            raise ImageError(f"{path}: cannot be read ({error.strerror})", remedy="check the path") from error
-        raise ImageError(f"{path}: damaged or unreadable image ({error})") from error
+            raise ImageError(f"{shown(path)}: cannot be read ({error.strerror})", remedy="check the path") from error
+        raise ImageError(f"{shown(path)}: damaged or unreadable image ({error})") from error
+    finally:
+        _reading.path = None
+
+
+def image_being_read() -> Path | None:
+    """The file that this thread is decoding: a warning of Pillow's does not say which one it is about."""
+    return getattr(_reading, "path", None)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -244,4 +258,6 @@ def _deep_greyto_rgb(image: Image.Image) -> Image.Image:
         scales = (1.0, 255.0) if image.mode == "F" else (255.0,)
         white = next((scale for scale in scales if values.max(initial=0) <= scale), white)
     grey = np.clip(values * (255 / white), 0, 255).round().astype(np.uint8)
+    if isinstance(image.info.get("transparency"), int):  # a PNG names one level as the transparent one
+        grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey).convert("RGB")

@@ -153,6 +153,14 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are varied, each by its own draw; None: as suits the data set, see docs/training.md."""
+
+    mirror: bool | None = None  # left and right swapped for every second image
+    shift: int | None = None  # in pixels, up to which an image is moved each way, its border filled with zeros (a crop)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that determines a training run, but for the data and the machine."""
 
@@ -168,7 +176,11 @@ class TrainConfig:
     mirrored_teacher: bool = True  # cached: averaged with the mirrored image, where mirroring is an augmentation
     retarget: bool = True  # at the end, shift the policy's logits so that the validation mean meets target_blocks
     recalibrate_images: int = 10_000  # batch-norm statistics are re-estimated on this many greedy paths at the end
+    static_images: int = 1000  # of the validation split, for the static mask that the policy is held against; 0: none
     evaluation_batch: int = 500
+    # An epoch sees every image: what whole batches leave over is spread over them. False: up to a batch is left out.
+    whole_epochs: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     prime: PrimeConfig = field(default_factory=PrimeConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)

@@ -21,7 +21,7 @@ def preset(name: str, num_blocks: int) -> TrainConfig:
 
 
 PRESETS = {
-    "smoke": "under a minute on digits: does it run at all",
+    "smoke": "about a minute, on as few images as that takes: does it run at all",
     "cpu": "about an hour on 2 cores for ResNet-32 on CIFAR-10",
     "marginal": "masks that depend on the image (marginal estimator); two hours on one core for ResNet-32 on CIFAR-10",
     "paper": "the paper's own schedule and estimator (days without a GPU)",
@@ -37,6 +37,7 @@ def _smoke(num_blocks: int) -> TrainConfig:
         curriculum=CurriculumConfig(epochs=2, batch=64, epoch_share=0.5, blocks_per_epoch=-(-num_blocks // 2)),
         finetune=FinetuneConfig(epochs=2, batch=64),
         recalibrate_images=500,
+        static_images=100,
     )
 
 

@@ -1,19 +1,20 @@
 """Dynamic inference on a GPU against the full network's engine: the latencies and throughputs that were promised.
 
-    python benchmarks/gpu.py [--rounds 200] [--quick] [--backends torch onnxruntime tensorrt tensorrt-rtx] [--json FILE]
+    python benchmarks/gpu.py [--rounds 200] [--quick] [--backends torch onnxruntime tensorrt tensorrt-rtx]
+                             [--workloads small batch all-kept large] [--json FILE]
 
 Workloads, with random weights and random masks (time depends on neither), all contestants in turn in one process:
 
     small     ResNet-110, 32x32, batch 1, 17 of 54 blocks:   dynamic / full <= 0.45, efficiency >= 0.8
     batch     ResNet-110, 32x32, batch 256, 17 of 54 blocks: throughput >= 2.2 x full
+    all-kept  ResNet-110, batch 1, every block, no policy:   dynamic / full <= 1.25
     large     ResNet-101, 224x224, batch 1, 25 of 33 blocks: efficiency >= 0.95
-    all kept  ResNet-110, batch 1, every block, no policy:   dynamic / full <= 1.25
 
 A call starts with float32 images on the host and ends with logits on the host. Dynamic calls run the policy, bring its
 probabilities to the host and then follow the random mask. ``full`` is the best full-network call among the contestants
 of the same backend. ``ideal`` is the share of the full network's FLOPs that policy and path have; efficiency is ideal
-over the measured ratio. Contestants that this machine cannot run are skipped with the reason. Prints a table last and
-writes JSON.
+over the measured ratio. Contestants that this machine cannot run are skipped with the reason. The JSON is written after
+each workload; ``large`` is the last, since building ResNet-101 takes longest. Prints a table last.
 """
 
 from __future__ import annotations
@@ -23,24 +24,34 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_common import RESULTS, Skipped, in_turn, make_checkpoint, summary, surroundings, what_is_missing
+from gpu_common import (
+    DEVICE,
+    DRY_RUN,
+    RESULTS,
+    ResultFile,
+    Skipped,
+    in_turn,
+    make_checkpoint,
+    summary,
+    what_is_missing,
+)
 
 import bdexport
 from bdexport.bench.results import path_share
 from bdexport.build import build_bundle
 from bdexport.config import BuildConfig
-from bdexport.files import write_json
 from bdexport.parts import FULL, POLICY
+from bdexport.report.benchmarks import LATENCY
 from bdexport.runtime import Orchestrator
 
-SCHEMA = "bdexport.benchmark.gpu/1"
 BACKENDS = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 EXECUTORS = ("chain", "graph")
+DRY_BATCH = 4  # of images, in a dry run
 MASKS = 16  # different masks of single images; a policy for CIFAR-10 repeats its masks as well
 
 
@@ -59,8 +70,8 @@ class Workload:
 WORKLOADS = (
     Workload("small", "resnet110", 1, 17, (("ratio", "<=", 0.45), ("efficiency", ">=", 0.8))),
     Workload("batch", "resnet110", 256, 17, (("speedup", ">=", 2.2),)),
+    Workload("all-kept", "resnet110", 1, 54, (("ratio", "<=", 1.25),), policy=False),
     Workload("large", "resnet101", 1, 25, (("efficiency", ">=", 0.95),)),
-    Workload("all kept", "resnet110", 1, 54, (("ratio", "<=", 1.25),), policy=False),
 )
 
 
@@ -70,19 +81,26 @@ def main() -> None:
     if missing is not None:
         sys.exit(f"gpu.py: no GPU can be used, nothing was measured: {missing}")
     rounds, warmup = (20, 5) if arguments.quick else (arguments.rounds, 20)
+    if DRY_RUN:
+        rounds, warmup = 2, 0
     skipped, results = Skipped(), []
+    settings = {"rounds": rounds, "warmup": warmup, "backends": arguments.backends, "workloads": arguments.workloads}
+    file = ResultFile(arguments.json, LATENCY, settings)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for workload in WORKLOADS:
+        for workload in [_resized(workload) for workload in WORKLOADS if workload.name in arguments.workloads]:
             bundles = _bundles(workload, folder, arguments.backends, skipped)
             with skipped.unless_it_fails(workload.name):
                 results += _measure(workload, bundles, rounds, warmup, skipped)
-            # After each, so that a run that is cut short leaves what it has.
-            data = {"schema": SCHEMA, "rounds": rounds, "warmup": warmup, **surroundings()}
-            write_json(arguments.json, data | {"results": results, "skipped": skipped.reasons})
+            file.write(results, skipped.reasons)
+    file.write(results, skipped.reasons, complete=True)
     _print(results, skipped, arguments.json)
     if not results:
         sys.exit("gpu.py: no contestant could be run; the reasons are above")
+
+
+def _resized(workload: Workload) -> Workload:
+    return replace(workload, batch=min(workload.batch, DRY_BATCH)) if DRY_RUN else workload
 
 
 # ---- contestants --------------------------------------------------------------------------------------------------
@@ -118,7 +136,7 @@ def _opened(
         for executor in EXECUTORS:
             name = f"{workload.arch} {backend} {executor}"
             with skipped.unless_it_fails(name):
-                orchestrator = stack.enter_context(bdexport.load(bundle, device="cuda", executor=executor))
+                orchestrator = stack.enter_context(bdexport.load(bundle, device=DEVICE, executor=executor))
                 if "runs as chain" in orchestrator.executor_reason:
                     skipped.add(name, orchestrator.executor_reason)
                 else:
@@ -164,7 +182,8 @@ def _measure(
 
 def _random_masks(rng: np.random.Generator, workload: Workload, num_blocks: int) -> list[np.ndarray]:
     """Masks (batch, K) with ``kept`` blocks each; a list of several for single images."""
-    count = MASKS if workload.batch == 1 and workload.kept < num_blocks else 1
+    several = 2 if DRY_RUN else MASKS
+    count = several if workload.batch == 1 and workload.kept < num_blocks else 1
     masks = np.zeros((count, workload.batch, num_blocks), bool)
     for mask in masks.reshape(-1, num_blocks):
         mask[rng.permutation(num_blocks)[: workload.kept]] = True
@@ -267,7 +286,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--quick", action="store_true", help="20 rounds: a look, not a result")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json")
+    names = [workload.name for workload in WORKLOADS]
+    parser.add_argument("--workloads", nargs="+", choices=names, default=names)
+    parser.add_argument("--json", type=Path, default=RESULTS / "latency.json")
     return parser.parse_args()
 
 

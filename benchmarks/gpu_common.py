@@ -1,12 +1,22 @@
-"""What the GPU benchmarks share: is there a GPU, what does the machine have, bundles of random weights, times."""
+"""What the GPU benchmarks share: is there a GPU, what does the machine have, result files, random weights, times.
+
+With ``BDEXPORT_GPU_DRY_RUN=1`` the CPU stands in for the GPU, so that a script can be tried where there is none: what
+it then writes is marked, and is no result.
+"""
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.util
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +24,9 @@ from typing import Any
 import numpy as np
 
 from bdexport.cuda import why_no_cuda
+from bdexport.files import write_json
 from bdexport.hardware import gpu_report, gpu_to_json, machine, package_versions
+from bdexport.report.benchmarks import BENCHMARK_SCHEMA
 
 PACKAGES = (
     *(
@@ -30,13 +42,18 @@ PACKAGES = (
     ),
     *("pycuda", "cupy-cuda13x", "cupy-cuda12x", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "nvidia-cuda-nvrtc"),
 )
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+MEASURED_CODE = ("bdexport/**/*.py", "benchmarks/*.py", "tests/gpu/*.py", "tests/gpu_*.py")
+COMMIT, DRY_RUN_VARIABLE = "BDEXPORT_COMMIT", "BDEXPORT_GPU_DRY_RUN"
+DRY_RUN = os.environ.get(DRY_RUN_VARIABLE) == "1"
+DEVICE = "cpu" if DRY_RUN else "cuda"
 
 
 def what_is_missing() -> str | None:
     """In one line, why nothing can be measured here; None where there is a GPU."""
     error = why_no_cuda()
-    if error is None or torch_cuda_reason() is None:
+    if DRY_RUN or error is None or torch_cuda_reason() is None:
         return None
     return str(error)
 
@@ -50,13 +67,80 @@ def torch_cuda_reason() -> str | None:
     return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no GPU"
 
 
-def surroundings() -> dict[str, Any]:
-    """Machine, GPUs with clocks, driver, versions: what numbers come from."""
-    return {
-        "machine": machine(),
-        "gpus": [gpu_to_json(gpu) for gpu in gpu_report().gpus],
-        "versions": package_versions(PACKAGES) | {"python": sys.version.split()[0]},
-    }
+class ResultFile:
+    """One JSON file in the form of :mod:`bdexport.report.benchmarks`, written again whenever there is more.
+
+    Until :meth:`write` says so, it is not complete: a script that is stopped leaves what it has. Nothing is written
+    where ``path`` is None.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        kind: str,
+        settings: Mapping[str, Any],
+        device: str = DEVICE,
+        dry_run: bool = DRY_RUN,
+    ) -> None:
+        self.path = path
+        self._head = {
+            "schema": BENCHMARK_SCHEMA,
+            "kind": kind,
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": commit(),
+            "code": code_digest(),
+            "device": device,
+            "dry_run": dry_run,
+            "machine": machine(),
+            "gpus": [] if device == "cpu" else gpus_now(),
+            "versions": package_versions(PACKAGES) | {"python": sys.version.split()[0]},
+            "settings": dict(settings),
+        }
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write([])
+
+    def write(
+        self, results: list[dict[str, Any]], skipped: Mapping[str, str] | None = None, *, complete: bool = False
+    ) -> None:
+        """Replace the file, atomically. When it is complete, with the GPUs' clocks of then, which have been at work."""
+        if complete and self._head["gpus"]:
+            self._head["gpus"] = gpus_now()
+        if self.path is not None:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            rest = {"date": now, "complete": complete, "results": results, "skipped": dict(skipped or {})}
+            write_json(self.path, self._head | rest)
+
+
+def gpus_now() -> list[dict[str, Any]]:
+    """The GPUs with their clocks of this moment."""
+    return [gpu_to_json(gpu) for gpu in gpu_report().gpus]
+
+
+def commit() -> str | None:
+    """The commit that runs: ``BDEXPORT_COMMIT``, or what git says; None where neither does (a copy without .git)."""
+    if given := os.environ.get(COMMIT):
+        return given
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 over the code that is measured and that measures: the same in a copy without .git."""
+    digest = hashlib.sha256()
+    for pattern in MEASURED_CODE:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def make_checkpoint(arch: str, folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """What single operations cost on this GPU: the numbers that decide how paths are run.
 
-    python benchmarks/gpu_probe.py [--rounds 200] [--json FILE]
+    python benchmarks/gpu_probe.py [--only driver conditionals torch onnxruntime ..] [--rounds 200] [--json FILE]
 
     launches       a tiny kernel 54 times: plain launches, and one graph of them; per kernel
     conditionals   one graph of 54 IF nodes in a row whose conditions a kernel sets from a mask in device memory:
@@ -27,20 +27,23 @@ from typing import Any
 
 import numpy as np
 from gpu_common import (
+    DEVICE,
+    DRY_RUN,
     RESULTS,
+    ROOT,
+    ResultFile,
     Skipped,
     in_turn,
     make_checkpoint,
-    surroundings,
     torch_cuda_reason,
     what_is_missing,
 )
 from gpu_probe_driver import BLOCKS, Row, conditional_probe, driver_probes, probe_row
 
 from bdexport.errors import BackendError
-from bdexport.files import write_json
+from bdexport.report.benchmarks import PROBE
 
-SCHEMA = "bdexport.benchmark.gpu_probe/1"
+PROBES = ("driver", "conditionals", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 def main() -> None:
@@ -49,6 +52,8 @@ def main() -> None:
     if missing is not None:
         sys.exit(f"gpu_probe.py: no GPU can be used, nothing was measured: {missing}")
     skipped, rows = Skipped(), []
+    rounds = 2 if DRY_RUN else arguments.rounds
+    file = ResultFile(arguments.json, PROBE, {"rounds": rounds, "only": arguments.only})
     probes: dict[str, Callable[[int], list[Row]]] = {
         "driver": driver_probes,
         "conditionals": conditional_probe,
@@ -57,16 +62,31 @@ def main() -> None:
         "tensorrt": lambda rounds: _session_rows("tensorrt", rounds),
         "tensorrt-rtx": lambda rounds: _session_rows("tensorrt-rtx", rounds),
     }
-    for name, probe in probes.items():
+    if DRY_RUN:
+        probes |= {name: with_stand_in(probes[name]) for name in ("driver", "conditionals")}
+    for name in arguments.only:
         print(f"gpu_probe.py: {name} ...", file=sys.stderr)
         with skipped.unless_it_fails(name):
-            rows += probe(arguments.rounds)
-        # After each, so that a run that is cut short leaves what it has.
-        data = {"schema": SCHEMA, "rounds": arguments.rounds, **surroundings()}
-        write_json(arguments.json, data | {"results": rows, "skipped": skipped.reasons})
+            rows += probes[name](rounds)
+        file.write(rows, skipped.reasons)
+    file.write(rows, skipped.reasons, complete=True)
     _print(rows, skipped, arguments.json)
     if not rows:
         sys.exit("gpu_probe.py: nothing could be measured; the reasons are above")
+
+
+def with_stand_in(probe: Callable[[int], list[Row]]) -> Callable[[int], list[Row]]:
+    """The probe on a stand-in for the driver, which takes every call and measures nothing: for a dry run."""
+
+    def call(rounds: int) -> list[Row]:
+        if str(ROOT / "tests") not in sys.path:
+            sys.path.append(str(ROOT / "tests"))
+        from driver_without_gpu import standing_in
+
+        with standing_in():
+            return probe(rounds)
+
+    return call
 
 
 # ---- what runs the parts ------------------------------------------------------------------------------------------
@@ -74,7 +94,7 @@ def main() -> None:
 
 def _torch_probe(rounds: int) -> list[Row]:
     reason = torch_cuda_reason()
-    if reason is not None:
+    if reason is not None and not DRY_RUN:
         raise BackendError(reason)
     import torch
 
@@ -83,40 +103,48 @@ def _torch_probe(rounds: int) -> list[Row]:
     from bdexport.partition import part_module
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as the backends compute
-    model = BlockDropNet(resnet_spec("resnet110")).eval()
-    block = part_module(model, "block_01").cuda()
-    x = torch.randn(1, 16, 32, 32, device="cuda")
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    block = part_module(BlockDropNet(resnet_spec("resnet110")).eval(), "block_01").to(DEVICE)
+    x = torch.randn(1, 16, 32, 32, device=DEVICE)
 
-    def chain(y: Any) -> Any:
+    def chain() -> None:
+        y = x
         for _ in range(BLOCKS):
             y = block(y)
-        return y
 
     with torch.inference_mode():
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                chain(x)
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            chain(x)
-
-        def eager(turn: int) -> None:
-            with torch.inference_mode(), torch.cuda.stream(stream):
-                chain(x)
-            stream.synchronize()
-
-        def replayed(turn: int) -> None:
-            with torch.cuda.stream(stream):
-                graph.replay()
-            stream.synchronize()
-
-        times = in_turn({"eager": eager, "graph": replayed}, rounds, 10)
+        calls = {"eager": lambda turn: chain()} if DRY_RUN else _torch_calls(chain)
+        times = in_turn(calls, rounds, 10)
+    titles = {"eager": "eager", "graph": "one graph"}
     return [
-        probe_row(f"torch: {BLOCKS} blocks of ResNet-110's first stage, eager", times["eager"], BLOCKS),
-        probe_row(f"torch: {BLOCKS} blocks of ResNet-110's first stage, one graph", times["graph"], BLOCKS),
+        probe_row(f"torch: {BLOCKS} blocks of ResNet-110's first stage, {titles[name]}", values, BLOCKS)
+        for name, values in times.items()
     ]
+
+
+def _torch_calls(chain: Callable[[], None]) -> dict[str, Callable[[int], None]]:
+    """The chain on a stream of its own, kernel by kernel and as one CUDA graph."""
+    import torch
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            chain()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        chain()
+
+    def eager(turn: int) -> None:
+        with torch.cuda.stream(stream):
+            chain()
+        stream.synchronize()
+
+    def replayed(turn: int) -> None:
+        with torch.cuda.stream(stream):
+            graph.replay()
+        stream.synchronize()
+
+    return {"eager": eager, "graph": replayed}
 
 
 def _session_rows(backend: str, rounds: int) -> list[Row]:
@@ -131,7 +159,7 @@ def _session_rows(backend: str, rounds: int) -> list[Row]:
         bundle = build_bundle(
             make_checkpoint("resnet20", folder), folder / "bundle", config=config, cache_dir=folder / "c"
         )
-        with bdexport.load(bundle.path, device="cuda", executor="chain") as orchestrator:
+        with bdexport.load(bundle.path, device=DEVICE, executor="chain") as orchestrator:
             session: Any = orchestrator.session
             parts = ["block_01"] * BLOCKS
             x = session.put("block_01", np.zeros((1, *orchestrator.manifest.parts["block_01"].input.shape), np.float32))
@@ -139,7 +167,7 @@ def _session_rows(backend: str, rounds: int) -> list[Row]:
                 "one": lambda turn: session.get("block_01", session.run("block_01", x)),
                 "plain": lambda turn: session.get("block_01", session.run_path(parts, x)),
             }
-            possible, reason = session.can_capture()
+            possible, reason = (False, "a dry run") if DRY_RUN else session.can_capture()
             if possible:
                 path = session.capture_path(parts, 1)
                 calls["graph"] = lambda turn: session.get("block_01", path.run(x))
@@ -177,8 +205,9 @@ def _print(rows: list[Row], skipped: Skipped, path: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PROBES, default=list(PROBES))
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", type=Path, default=RESULTS / "gpu_probe.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "probe.json")
     return parser.parse_args()
 
 

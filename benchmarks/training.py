@@ -9,16 +9,14 @@ phase has a copy of the network; phases take turns, ``--steps`` steps each, afte
 are not counted (a GPU needs about 100: kernels are chosen anew for every number of images that a block runs on). The
 speed is the median over the rounds. fp32 is without TF32. ``FLOPs`` are those of the convolutions and matrix products
 that a step really runs, backward pass included, as torch counts them; the peak is what one large matrix product
-reaches in the same precision.
-Prints a table last.
+reaches in the same precision. The JSON is written after each round. Prints a table last.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_common import ResultFile
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from bdexport.architecture import policy_spec, resnet_spec
 from bdexport.config import TrainConfig, preset
-from bdexport.hardware import gpus, machine, package_versions
 from bdexport.models.pair import BlockDropNet
 from bdexport.preprocess import Preprocess
+from bdexport.report.benchmarks import TRAINING
 from bdexport.train.data import Augmentation, Batch, DeviceImages
 from bdexport.train.methods import METHODS
 from bdexport.train.phases import Phase, Setting
@@ -138,29 +137,35 @@ def peak_flops(device: str, precision: str, rounds: int = 7) -> float:
     return 2 * size**3 / best
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Images/s, FLOPs/s and share of peak, by phase; the phases take turns."""
+def measure(arguments: argparse.Namespace, report: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Images/s, FLOPs/s and share of peak, by phase; the phases take turns. ``report`` gets the rows of each round."""
     ready = turns(arguments)
     flops = {name: turn.flops(arguments.steps) for name, turn in ready.items()}  # the first turn is a warm-up
     for turn in ready.values():
         turn.seconds(arguments.warmup)
     times: dict[str, list[float]] = {name: [] for name in ready}
-    peaks = []
+    peaks, rows = [], []
     for _ in range(arguments.rounds):
         peaks.append(peak_flops(arguments.device, arguments.precision))
         for name, turn in ready.items():
             times[name].append(turn.seconds(arguments.steps) / arguments.steps)
-    peak = float(np.median(peaks))
+        peak = float(np.median(peaks))
+        rows = [_row(name, values, flops[name], peak, arguments.batch) for name, values in times.items()]
+        report(rows)
+    return rows
+
+
+def _row(name: str, seconds: list[float], flops: float, peak: float, batch: int) -> dict[str, Any]:
+    """One phase: ``seconds`` of a step in each round, ``flops`` of a step."""
+    median = float(np.median(seconds))
     return {
-        name: {
-            "images_per_s": arguments.batch / float(np.median(values)),
-            "images_per_s_range": [arguments.batch / max(values), arguments.batch / min(values)],
-            "flops_per_image": flops[name] / arguments.batch,
-            "flops_per_s": flops[name] / float(np.median(values)),
-            "peak_flops_per_s": peak,
-            "share_of_peak": flops[name] / float(np.median(values)) / peak,
-        }
-        for name, values in times.items()
+        "phase": name,
+        "images_per_s": batch / median,
+        "images_per_s_range": [batch / max(seconds), batch / min(seconds)],
+        "flops_per_image": flops / batch,
+        "flops_per_s": flops / median,
+        "peak_flops_per_s": peak,
+        "share_of_peak": flops / median / peak,
     }
 
 
@@ -184,26 +189,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.allow_tf32 = False
-    phases = measure(arguments)
-    data = {
-        "schema": "bdexport.benchmark.training/1",
-        **{name: getattr(arguments, name) for name in ("arch", "batch", "threads", "device", "precision", "keep")},
-        **{name: getattr(arguments, name) for name in ("rounds", "steps", "warmup")},
-        "phases": phases,
-        "machine": machine(),
-        "gpus": [gpu.name for gpu in gpus()] if arguments.device != "cpu" else [],
-        "versions": package_versions(("bdexport", "torch")),
-    }
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(data, indent=2) + "\n")
+    names = ("arch", "batch", "threads", "device", "precision", "keep", "rounds", "steps", "warmup")
+    settings = {name: getattr(arguments, name) for name in names}
+    file = ResultFile(arguments.json, TRAINING, settings, arguments.device)
+    rows = measure(arguments, file.write)
+    file.write(rows, complete=True)
     title = f"{arguments.arch}, batch {arguments.batch}, {arguments.precision}, {arguments.device}"
     table = Table("phase", title=f"{title}, {arguments.threads} threads, {arguments.keep:.0%} of blocks kept")
     for column in ("images/s", "slowest..fastest", "MFLOPs/image", "GFLOPs/s", "of peak"):
         table.add_column(column, justify="right")
-    for name, row in phases.items():
+    for row in rows:
         slowest, fastest = row["images_per_s_range"]
         table.add_row(
-            *(name, f"{row['images_per_s']:.0f}", f"{slowest:.0f}..{fastest:.0f}"),
+            *(row["phase"], f"{row['images_per_s']:.0f}", f"{slowest:.0f}..{fastest:.0f}"),
             *(f"{row['flops_per_image'] / 1e6:.0f}", f"{row['flops_per_s'] / 1e9:.0f}"),
             f"{row['share_of_peak']:.1%}",
         )

@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,8 @@ class StreamDouble:
         (self.queue if self.recording is None else self.recording).append(work)
 
     def synchronize(self) -> None:
-        assert self.recording is None, "a stream that is being captured cannot be waited for"
+        if self.recording is not None:  # as CUDA refuses it, and the capture with it
+            raise BackendError("cuda: a stream that is being captured cannot be waited for")
         with self._cuda.device_lock:
             while self.queue:
                 self.queue.pop(0)()
@@ -185,13 +187,14 @@ class EventDouble:
         self._cuda = cuda
         self._stream: StreamDouble | None = None
         self._reached = True
+        self._at = 0.0
 
     def record(self, stream: Stream) -> None:
         self._stream, self._reached = of(stream), False
         self._stream.submit(self._reach)
 
     def _reach(self) -> None:
-        self._reached = True
+        self._reached, self._at = True, perf_counter()
 
     def synchronize(self) -> None:
         with self._cuda.device_lock:
@@ -202,7 +205,8 @@ class EventDouble:
         return self._reached
 
     def elapsed_ms(self, later: Event) -> float:
-        return 0.0
+        assert isinstance(later, EventDouble)
+        return 1e3 * (later._at - self._at)
 
     def close(self) -> None:
         pass

@@ -9,10 +9,28 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 VERSION = 13000
+
+
+@contextmanager
+def standing_in() -> Iterator[DriverWithoutGpu]:
+    """Everything that asks for the driver gets this one."""
+    import bdexport.cuda.graphs
+    import bdexport.cuda.through_bindings as through_bindings
+    from bdexport.cuda.driver_api import driver_api
+
+    double = DriverWithoutGpu(driver_api())
+    with (
+        patch.object(through_bindings, "driver_api", lambda: double),
+        patch.object(bdexport.cuda.graphs, "driver_api", lambda: double),
+        patch.object(through_bindings, "_contexts", {}),
+    ):
+        yield double
 
 
 class DriverWithoutGpu:

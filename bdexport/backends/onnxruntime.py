@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, Misfit, RunOptions, Session
-from bdexport.backends.onnxruntime_common import channel_block, import_onnxruntime
+from bdexport.backends.onnxruntime_common import NO_CAPTURE, channel_block, import_onnxruntime
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BuildError
@@ -38,6 +38,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
     engine_suffix = ".onnx"
     computes = True
     fuses = True
+    no_capture = NO_CAPTURE
 
     def available(self) -> Availability:
         """Whether onnxruntime can be imported."""

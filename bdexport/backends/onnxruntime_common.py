@@ -13,6 +13,7 @@ from bdexport.backends import onnx_wire as wire
 from bdexport.errors import BackendError
 
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+NO_CAPTURE = "ONNX Runtime's CUDA provider cannot be captured into a graph from outside"
 NCHWC_DOMAIN = "com.microsoft.nchwc"  # ONNX Runtime's operators on the blocked layout
 PART_PROPERTY, BLOCK_PROPERTY = "bdexport.part", "bdexport.channel_block"
 INPUT_PROPERTY, OUTPUT_PROPERTY = "bdexport.input", "bdexport.output"

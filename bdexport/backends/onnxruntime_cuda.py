@@ -8,17 +8,23 @@ paths run as ``chain``.
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import subprocess
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bdexport.backends.device_session import DeviceSession
-from bdexport.backends.onnxruntime_common import Reported, import_onnxruntime
+from bdexport.backends.onnxruntime_common import NO_CAPTURE, Reported, import_onnxruntime
 from bdexport.bundle import INPUT_NAME, OUTPUT_NAME
 from bdexport.cuda import open_cuda
 from bdexport.errors import BackendError
+from bdexport.files import native_path
 from bdexport.packages import install_line
 
 if TYPE_CHECKING:
@@ -26,8 +32,12 @@ if TYPE_CHECKING:
     from bdexport.cuda import Stream
 
 PROVIDER = "CUDAExecutionProvider"
-NO_CAPTURE = "ONNX Runtime's CUDA provider cannot be captured into a graph from outside"
+LIBRARIES = (
+    "install the NVIDIA driver, and CUDA and cuDNN of the versions that onnxruntime-gpu names (see `bdexport doctor`)"
+)
 CACHED_BINDINGS = 64  # per part; one for each pair of addresses and batch
+PROVIDER_LIBRARIES = ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so")  # in this order
+LOAD_CHECK_TIMEOUT_S = 60
 
 
 def open_on_cuda(bundle: Bundle, device: str, ordinal: int, stream: Any = None) -> DeviceSession:
@@ -43,9 +53,7 @@ def open_on_cuda(bundle: Bundle, device: str, ordinal: int, stream: Any = None) 
         remedy = f"pip uninstall onnxruntime, then {install_line('gpu')}: both at once hide the CUDA provider"
         expected = f"cpu (this onnxruntime {ort.__version__} has no CUDA provider)"
         raise BackendError(what, got=repr(device), expected=expected, remedy=remedy)
-    preload = getattr(ort, "preload_dlls", None)
-    if preload is not None:
-        preload()  # finds CUDA and cuDNN in pip's NVIDIA wheels
+    preload_cuda_libraries(ort)
     cuda = open_cuda(device=ordinal, foreign_stream=stream is not None)
     manifest = bundle.manifest
     # The sessions are made with the stream's handle, hence before the device session, which owns it from then on.
@@ -77,7 +85,8 @@ def provider_options(ordinal: int, stream: int) -> dict[str, str]:
         "device_id": str(ordinal),
         "user_compute_stream": str(stream),
         "arena_extend_strategy": "kSameAsRequested",
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        # EXHAUSTIVE times every algorithm again for each new batch size; mixed batches have new ones all the time.
+        "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": "0",
         "do_copy_in_default_stream": "1",
     }
@@ -97,14 +106,15 @@ class OrtCudaEngine:
         session_options.intra_op_num_threads = session_options.inter_op_num_threads = 1
         # Operators that would run on the CPU copy between host and device in every call: an error, not a slow answer.
         session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        with Reported(part, f"cannot load {graph} on CUDA"):
-            self._session: Any = ort.InferenceSession(
-                str(graph), session_options, providers=[(PROVIDER, dict(options))]
-            )
+        try:
+            with Reported(part, f"cannot load {graph} on CUDA"), native_path(graph) as file:
+                self._session: Any = ort.InferenceSession(file, session_options, providers=[(PROVIDER, dict(options))])
+        except BackendError as error:
+            raise _provider_error(part) or error from error
         if PROVIDER not in self._session.get_providers():
             what = f"{part} [onnxruntime]: the CUDA provider could not be started"
-            remedy = "install CUDA and cuDNN of the versions that onnxruntime-gpu names (see `bdexport doctor`)"
-            raise BackendError(what, got=", ".join(self._session.get_providers()), expected=PROVIDER, remedy=remedy)
+            got = ", ".join(self._session.get_providers())
+            raise _provider_error(part) or BackendError(what, got=got, expected=PROVIDER, remedy=LIBRARIES)
         self._run_options = ort.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._bindings: dict[tuple[int, int, int], Any] = {}
@@ -136,6 +146,59 @@ class OrtCudaEngine:
         for bind, name, shape, pointer in ends:
             bind(name, "cuda", self._ordinal, np.float32, [batch, *shape], pointer)
         return binding
+
+
+def preload_cuda_libraries(ort: Any) -> None:
+    """Load CUDA's and cuDNN's libraries before the provider asks for them, from NVIDIA's packages wherever they are.
+
+    ONNX Runtime itself looks beside its own package only; PyTorch's wheels may have them in another folder of the path.
+    """
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is None:
+        return
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find; what counts is quoted when loading fails
+        for folder in nvidia_library_folders():
+            preload(directory=str(folder))
+        preload()
+
+
+def nvidia_library_folders() -> list[Path]:
+    """The folders with libraries of NVIDIA's Python packages (``nvidia/cu13/lib``, ``nvidia/cudnn/lib``, ..)."""
+    package = importlib.util.find_spec("nvidia")  # a namespace package: one place for each folder of the path
+    places = [] if package is None else package.submodule_search_locations or []
+    return [folder for place in places for folder in sorted(Path(place).glob("*/lib")) if folder.is_dir()]
+
+
+def _provider_error(part: str) -> BackendError | None:
+    """Why the provider's library cannot be loaded, in the linker's words; None where it can.
+
+    ONNX Runtime writes these words to stderr alone and goes on without the provider. Asked in a process of its own:
+    a provider that is loaded by hand before ONNX Runtime has introduced itself cannot be used afterwards.
+    """
+    code = f"from {__name__} import load_provider_by_hand; load_provider_by_hand()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=LOAD_CHECK_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    said = done.stdout.strip().splitlines()
+    if not said:
+        return None
+    return BackendError(f"{part} [onnxruntime]: the CUDA provider cannot be loaded ({said[-1]})", remedy=LIBRARIES)
+
+
+def load_provider_by_hand() -> None:
+    """Print the linker's words if a library of the provider cannot be loaded, nothing otherwise."""
+    import ctypes
+
+    ort = import_onnxruntime()
+    preload_cuda_libraries(ort)
+    try:
+        for name in PROVIDER_LIBRARIES:
+            ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / name), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        print(error)
 
 
 def cuda_reason() -> str | None:

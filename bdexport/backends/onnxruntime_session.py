@@ -40,7 +40,7 @@ from bdexport.backends.onnxruntime_link import (
     output_name,
 )
 from bdexport.errors import BackendError
-from bdexport.files import sha256_file
+from bdexport.files import native_path, sha256_file
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks, block_part
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ class _Part:
         self.part, self.threads = part, threads
         self._weights = weights  # the session reads them where they are and does not keep them
         self._input, self._outputs = (input_name(part), [output_name(part)]) if named else (INPUT, [OUTPUT])
-        with Reported(part, f"cannot load {path}"):
-            self._session = load_model(str(path), threads, weights)
+        with Reported(part, f"cannot load {path}"), native_path(path) as file:
+            self._session = load_model(file, threads, weights)
             properties = self._session.get_modelmeta().custom_metadata_map
         if properties.get(PART_PROPERTY) != part:
             what = f"{part} [onnxruntime]: {path} is another part's engine"

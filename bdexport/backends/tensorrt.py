@@ -61,13 +61,32 @@ class TensorRTBackend:
         return self._installed() if self.flavour.rtx else self.available()
 
     def can_run(self, options: BuildOptions) -> Availability:
-        """Whether they are for the GPU that is here: TensorRT for RTX builds for others as well."""
+        """Whether they are for the GPU that is here: TensorRT for RTX builds for others as well, and not for all."""
         here, targets = self.available(), options.tensorrt.compute_capabilities
-        if not here.ok or not targets or _gpu().compute_capability in targets:
+        if not here.ok:
+            return here
+        unknown = self._unknown_gpu()
+        if unknown is not None:
+            return Availability(False, unknown)
+        if not targets or _gpu().compute_capability in targets:
             return here
         gpu = _gpu()
         reason = f"they are for compute capability {', '.join(targets)}; {gpu.name} has {gpu.compute_capability}"
         return Availability(False, reason)
+
+    def _unknown_gpu(self) -> str | None:
+        """Why no engine of this TensorRT for RTX runs on the GPU that is here; None where one may."""
+        from bdexport.backends.tensorrt_build import compute_capabilities
+
+        if not self.flavour.rtx:
+            return None
+        gpu, known = _gpu(), compute_capabilities(self._api())
+        if gpu.compute_capability in known:
+            return None
+        return (
+            f"{self.flavour.title} {self._api().version} has no compute capability {gpu.compute_capability}, which "
+            f"{gpu.name} has; it knows {', '.join(known)}"
+        )
 
     def _installed(self) -> Availability:
         flavour = self.flavour
@@ -122,6 +141,10 @@ class TensorRTBackend:
         """Load the engines on a GPU. Raises BackendError naming the part, both sides and the rebuild line."""
         from bdexport.backends.tensorrt_session import open_session
 
+        unknown = self._unknown_gpu() if self.available().ok else None
+        if unknown is not None:
+            remedy = "build the bundle with --backend tensorrt, onnxruntime or torch for this GPU"
+            raise BackendError(f"{bundle.path} [{self.name}]: {unknown}", remedy=remedy)
         return open_session(self._api(), bundle, options)
 
     def _api(self) -> Api:

@@ -313,13 +313,17 @@ class _Loader:
         found = [name for name, value in members.items() if int(bits) & int(value)]
         return f" ({', '.join(found)})" if found else ""
 
-    def _compiled_file(self) -> Path:
-        """Kernels belong to a version, a GPU, a driver and these engines."""
+    def _compiled_file(self) -> Path | None:
+        """Kernels belong to a version, a GPU, a driver and these engines; None where no cache folder can be had."""
         manifest, cuda = self._bundle.manifest, self.cuda
         digests = [entry.engine.sha256 for entry in manifest.parts.values() if entry.engine is not None]
         key = [self.api.version, cuda.device_name(), str(cuda.driver_version()), *digests]
         digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
-        return default_cache_folder() / "tensorrt-rtx" / f"{digest}.cache"
+        try:
+            return default_cache_folder() / "tensorrt-rtx" / f"{digest}.cache"
+        except OutputError as error:
+            self._note(f"compiled kernels are not kept: {error}")
+            return None
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -339,14 +343,15 @@ class CompiledKernels:
     _read: bytes = b""
 
     def cache(self, config: Any) -> Any:
-        """The cache, made by the first context's configuration and filled from the file."""
+        """The cache, made by the first context's configuration and filled from the file, if there is one."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._fill()
         return self._cache
 
     def _fill(self) -> None:
-        assert self.path is not None
+        if self.path is None:
+            return
         try:
             self._read = self.path.read_bytes()
         except OSError:

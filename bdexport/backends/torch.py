@@ -22,6 +22,7 @@ from bdexport.backends.forking import forked_error
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
+from bdexport.files import native_path
 from bdexport.packages import install_line
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class TorchBackend(BuildsWhereItRuns):
         self, part: str, graph: Path, engine: Path, options: BuildOptions, model: BlockDropNet | None = None
     ) -> None:
         """Write the part's weights; ``graph`` is not read. Raises BuildError without a ``model``."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         from bdexport.partition import part_module
 
@@ -71,10 +72,13 @@ class TorchBackend(BuildsWhereItRuns):
             raise BuildError(f"{part} [torch]: precision", got=options.precision, expected=", ".join(self.precisions))
         if model is None:
             raise BuildError(f"{part} [torch]: is built from a model, not from a graph", remedy="pass the model")
-        specs = {"network": model.network.spec.to_json(), "policy": model.policy.spec.to_json(), "part": part}
+        # A fixed mask has no policy network: its part is a layer of K units, whatever they keep.
+        policy = getattr(model.policy, "spec", None)
+        deciding = None if policy is None else policy.to_json()
+        specs = {"network": model.network.spec.to_json(), "policy": deciding, "part": part}
         # clone: ``full`` may hold one storage under two names, which safetensors refuses.
         state = {name: value.detach().clone() for name, value in part_module(model, part).state_dict().items()}
-        save_file(state, engine, metadata={HEADER: json.dumps(specs)})
+        engine.write_bytes(save(state, {HEADER: json.dumps(specs)}))
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         """Load every part of ``bundle`` on the CPU or a GPU."""
@@ -167,7 +171,7 @@ def _read_engine(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Tenso
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with native_path(path) as name, safe_open(name, framework="pt") as file:
             specs = json.loads(file.metadata()[HEADER])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if specs["part"] != part:
@@ -186,7 +190,12 @@ def _skeleton(specs: Mapping[str, Any]) -> BlockDropNet:
 
     try:
         with torch.device("meta"):
-            return BlockDropNet(resnet_spec_from_json(specs["network"]), policy_spec_from_json(specs["policy"]))
+            network = resnet_spec_from_json(specs["network"])
+            if specs["policy"] is not None:
+                return BlockDropNet(network, policy_spec_from_json(specs["policy"]))
+            model = BlockDropNet(network)
+            model.set_mask([True] * network.num_blocks)  # the engine's weights say what it keeps
+            return model
     except (KeyError, TypeError, UsageError) as error:
         raise _engine_error(str(specs["part"]), f"its network cannot be made: {error}") from error
 

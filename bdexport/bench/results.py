@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bdexport import __version__
 from bdexport.backends import get_backend
+from bdexport.base_figures import known_base
 from bdexport.bench.measure import INPUT, Measurement, Series
 from bdexport.bundle import Manifest
 from bdexport.dataset import Dataset
@@ -36,6 +37,8 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
     used = dynamic.masks.sum(axis=1)
     full_latency, dynamic_latency = latency_summary(full.latency_ms), latency_summary(dynamic.latency_ms)
     full_rate, dynamic_rate = (_throughput(side, measurement.batch) for side in (full, dynamic))
+    sha256, images = manifest.checkpoint["sha256"], len(dynamic.correct)
+    base = known_base(manifest.training, sha256, dataset.name, dataset.split, images)
     return {
         "schema": SCHEMA,
         "bundle": orchestrator.bundle.path,
@@ -47,7 +50,8 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "threads": orchestrator.threads,
         "precision": manifest.precision,
         "batch": measurement.batch,
-        "images": len(dynamic.correct),
+        "images": images,
+        "base": None if base is None else base.to_json(),
         "versions": versions(manifest),
         "full": {
             "accuracy": _accuracy(full),
@@ -78,9 +82,10 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "efficiency": float(ideal_ms / dynamic.latency_ms.mean()),
         "ideal_ms": float(ideal_ms),
         "spread": {"full": _spread(full), "dynamic": _spread(dynamic)},
-        "dataset": {"name": dataset.name, "split": dataset.split},
+        "dataset": {"name": dataset.name, "split": dataset.split, "skipped": dataset.skipped},
         "architecture": manifest.architecture,
         "num_blocks": manifest.num_blocks,
+        "fixed_mask": manifest.extra.get("fixed_mask"),
         "measured": {
             "input": INPUT,
             "rounds": measurement.rounds,

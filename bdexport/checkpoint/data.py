@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from bdexport.architecture import GateSpec, PolicySpec, ResNetSpec
 from bdexport.checkpoint.fitting import fit_own
+from bdexport.dataset import Dataset, is_numbered
 from bdexport.errors import CheckpointError
 from bdexport.models.pair import BlockDropNet
 from bdexport.preprocess import Preprocess
@@ -24,7 +26,8 @@ class Checkpoint:
     ``policy.fc.weight``), without the ``num_batches_tracked`` counters, which inference does not need, and without
     ``policy.*`` when ``policy`` is None. ``gates``: of a comparison system that decides inside the network, its weights
     under ``gates.*``; None for all others. ``training``: JSON object, how it was trained and with which result.
-    ``form``: the form of the file that it was read from. ``notes``: what loading assumed or left out, and why.
+    ``form``: the form of the file that it was read from. ``notes``: what loading assumed or left out, and why, and what
+    the caller put in the place of what the file says; each begins with what it is about.
     """
 
     network: ResNetSpec
@@ -59,6 +62,36 @@ def build_model(ckpt: Checkpoint, with_policy: bool = True) -> BlockDropNet:
     model = BlockDropNet(ckpt.network, ckpt.policy, ckpt.gates)
     model.load_state_dict(state, strict=False)  # fit_own has checked every key; only an absent policy's are missing
     return model.eval()
+
+
+def named_by(ckpt: Checkpoint, dataset: Dataset | None) -> Checkpoint:
+    """A foreign checkpoint, whose classes have no names, with those of the data set that it is used with."""
+    count = ckpt.network.num_classes
+    if dataset is None or ckpt.form == "bdexport" or not is_numbered(ckpt.class_names):
+        return ckpt
+    if len(dataset.class_names) != count or is_numbered(dataset.class_names):
+        return ckpt
+    note = f"class names: those of {dataset.name}, in its order ({listed(dataset.class_names)}); the file has none"
+    notes = [text for text in ckpt.notes if not text.startswith("class names:")]
+    return replace(ckpt, class_names=dataset.class_names, notes=(*notes, note))
+
+
+def numbered_names(count: int) -> tuple[str, ...]:
+    """What classes without names are called: "0", "1", .."""
+    return tuple(str(index) for index in range(count))
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first names, for a note."""
+    return ", ".join(names[:most]) + (", .." if len(names) > most else "")
+
+
+def loading_record(ckpt: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint was taken for, for the JSON result of a command; ``class_names``: null where it has none."""
+    whole = describe(ckpt)
+    names = None if is_numbered(ckpt.class_names) else list(ckpt.class_names)
+    kept = ("form", "architecture", "shortcut", "dropped_transition", "preprocess")
+    return {name: whole[name] for name in kept} | {"class_names": names, "notes": list(ckpt.notes)}
 
 
 def describe(ckpt: Checkpoint) -> dict[str, Any]:

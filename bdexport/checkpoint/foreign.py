@@ -10,117 +10,100 @@ Defaults that a file does not tell are chosen here, each with a note that says s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bdexport.architecture import DroppedTransition, PolicySpec, ResNetSpec, Shortcut
-from bdexport.checkpoint.data import Checkpoint, Form
-from bdexport.checkpoint.fitting import expected_shapes, fit_state, shown
+from bdexport.architecture import SHORTCUTS, DroppedTransition, PolicySpec, ResNetSpec, Shortcut
+from bdexport.checkpoint.containers import parts_of, policy_state
+from bdexport.checkpoint.data import Checkpoint, Form, numbered_names
+from bdexport.checkpoint.fitting import expected_shapes, fit_state
 from bdexport.checkpoint.reading import RawFile
 from bdexport.checkpoint.recognise import Found, recognise
+from bdexport.checkpoint.relatives import refuse_relatives
+from bdexport.checkpoint.wishes import Wishes, preprocess_note, preprocess_with
 from bdexport.errors import CheckpointError
 from bdexport.preprocess import CIFAR_MEAN, CIFAR_STD, Preprocess
 
-CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # put before every key by DataParallel, torch.compile, trainers
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGENET_PREPROCESS = Preprocess((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 256)
+GREY_MEAN, GREY_STD = (0.449, 0.449, 0.449), (0.226, 0.226, 0.226)  # the averages of ImageNet's three
 # The authors' ResNet-32 for CIFAR-10 was trained on normalised images (their utils.py writes the values as n/255),
 # all their other CIFAR models on pixels / 255 alone.
 BLOCKDROP_R32_PREPROCESS = Preprocess(
     (32, 32), (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 )
 BLOCKDROP_PREPROCESS = Preprocess((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the caller chose instead of the defaults; None leaves it to the file."""
-
-    shortcut: Shortcut | None = None
-    dropped_transition: DroppedTransition | None = None
-
-
-@dataclass(frozen=True)
-class _Parts:
-    network: Mapping[str, Any]
-    policy: Mapping[str, Any] | None
-    from_blockdrop: bool
+NO_NAMES = "class names: the file has none; classes are numbered, in the order of the data set's; or --class-names FILE"
 
 
 def checkpoint_from_foreign(raw: RawFile, wishes: Wishes) -> Checkpoint:
     """Recognise, map and check. Raises :class:`CheckpointError` naming the file and what does not fit."""
     what = str(raw.path)
-    parts = _split(raw.content, what)
-    network_state = _unwrapped(parts.network)
-    found = recognise(network_state, what)
-    blockdrop = parts.from_blockdrop or found.naming.blocks == "flat"
+    parts = parts_of(raw.content, what)
+    refuse_relatives(parts.network, what)
+    found = recognise(parts.network, what)
+    blockdrop = parts.policy is not None or found.naming.blocks == "flat"
     form: Form = "blockdrop" if blockdrop else "public-cifar" if found.family == "cifar" else "torchvision"
     network, notes = _network_spec(found, form, wishes, what)
-    state = _fitted(network_state, found, network, "network.", expected_shapes(network, None), what)
+    tensors, bias_notes = _with_bias(parts.network, found)
+    notes += bias_notes
+    state = _fitted(tensors, found, network, "network.", expected_shapes(network, None), what)
     policy = None
     if parts.policy is not None:
-        policy, policy_state, policy_notes = _policy(parts.policy, network, what)
-        state |= policy_state
+        policy, weights, policy_notes = _policy(parts.policy, network, what)
+        state |= weights
         notes += policy_notes
-    preprocess, reason = _preprocess(network, form)
+    assumed, reason = _preprocess(network, form, parts.grey)
+    if parts.normalisation is not None:
+        mean, std = parts.normalisation
+        assumed, reason = preprocess_with(assumed, {"mean": mean, "std": std}), "mean and deviation stand in the file"
+    preprocess = preprocess_with(assumed, wishes.preprocess)
+    if parts.grey:
+        _check_grey(preprocess, what)
+    notes += [preprocess_note(preprocess, wishes.preprocess, reason)]
+    notes += [] if wishes.class_names is not None else [NO_NAMES]
     return Checkpoint(
         network=network,
         policy=policy,
         preprocess=preprocess,
-        class_names=default_class_names(network),
+        class_names=numbered_names(network.num_classes),
         state=state,
         form=form,
-        notes=(*notes, reason),
+        notes=(*parts.notes, *notes, _computation(network)),
     )
 
 
-def default_class_names(network: ResNetSpec) -> tuple[str, ...]:
-    """CIFAR-10's names for a CIFAR network with ten classes, otherwise "0", "1", .."""
-    if network.family == "cifar" and network.num_classes == len(CIFAR10_CLASSES):
-        return CIFAR10_CLASSES
-    return tuple(str(index) for index in range(network.num_classes))
+def _with_bias(state: Mapping[str, Any], found: Found) -> tuple[Mapping[str, Any], list[str]]:
+    """A classifier without a bias is one whose bias is zero."""
+    key = f"{found.naming.classifier}.bias"
+    if key in state or found.classes is None:
+        return state, []
+    return {**state, key: torch.zeros(found.classes)}, [f"classifier: the file has no {key}; zeros take its place"]
 
 
-def _split(content: Any, what: str) -> _Parts:
-    """Find the state dicts inside the containers that trainers put around them."""
-    for _ in range(3):
-        if not isinstance(content, Mapping):
-            raise CheckpointError(f"{what}: no state dict", got=type(content).__name__, expected="tensors by name")
-        if isinstance(content.get("resnet"), Mapping):
-            return _Parts(content["resnet"], content.get("agent"), from_blockdrop=True)
-        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if isinstance(content.get("agent"), Mapping) or _is_policy(content if inner is None else inner):
-            raise CheckpointError(
-                f"{what}: a BlockDrop policy without its network",
-                expected='both, as the finetuning script saves them: {"resnet": .., "agent": ..}',
-                remedy="add the network's state dict under the key resnet and save the file again",
-            )
-        if inner is None:
-            break
-        content = inner
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        keys = ", ".join(shown(str(key)) for key in list(content)[:10]) or "nothing"
-        raise CheckpointError(f"{what}: no state dict inside", got=keys, expected="tensors by name")
-    return _Parts(content, None, from_blockdrop=False)
+def _computation(network: ResNetSpec) -> str:
+    """What the same keys and shapes could compute otherwise, and no option changes."""
+    stem = "a 3x3 stem of stride 1 without pooling"
+    if network.family == "imagenet":
+        stem = "a 7x7 stem of stride 2 with a 3x3 max-pool"
+    stride = ", the stride of a stage in its first 3x3 convolution" if network.block == "bottleneck" else ""
+    return (
+        f"computation: assumed, since weights do not show it: {stem}{stride}, ReLU, batch norm's epsilon 1e-5, no "
+        "anti-aliasing; --check-against LOGITS.npz or model.onnx compares it with your own"
+    )
 
 
-def _is_policy(state: Mapping[str, Any]) -> bool:
-    names = {str(key).removeprefix("module.") for key in state}
-    return "logit.weight" in names and any(name.startswith("features.") for name in names)
-
-
-def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Keys as text, without the prefixes that wrappers put before all of them."""
-    state = {str(key): value for key, value in state.items()}
-    while state:
-        prefix = next((prefix for prefix in WRAPPERS if all(key.startswith(prefix) for key in state)), None)
-        if prefix is None:
-            break
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+def _check_grey(preprocess: Preprocess, what: str) -> None:
+    """Grey times weights is what the first convolution reads only if all three channels are normalised alike."""
+    if len(set(preprocess.mean)) > 1 or len(set(preprocess.std)) > 1:
+        raise CheckpointError(
+            f"{what}: one input channel, and a mean or deviation for each of three",
+            got=f"mean {list(preprocess.mean)}, std {list(preprocess.std)}",
+            expected="the same for all channels",
+            remedy="pass one number each, e.g. --mean 0.1307 --std 0.3081",
+        )
 
 
 def _network_spec(found: Found, form: Form, wishes: Wishes, what: str) -> tuple[ResNetSpec, list[str]]:
@@ -129,6 +112,7 @@ def _network_spec(found: Found, form: Form, wishes: Wishes, what: str) -> tuple[
             f"{what}: no classifier",
             got="no fc.weight or linear.weight" if found.classes is None else f"{found.classes} class",
             expected="a final linear layer with at least 2 classes",
+            remedy="save the network together with its classifier" if found.classes is None else None,
         )
     shortcut, notes = _shortcut(found, form, wishes, what)
     network = ResNetSpec(found.family, found.block, found.stages, found.widths, shortcut, found.classes)
@@ -142,10 +126,12 @@ def _shortcut(found: Found, form: Form, wishes: Wishes, what: str) -> tuple[Shor
     else:
         kind = "avgpool" if form == "blockdrop" else "option_a"
     if wishes.shortcut in (None, kind):
-        reason = "and the authors' code pools" if form == "blockdrop" else "and this is the common kind"
-        other = "option_a" if kind == "avgpool" else "avgpool"
-        note = f"shortcut {kind}: the file has no shortcut weights, {reason}; choose {other} if that is wrong"
-        return kind, [note] if kind != "conv" and wishes.shortcut is None else []
+        reason = "the authors' code pools" if form == "blockdrop" else "the common kind"
+        other = " or ".join(name for name in SHORTCUTS if name not in (kind, "conv"))
+        note = f"shortcut {kind}: assumed ({reason}), the file has no shortcut weights; or --shortcut {other}"
+        if wishes.shortcut is not None:
+            note = f"shortcut {kind}: asked for"
+        return kind, [note] if kind != "conv" else []
     if "conv" in (kind, wishes.shortcut):
         raise CheckpointError(
             f"{what}: another shortcut than asked for",
@@ -153,19 +139,23 @@ def _shortcut(found: Found, form: Form, wishes: Wishes, what: str) -> tuple[Shor
             expected=f"shortcut {wishes.shortcut}",
         )
     assert wishes.shortcut is not None
-    return wishes.shortcut, []
+    return wishes.shortcut, [f"shortcut {wishes.shortcut}: asked for; {kind} would have been assumed"]
 
 
 def _dropped_transition(shortcut: Shortcut, form: Form, wishes: Wishes) -> tuple[DroppedTransition, str]:
     if wishes.dropped_transition is not None:
         return wishes.dropped_transition, f"dropped transition {wishes.dropped_transition}: asked for"
+    rule: DroppedTransition = "shortcut"
     if form == "blockdrop":
-        return "shortcut", "dropped transition shortcut: no ReLU after it in the authors' code"
-    if shortcut == "conv":
+        reason = "no ReLU after it in the authors' code"
+    elif shortcut == "conv":
         # Blocks trained without dropping have never seen negative inputs. Measured on a CIFAR-10 ResNet-20: dropping
         # the stage-2 / stage-3 transition gives 19.2 % / 10.8 % accuracy without the ReLU, 54.7 % / 64.7 % with it.
-        return "shortcut_relu", "dropped transition shortcut_relu: these convolutional shortcuts were never dropped"
-    return "shortcut", "dropped transition shortcut: without weights it cannot turn negative"
+        rule, reason = "shortcut_relu", "these convolutional shortcuts were never dropped in training"
+    else:
+        reason = "without weights it cannot turn negative"
+    other = "shortcut" if rule == "shortcut_relu" else "shortcut_relu"
+    return rule, f"dropped transition {rule}: assumed ({reason}); or --dropped-transition {other}"
 
 
 def _fitted(
@@ -181,13 +171,9 @@ def _fitted(
     return fit_state(state, names, shapes, f"{what} as {kind}")
 
 
-def _policy(
-    agent: Mapping[str, Any], network: ResNetSpec, what: str
-) -> tuple[PolicySpec, dict[str, Tensor], list[str]]:
+def _policy(agent: Any, network: ResNetSpec, what: str) -> tuple[PolicySpec, dict[str, Tensor], list[str]]:
     """Spec, tensors under our names, and notes, of the ``agent`` of a BlockDrop file."""
-    if not isinstance(agent, Mapping):
-        raise CheckpointError(f"{what}: agent", got=type(agent).__name__, expected="the policy's state dict")
-    agent = _unwrapped(agent)
+    agent = policy_state(agent, what)
     ignored = sorted({key.rpartition(".")[0] for key in agent if key.startswith(("vnet.", "features.fc."))})
     features = {
         key.removeprefix("features."): value for key, value in agent.items() if not key.startswith(tuple(ignored))
@@ -218,11 +204,16 @@ def _policy_spec(found: Found, features: Mapping[str, Any], network: ResNetSpec,
     return PolicySpec(found.family, found.stages, found.widths, outputs, shortcut, input_pool=2 if imagenet else 1)
 
 
-def _preprocess(network: ResNetSpec, form: Form) -> tuple[Preprocess, str]:
+def _preprocess(network: ResNetSpec, form: Form, grey: bool) -> tuple[Preprocess, str]:
+    """The preprocessing that is assumed, and why."""
     if network.family == "imagenet":
-        return IMAGENET_PREPROCESS, "preprocessing: short side to 256, centre 224x224, ImageNet mean and deviation"
-    if form != "blockdrop":
-        return Preprocess((32, 32), CIFAR_MEAN, CIFAR_STD), "preprocessing: ImageNet mean and deviation, as is common"
-    if network.stages == (5, 5, 5) and network.num_classes == 10:
-        return BLOCKDROP_R32_PREPROCESS, "preprocessing: CIFAR mean and deviation, as in the authors' R32_C10"
-    return BLOCKDROP_PREPROCESS, "preprocessing: pixels / 255 alone, as in the authors' CIFAR models but R32_C10"
+        usual, reason = IMAGENET_PREPROCESS, "as torchvision trains on ImageNet"
+    elif form != "blockdrop":
+        usual, reason = Preprocess((32, 32), CIFAR_MEAN, CIFAR_STD), "ImageNet's mean and deviation, as is common"
+    elif network.stages == (5, 5, 5) and network.num_classes == 10:
+        usual, reason = BLOCKDROP_R32_PREPROCESS, "CIFAR's mean and deviation, as in the authors' R32_C10"
+    else:
+        usual, reason = BLOCKDROP_PREPROCESS, "pixels / 255 alone, as in the authors' CIFAR models but R32_C10"
+    if grey and form != "blockdrop":
+        return replace(usual, mean=GREY_MEAN, std=GREY_STD), "ImageNet's mean and deviation, averaged for one channel"
+    return usual, reason

@@ -23,6 +23,7 @@ from bdexport.architecture import (
 )
 from bdexport.checkpoint.fitting import shown
 from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_STAGES, MAX_WIDTH
+from bdexport.class_names import EXPECTED, name_problem
 from bdexport.errors import BdexportError, CheckpointError
 from bdexport.json_text import MalformedError, parse_json
 from bdexport.preprocess import Preprocess, Resampling
@@ -133,6 +134,12 @@ class _Field:
             raise self.wrong(f"printable text of 1..{limit} characters")
         return self.value
 
+    def class_name(self) -> str:
+        problem = name_problem(self.value)
+        if problem is not None:
+            raise CheckpointError(self.where, got=f"{shown(json.dumps(self.value), 60)} ({problem})", expected=EXPECTED)
+        return cast(str, self.value)
+
 
 def _check_version(top: _Field) -> None:
     """First of all: a newer format may have other fields, and the user should hear that and nothing else."""
@@ -227,7 +234,7 @@ def _class_names(field: _Field, network: ResNetSpec) -> tuple[str, ...]:
         raise CheckpointError(
             field.where, got=f"{len(field.value)} names", expected=f"{network.num_classes}, the network's classes"
         )
-    return tuple(item.text() for item in field.items(network.num_classes, network.num_classes))
+    return tuple(item.class_name() for item in field.items(network.num_classes, network.num_classes))
 
 
 def _training(field: _Field, network: ResNetSpec) -> dict[str, Any]:

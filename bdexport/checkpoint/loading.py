@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from bdexport.architecture import DroppedTransition, ResNetSpec, Shortcut, resnet_spec
-from bdexport.checkpoint.data import Checkpoint
-from bdexport.checkpoint.foreign import Wishes, checkpoint_from_foreign
+from bdexport.checkpoint.data import Checkpoint, listed
+from bdexport.checkpoint.foreign import checkpoint_from_foreign
 from bdexport.checkpoint.own import checkpoint_from_own
 from bdexport.checkpoint.reading import read_raw
+from bdexport.checkpoint.wishes import PreprocessWish, Wishes, preprocess_text, preprocess_with
 from bdexport.errors import CheckpointError, UsageError
-from bdexport.preprocess import Preprocess
 
 
 def load_checkpoint(
@@ -23,29 +23,40 @@ def load_checkpoint(
     shortcut: Shortcut | None = None,
     dropped_transition: DroppedTransition | None = None,
     class_names: Sequence[str] | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: PreprocessWish | None = None,
 ) -> Checkpoint:
     """Load our own form, a public CIFAR ResNet, a torchvision state dict, or a file of the authors' BlockDrop code.
 
     ``path``: a file, a run folder (then its ``model.safetensors``), or ``zoo:NAME``. ``arch``: the architecture that
     the caller expects, e.g. ``resnet32``. The other arguments take the place of what the file says or of the form's
-    default; ``shortcut`` can only choose between the kinds without weights, and not for our own form, which says it
-    itself.
+    default, and the checkpoint's notes say so; ``preprocess`` may name some fields only, as in
+    ``{"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}``. ``shortcut`` can only choose between the kinds without
+    weights, and not for our own form, which says it itself.
     Raises :class:`CheckpointError` when the file cannot be read, recognised or fitted, and UsageError on unknown names.
     """
-    _check_choice("shortcut", shortcut, get_args(Shortcut))
-    _check_choice("dropped transition", dropped_transition, get_args(DroppedTransition))
+    checked_shortcut(shortcut)
+    checked_rule(dropped_transition)
     raw = read_raw(Path(path))
-    if raw.header is None:
-        ckpt = checkpoint_from_foreign(raw, Wishes(shortcut, dropped_transition))
-    else:
-        ckpt = checkpoint_from_own(raw)
+    wishes = Wishes(shortcut, dropped_transition, preprocess, None if class_names is None else tuple(class_names))
     what = str(raw.path)
+    if raw.header is None:
+        ckpt = checkpoint_from_foreign(raw, wishes)
+    else:
+        ckpt = _corrected(checkpoint_from_own(raw), wishes, what)
     _check_arch(arch, ckpt.network, what)
-    ckpt = _with_network(ckpt, shortcut, dropped_transition, what)
-    if class_names is not None:
-        ckpt = _with_class_names(ckpt, tuple(class_names), what)
-    return ckpt if preprocess is None else replace(ckpt, preprocess=preprocess)
+    return ckpt if wishes.class_names is None else _with_class_names(ckpt, wishes.class_names, what)
+
+
+def checked_shortcut(word: str | None) -> Shortcut | None:
+    """``word``, if it is a kind of shortcut or None. Raises UsageError."""
+    _check_choice("shortcut", word, get_args(Shortcut))
+    return cast("Shortcut | None", word)
+
+
+def checked_rule(word: str | None) -> DroppedTransition | None:
+    """``word``, if it is a rule for dropped transitions or None. Raises UsageError."""
+    _check_choice("dropped transition", word, get_args(DroppedTransition))
+    return cast("DroppedTransition | None", word)
 
 
 def _check_choice(what: str, value: str | None, options: tuple[str, ...]) -> None:
@@ -65,17 +76,37 @@ def _check_arch(arch: str | None, network: ResNetSpec, what: str) -> None:
     )
 
 
-def _with_network(ckpt: Checkpoint, shortcut: Shortcut | None, rule: DroppedTransition | None, what: str) -> Checkpoint:
-    if shortcut is not None and shortcut != ckpt.network.shortcut:
-        raise CheckpointError(f"{what}: another shortcut than asked for", got=ckpt.network.shortcut, expected=shortcut)
-    if rule is None:
-        return ckpt
-    return replace(ckpt, network=replace(ckpt.network, dropped_transition=rule))
+def _corrected(ckpt: Checkpoint, wishes: Wishes, what: str) -> Checkpoint:
+    """Our own form says everything itself; what the caller says otherwise takes its place, and is said."""
+    notes, network, rule = [], ckpt.network, wishes.dropped_transition
+    if wishes.shortcut not in (None, network.shortcut):
+        raise CheckpointError(
+            f"{what}: another shortcut than asked for",
+            got=network.shortcut,
+            expected=wishes.shortcut,
+            remedy="leave --shortcut out: this checkpoint says it itself",
+        )
+    if rule is not None and rule != network.dropped_transition:
+        notes.append(f"dropped transition {rule}: asked for; the checkpoint says {network.dropped_transition}")
+        network = replace(network, dropped_transition=rule)
+    preprocess = preprocess_with(ckpt.preprocess, wishes.preprocess)
+    if preprocess != ckpt.preprocess:
+        before = preprocess_text(ckpt.preprocess)
+        notes.append(f"preprocessing: {preprocess_text(preprocess)}: asked for; the checkpoint says {before}")
+    return replace(ckpt, network=network, preprocess=preprocess, notes=(*ckpt.notes, *notes))
 
 
 def _with_class_names(ckpt: Checkpoint, names: tuple[str, ...], what: str) -> Checkpoint:
     if len(names) != ckpt.network.num_classes:
         raise CheckpointError(
-            f"{what}: class names do not match", got=f"{len(names)} names", expected=ckpt.network.num_classes
+            f"{what}: class names do not match",
+            got=f"{len(names)} names",
+            expected=ckpt.network.num_classes,
+            remedy="name one class a line, in the order of the network's outputs",
         )
-    return replace(ckpt, class_names=names)
+    if names == ckpt.class_names:
+        return ckpt
+    note = f"class names: asked for ({listed(names)})"
+    if ckpt.form == "bdexport":
+        note += f"; the checkpoint says {listed(ckpt.class_names)}"
+    return replace(ckpt, class_names=names, notes=(*ckpt.notes, note))

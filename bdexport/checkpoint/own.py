@@ -13,6 +13,8 @@ from bdexport.checkpoint.header import Header, header_from_text, header_to_text
 from bdexport.checkpoint.reading import HEADER_KEY, RawFile
 from bdexport.errors import CheckpointError
 
+LOADED_WITH = "loaded_with"  # in the training record: what loading assumed when a foreign file became ours
+
 
 def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
     """Write ``ckpt`` to ``path`` (``.safetensors``), whole or not at all.
@@ -22,16 +24,22 @@ def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
     The same checkpoint always gives the same bytes.
     """
     path = Path(path)
+    check_suffix(path)
+    training = ckpt.training
+    if ckpt.notes:  # they are lost otherwise: what is written says everything itself
+        training = training | {LOADED_WITH: [*training.get(LOADED_WITH, []), *ckpt.notes]}
+    text = header_to_text(Header(ckpt.network, ckpt.policy, ckpt.preprocess, ckpt.class_names, training, ckpt.gates))
+    header_from_text(text, str(path))
+    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, str(path), ckpt.gates)
+    files.write_bytes(path, safetensors.torch.save(state, {HEADER_KEY: text}))
+
+
+def check_suffix(path: Path) -> None:
+    """Raise :class:`CheckpointError` for a name that no checkpoint is written to; for use before long work."""
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path}: not a checkpoint's name", got=f"suffix {path.suffix!r}", expected=".safetensors"
         )
-    text = header_to_text(
-        Header(ckpt.network, ckpt.policy, ckpt.preprocess, ckpt.class_names, ckpt.training, ckpt.gates)
-    )
-    header_from_text(text, str(path))
-    state = fit_own(ckpt.state, ckpt.network, ckpt.policy, str(path), ckpt.gates)
-    files.write_bytes(path, safetensors.torch.save(state, {HEADER_KEY: text}))
 
 
 def checkpoint_from_own(raw: RawFile) -> Checkpoint:

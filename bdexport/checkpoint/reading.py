@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bdexport.checkpoint.beside import known_beside_weights
 from bdexport.errors import CheckpointError
+from bdexport.files import native_path
 from bdexport.zoo import zoo_model, zoo_name
 
 RUN_FILE = "model.safetensors"  # what a training run leaves in its folder
 HEADER_KEY = "bdexport"  # our entry in the metadata of a safetensors header
+WEIGHTS_ONLY = "weights only (tensors, numbers, text and plain containers; beside them options, paths, dates)"
 ONLY_WEIGHTS = "save only the weights: torch.save(model.state_dict(), FILE)"
 
 
@@ -102,7 +105,7 @@ def _kind_of(start: bytes) -> str:
 
 def _read_safetensors(path: Path) -> RawFile:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with native_path(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
@@ -132,10 +135,11 @@ def _check_zip(path: Path) -> None:
 
 
 def _read_torch(path: Path) -> Any:
-    # weights_only: torch's own unpickler, which builds tensors and plain containers and refuses every other global.
-    # It signals damage by many classes, whatever the broken bytes happen to hit; OSError is left to the caller.
+    # weights_only: torch's own unpickler, which builds tensors and plain containers and refuses every other global but
+    # those of beside.py, for which harmless builders of ours stand. It signals damage by many classes, whatever the
+    # broken bytes happen to hit; OSError is left to the caller.
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(known_beside_weights()):
             warnings.simplefilter("ignore")  # on pickle protocols and old storages; what matters comes as an error
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -165,12 +169,12 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     if wanted is not None:
         return CheckpointError(
             f"{path}: refused, loading it would run code from the file: it asks for {wanted.group(1)}",
-            expected="weights only (tensors, numbers, text and plain containers)",
+            expected=WEIGHTS_ONLY,
             remedy=ONLY_WEIGHTS + " where you trust the file",
         )
     return CheckpointError(
         f"{path}: refused, not plain weights ({_reason(text)})",
-        expected="weights only (tensors, numbers, text and plain containers)",
+        expected=WEIGHTS_ONLY,
         remedy=ONLY_WEIGHTS + " where you trust the file",
     )
 

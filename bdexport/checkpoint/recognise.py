@@ -18,6 +18,7 @@ from bdexport.checkpoint.fitting import shown
 from bdexport.errors import CheckpointError
 
 MAX_STAGES, MAX_BLOCKS_PER_STAGE, MAX_WIDTH = 8, 500, 8192  # a file's numbers are not trusted with our memory
+NO_IMAGES = "bdexport reads images of three channels, and makes grey of them; no others"
 STEM_KERNELS: dict[tuple[int, ...], Family] = {(3, 3): "cifar", (7, 7): "imagenet"}
 
 
@@ -27,7 +28,7 @@ class Naming:
 
     blocks: Literal["layer", "flat"]
     shortcut: str  # "shortcut" or "downsample"; the flat form has "ds" apart from the blocks
-    classifier: str  # "fc", "linear"; "logit" for a policy
+    classifier: str  # "fc", "linear", "fc.1" behind a Dropout; "logit" for a policy
 
     def theirs(self, ours: str, stages: tuple[int, ...]) -> str:
         """``blocks.5.branch.conv1.weight`` -> ``layer2.0.conv1.weight``, for a network with these stages."""
@@ -71,7 +72,7 @@ def recognise(state: Mapping[str, Any], what: str) -> Found:
     prefix = r"blocks\.(\d+)\.(\d+)\." if flat else r"layer(\d+)\.(\d+)\."
     stages = _stages(state, prefix, 0 if flat else 1, what)
     shortcut = "shortcut" if any(".shortcut." in key for key in state) else "downsample"
-    naming = Naming("flat" if flat else "layer", shortcut, "linear" if "linear.weight" in state else "fc")
+    naming = Naming("flat" if flat else "layer", shortcut, _classifier(state, what))
     first = [naming.block(stage, 0) for stage in range(len(stages))]
     _refuse_variants(state, first, what)
     widths = tuple(_shape(state, f"{block}.conv1.weight", 4, what)[0] for block in first)
@@ -102,6 +103,7 @@ def _stages(state: Mapping[str, Any], pattern: str, first: int, what: str) -> tu
             f"{what}: not a ResNet in a form that is known",
             got=f"{len(state)} keys: {keys}{', ..' if len(state) > 5 else ''}",
             expected="conv1.weight, bn1.weight, layer1.0.conv1.weight .. fc.weight, or blocks.0.0.conv1.weight ..",
+            remedy="docs/checkpoints.md lists the forms; `bdexport zoo` lists trained networks to start from",
         )
     if max(counts) >= MAX_STAGES or max(counts.values()) > MAX_BLOCKS_PER_STAGE:
         raise CheckpointError(
@@ -121,7 +123,9 @@ def _family(state: Mapping[str, Any], what: str) -> Family:
             expected="3x3 (CIFAR networks) or 7x7 (ImageNet networks)",
         )
     if shape[1] != 3:
-        raise CheckpointError(f"{what}: conv1.weight", got=f"{shape[1]} input channels", expected="3 (RGB)")
+        raise CheckpointError(
+            f"{what}: conv1.weight", got=f"{shape[1]} input channels", expected="3 (RGB), or 1 (grey)", remedy=NO_IMAGES
+        )
     return STEM_KERNELS[shape[2:]]
 
 
@@ -143,6 +147,23 @@ def _refuse(what: str, key: str, kind: str, got: str) -> None:
     raise CheckpointError(
         f"{what}: {key}: {kind} are not supported", got=got, expected="a plain ResNet, basic or bottleneck"
     )
+
+
+def _classifier(state: Mapping[str, Any], what: str) -> str:
+    """The name of the last layer: a usual one, or else that of the only linear layer; "fc" where there is none."""
+    named = next((name for name in ("linear", "fc") if f"{name}.weight" in state), None)
+    if named is not None:
+        return named
+    linear = [key for key, value in state.items() if key.endswith(".weight") and isinstance(value, Tensor)]
+    linear = [key.removesuffix(".weight") for key in linear if state[key].ndim == 2]
+    if len(linear) > 1:
+        raise CheckpointError(
+            f"{what}: a classifier of {len(linear)} linear layers",
+            got=", ".join(map(shown, linear[:5])),
+            expected="one, fc or linear, alone or behind a Dropout",
+            remedy="put one linear layer in the place of the others, train it, and save again",
+        )
+    return linear[0] if linear else "fc"
 
 
 def _classes(state: Mapping[str, Any], classifier: str, what: str) -> int | None:

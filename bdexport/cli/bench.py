@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.options import refuse_threads, writable
-from bdexport.cli.stages import quiet_progress, updates
+from bdexport.cli.stages import quiet_progress, show_skipped, updates
 from bdexport.config import BenchConfig
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ def bench(
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
     images: Annotated[int, typer.Option(min=1, help="The first N images, or all if there are fewer.")] = DEFAULT.images,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = DEFAULT.batch,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute one call. Default: the backend's choice.")
@@ -53,7 +56,8 @@ def bench(
     opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
     with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
-        chosen = load_dataset(dataset, data, split, limit=images)
+        chosen = load_dataset(dataset, data, split, limit=images, skip_damaged=skip_damaged)
+        show_skipped(chosen)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
         sides = executors_of(orchestrator) if every else {orchestrator.executor: orchestrator}
         measurements = measure_all(
@@ -68,6 +72,8 @@ def bench(
         )
         result = executors_result(sides, chosen, measurements, orchestrator.executor)
     out = table_console(json)
+    for line in _against_base(result, opened.manifest.training):
+        out.print(line, soft_wrap=True)
     out.print(_table(result))
     if every:
         out.print(_executors(result))
@@ -77,14 +83,32 @@ def bench(
         write_json_result(json, result)
 
 
-def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
+def _against_base(result: dict[str, Any], training: dict[str, Any]) -> list[str]:
+    """What every accuracy below is to be held against: the base, not the network that training left."""
+    from bdexport.base_figures import BaseFigures, points, was_trained
 
+    if result["base"] is None:
+        return (
+            ["your base's accuracy is not on record: 'full' is the network after training"]
+            if was_trained(training)
+            else []
+        )
+    base = BaseFigures(**result["base"])
+    if not base.here:
+        return [base.sentence()]
+    sides = ", ".join(
+        f"{side} {result[side]['accuracy']:.2f} % ({points(result[side]['accuracy'], base.accuracy)})"
+        for side in ("full", "dynamic")
+    )
+    return [f"your base ({base.name}): {base.accuracy:.2f} % of these images, {base.how}; {sides}"]
+
+
+def _table(result: dict[str, Any]) -> Table:
     full, dynamic, speedup = result["full"], result["dynamic"], result["speedup"]
     where = f"{result['dataset']['name']} {result['dataset']['split']}, {result['images']} images"
     how = f"batch {result['batch']}, {result['backend']} {result['precision']} on {result['device']}"
     threads = "" if result["threads"] is None else f", {result['threads']} thread{'s' * (result['threads'] != 1)}"
-    table = Table("", title=f"{result['architecture']}, {where}, {how}{threads}")
+    table = FittedTable("", title=f"{result['architecture']}, {where}, {how}{threads}")
     for name in ("full", "dynamic", "gain"):
         table.add_column(name, justify="right")
     used, flops, blocks = dynamic["blocks_used"], dynamic["flops"], result["num_blocks"]
@@ -103,9 +127,7 @@ def _table(result: dict[str, Any]) -> Table:
 
 
 def _executors(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("executor", title="executors, in turn on the same images")
+    table = FittedTable("executor", title="executors, in turn on the same images", expendable=("p90", "p99"))
     for name in ("mean", "p50", "p90", "p99", "images/s", "gain", "efficiency", "hits"):
         table.add_column(name, justify="right")
     full = result["full"]
@@ -137,6 +159,8 @@ def _remarks(result: dict[str, Any], batch: int) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items())),
     ]
+    if result["fixed_mask"] is not None:
+        lines.append(f"one mask for every image, without a policy network: {result['fixed_mask']}")
     if batch != result["batch"]:
         lines.append(f"batch {batch} is more than there are images: measured with {result['batch']}")
     elif measured["images_not_timed"]:

@@ -5,21 +5,33 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bdexport.backends import BACKENDS
-from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, err_console, progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    CheckAgainst,
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import refuse, writable
-from bdexport.cli.stages import size_text, stages_of
+from bdexport.cli.stages import show_skipped, size_text, stages_of
 from bdexport.config import CALIBRATED, BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
 from bdexport.fused import MOST_FUSED, shares_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bdexport.architecture import Shortcut
     from bdexport.build import BuiltBundle
     from bdexport.dataset import Dataset
 
@@ -68,13 +80,18 @@ def build(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Choose the executor for 'auto' by measuring.")
     ] = FUSED.measure,
-    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="One mask of 0s and 1s for every image, block 0 first, instead of a policy."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="For masks, scales (int8, fp8) and accuracy against torch: cifar10, .."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="A list that `bdexport calibrate` wrote, for int8 or fp8.")
     ] = None,
@@ -88,6 +105,15 @@ def build(
         float, typer.Option(min=0, help="Largest loss of accuracy against torch, in points.")
     ] = VERIFY.max_accuracy_drop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
+    check_against: CheckAgainst = None,
     min_batch: Annotated[
         int, typer.Option(help="Smallest batch; more than 1 for equal masks only.", rich_help_panel=PANEL)
     ] = TENSORRT.min_batch,
@@ -143,22 +169,28 @@ def build(
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings, tensorrt=tensorrt)
     fuses = fuses_paths(checked_backend(config))  # before a data set is read
+    if mask is not None:
+        refuse(context, ("mask_images", "quantise_masks"), "with --mask, which every image runs")
     _refuse_without_effect(context, dataset, calibration, scaled=precision in CALIBRATED, fuses=fuses)
     request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     started = time.perf_counter()
     with progress() as bar:
         bundle = build_bundle(
             checkpoint,
             out,
             config=config,
-            arch=arch,
-            shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
+            loading=loading.arguments(),
+            loaded=lambda found: say_assumed(found, checkpoint),
+            check_against=check_against,
             overwrite=overwrite,
             progress=stages_of(bar),
             calibration=request,
-            counted=_split(dataset, data, "validation", mask_images) if fuses else None,
-            judged=_split(dataset, data, VERIFY.accuracy_split, images),
+            counted=_split(dataset, data, "validation", mask_images, skip_damaged) if fuses else None,
+            judged=_split(dataset, data, VERIFY.accuracy_split, images, skip_damaged),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
+            mask=mask,
+            note=lambda text: err_console.print(text, soft_wrap=True),
         )
     result = _result(bundle, time.perf_counter() - started)
     for note in bundle.notes:
@@ -187,20 +219,22 @@ def _refuse_without_effect(
     if dataset is None:
         if calibration is None:
             refuse(context, ("data",), "without the name of what is in the folder", "pass --dataset too")
-        needing = ("mask_images", "images", "max_drop", "calibration_images", "quantise_masks")
+        needing = ("mask_images", "images", "max_drop", "calibration_images", "quantise_masks", "skip_damaged")
         refuse(context, needing, "without images", "pass --dataset D and --data DIR, or leave it out")
     if not fuses:
         refuse(context, ("mask_images",), "on a backend that runs no fused paths")
 
 
-def _split(dataset: str | None, data: Path | None, split: str, images: int) -> Dataset | None:
+def _split(dataset: str | None, data: Path | None, split: str, images: int, skip_damaged: bool) -> Dataset | None:
     """Images of a split, or of the only one that the data set has; None where no data set is named."""
     if dataset is None:
         return None
     from bdexport.calibration_list import default_split
     from bdexport.dataset import load_dataset
 
-    return load_dataset(dataset, data, default_split(dataset, split), limit=images)
+    chosen = load_dataset(dataset, data, default_split(dataset, split), limit=images, skip_damaged=skip_damaged)
+    show_skipped(chosen)
+    return chosen
 
 
 def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
@@ -219,20 +253,22 @@ def _result(bundle: BuiltBundle, seconds: float) -> dict[str, Any]:
         "verification": manifest.verification,
         "executor": manifest.executor,
         "fused": None if manifest.fused is None else manifest.fused.to_json() | (bundle.fusing or {}),
+        "fixed_mask": manifest.extra.get("fixed_mask"),
         "mask_mapping": None if manifest.mask_mapping is None else manifest.mask_mapping.to_json(),
         "quantisation": list(bundle.quantisation),
+        "policy_cost": bundle.policy_cost,
         "versions": manifest.versions,
+        "loading": bundle.loading,
+        "checked_against": bundle.checked_against,
         "notes": bundle.notes,
     }
 
 
 def _quantisation(bundle: BuiltBundle) -> Table:
-    from rich.table import Table
-
     mapping = bundle.manifest.mask_mapping
     facts = {} if mapping is None else mapping.facts
     title = f"masks, {facts.get('images')} {facts.get('split')} images; latency: batch 1, policy included"
-    table = Table("fused paths", "masks run", title=title)
+    table = FittedTable("fused paths", "masks run", title=title)
     for name in ("accuracy", "drawn masks fused", "blocks", "FLOPs", "latency"):
         table.add_column(name, justify="right")
     for row in bundle.quantisation:

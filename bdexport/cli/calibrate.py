@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import err_console, progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, err_console, progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import refuse, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import CalibrationConfig
@@ -15,9 +27,9 @@ from bdexport.config import CalibrationConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bdexport.architecture import Shortcut
     from bdexport.calibrate import Scales
     from bdexport.calibration_list import CalibrationList
+    from bdexport.checkpoint import Checkpoint
 
 DEFAULTS = CalibrationConfig()
 
@@ -40,8 +52,14 @@ def calibrate(
         Path | None, typer.Option(help="Where the list is written. Default: calibration/DATASET.json.")
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where the scales are kept.")] = Path(DEFAULTS.folder),
-    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -49,25 +67,32 @@ def calibrate(
     """Gather scales (INT8, FP8) for every part, write the list of images and keep the scales for `build`."""
     from bdexport.calibrate import CalibrationRequest
     from bdexport.calibration_list import read_list, write_list
+    from bdexport.checkpoint import load_checkpoint, loading_record
     from bdexport.dataset import check_folder
     from bdexport.errors import UsageError
+    from bdexport.files import check_writable
 
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     if dataset is None and list_file is None:
         raise UsageError("nothing to calibrate on", remedy="pass --dataset D --data DIR, or --list FILE --data DIR")
     if list_file is not None:
         why, remedy = "with --list, which names its data set and images", "leave it out, or --list to draw new images"
         refuse(context, ("dataset", "out", "images", "split"), why, remedy)
+    if list_file is None:
+        check_writable(out or folder / f"{dataset}.json")
     # Before the parts are exported.
     check_folder(read_list(list_file).dataset if list_file is not None else str(dataset), data)
     config = CalibrationConfig(images, split, DEFAULTS.batch, str(folder))
     request = CalibrationRequest(config, dataset, data, list_file)
-    scales, chosen = _gather(checkpoint, request, arch, cast("Shortcut | None", shortcut))
+    found = load_checkpoint(checkpoint, **loading.arguments())
+    say_assumed(found, checkpoint)
+    scales, chosen = _gather(found, request)
     assert chosen is not None
     written = list_file
     if written is None:
         written = out or folder / f"{chosen.dataset}.json"
         write_list(written, chosen)
-    result = _result(checkpoint, scales, chosen, written)
+    result = _result(checkpoint, scales, chosen, written) | {"loading": loading_record(found)}
     for note in scales.notes:
         err_console.print(note, soft_wrap=True)
     table_console(json).print(_table(result))
@@ -75,16 +100,13 @@ def calibrate(
         write_json_result(json, result)
 
 
-def _gather(
-    path: Path, request: Any, arch: str | None, shortcut: Shortcut | None
-) -> tuple[Scales, CalibrationList | None]:
+def _gather(checkpoint: Checkpoint, request: Any) -> tuple[Scales, CalibrationList | None]:
     import tempfile
 
     from bdexport.calibrate import scales_for
-    from bdexport.checkpoint import build_model, load_checkpoint
+    from bdexport.checkpoint import build_model
     from bdexport.export import export_parts
 
-    checkpoint = load_checkpoint(path, arch=arch, shortcut=shortcut)
     model = build_model(checkpoint)
     with progress() as bar, tempfile.TemporaryDirectory() as folder:
         report = stages_of(bar)
@@ -115,10 +137,8 @@ def _largest(scales: Scales, part: str) -> float | None:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
     where = f"{result['images']} images of {result['dataset']['name']} {result['dataset']['split']}"
-    table = Table("part", title=f"scales from {where}; list: {result['list']}")
+    table = FittedTable("part", title=f"scales from {where}; list: {result['list']}")
     for name in ("images that run it", "tensors", "largest value"):
         table.add_column(name, justify="right")
     for entry in result["parts"]:

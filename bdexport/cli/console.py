@@ -10,10 +10,14 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich.console import Console, ConsoleDimensions
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,8 +29,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
+from rich.text import Text
 
-from bdexport.files import write_json
+from bdexport.cli.failures import without_controls
+from bdexport.files import utf8_text, write_json
 
 STDOUT = "-"  # ``--json -``
 PIPED_WIDTH = 160  # columns: enough for every table of ours, so that nothing is cut off in a file
@@ -49,9 +56,71 @@ class WideConsole(Console):
     def size(self, new_size: tuple[int, int]) -> None:
         self._width, self._height = new_size
 
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """As Rich's; control characters in a text, which a terminal would obey, are printed as escapes."""
+        super().print(*(without_controls(item) if isinstance(item, str) else item for item in objects), **settings)
+
 
 console = WideConsole(markup=False, highlight=False, emoji=False)
 err_console = WideConsole(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+class FittedTable(Table):
+    """A table that fits the terminal by showing fewer columns, never by cutting what stands in one.
+
+    The columns named in ``expendable`` go first, in that order, then those at the end; a line below names them. The
+    first column, which says what a row is about, always stays. Numbers (columns that are justified to the right) keep
+    to one line; text is wrapped between words.
+    """
+
+    def __init__(self, *headers: Column | str, expendable: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*headers, **settings)
+        self.expendable = tuple(expendable)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The columns that fit ``options.max_width``, then the names of the others."""
+        room = [self._widths(console, options, index) for index in range(len(self.columns))]
+        kept = self._kept([least for least, _ in room], options.max_width)
+        widths = {index: room[index][0] for index in kept}
+        spare = options.max_width - _table_width(widths.values())
+        for index in kept:
+            widths[index] += max(0, min(spare, room[index][1] - widths[index]))
+            spare -= widths[index] - room[index][0]
+        fitted = copy(self)
+        fitted.columns = [
+            replace(self.columns[index], _index=place, width=widths[index], overflow="fold")
+            for place, index in enumerate(kept)
+        ]
+        yield from Table.__rich_console__(fitted, console, options)
+        left_out = [str(column.header) for index, column in enumerate(self.columns) if index not in kept]
+        if left_out:
+            yield Text(f"left out at {options.max_width} columns: {', '.join(left_out)} (--json has them)")
+
+    def _kept(self, least: list[int], width: int) -> list[int]:
+        """The columns that are shown in ``width``, by index."""
+        indices = range(1, len(self.columns))
+        named = [index for name in self.expendable for index in indices if self.columns[index].header == name]
+        order = [index for index in indices if index not in named] + named[::-1]  # the last one is the next to go
+        while order and _table_width([least[0], *(least[index] for index in order)]) > width:
+            order.pop()
+        return sorted([0, *order])
+
+    def _widths(self, console: Console, options: ConsoleOptions, index: int) -> tuple[int, int]:
+        """The least and the natural width of a column, without its padding."""
+        column = self.columns[index]
+        cells = [Measurement.get(console, options, cell) for cell in column.cells]
+        words = max((cell.minimum for cell in cells), default=0)
+        natural = max((cell.maximum for cell in cells), default=0)
+        header = Measurement.get(console, options, column.header) if self.show_header else Measurement(0, 0)
+        whole = column.justify == "right" or (index == 0 and natural <= options.max_width // 2)
+        least = max(natural if whole else words, header.minimum, 1)
+        fits = options.max_width - _table_width([0])  # a single column can be no wider: what is longer is folded
+        return min(least, fits), min(max(natural, header.maximum, least), fits)
+
+
+def _table_width(widths: Iterable[int]) -> int:
+    """With a border and a blank on both sides of each column."""
+    return 1 + sum(width + 3 for width in widths)
 
 
 class StageProgress(Progress):
@@ -123,7 +192,9 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Path):
-        return value.as_posix()
+        return utf8_text(value.as_posix())
+    if isinstance(value, str):
+        return utf8_text(value)  # half of a surrogate pair, from a file name that is no UTF-8, is no JSON
     return value
 
 

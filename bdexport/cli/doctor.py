@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, progress, table_console, write_json_result
 from bdexport.cli.options import writable
 from bdexport.errors import BackendError
 
@@ -22,18 +22,21 @@ def doctor(
     json: Annotated[
         str | None, typer.Option(help="Also write the result as JSON to this file ('-': stdout).", callback=writable)
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="A row for every package, with versions and remarks.")
+    ] = False,
 ) -> None:
     """Show what is installed and usable here, and how to get the rest.
 
     What is missing is no failure: exit code 1 means that the core is broken or that no backend can run.
     """
-    from bdexport.doctor import examine, packages
+    from bdexport.doctor import examine, probes
 
     with progress() as bar:
-        stage = bar.add_task("looking at packages", total=len(packages()))
+        stage = bar.add_task("looking at packages", total=len(probes()))
         report = examine(lambda name: bar.update(stage, advance=1))
     out = table_console(json)
-    out.print(findings_table(report))
+    out.print(findings_table(report) if verbose else summary_table(report))
     for remedy, names in remedies(report).items():
         out.print(f"{', '.join(names)}: {remedy}", soft_wrap=True)  # a command must stay in one piece
     if json is not None:
@@ -45,12 +48,27 @@ def doctor(
         raise BackendError("no backend can run here", remedy=failure.remedy)
 
 
-def findings_table(report: Report) -> Table:
-    """One row for each finding: what, its group (the extra that installs it), state, version and remark."""
-    from rich.table import Table
+def summary_table(report: Report) -> Table:
+    """One row for each group and state, so that all of it fits a screen; what is broken has a row of its own."""
     from rich.text import Text
 
-    table = Table(title="bdexport doctor")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for found in report.findings:
+        own_row = found.name if found.state == "broken" else ""
+        detail = f": {found.detail}" if own_row else ""
+        version = f" {found.version.partition('-')[0]}" if found.version and found.group != "backend" else ""
+        rows.setdefault((found.group, found.state, own_row), []).append(f"{found.name}{version}{detail}")
+    table = FittedTable("part of", "state", "what", title="bdexport doctor (--verbose has every remark)")
+    for (group, state, _), names in rows.items():
+        table.add_row(group, Text(state, style=STYLES[state]), ", ".join(names))
+    return table
+
+
+def findings_table(report: Report) -> Table:
+    """One row for each finding: what, its group (the extra that installs it), state, version and remark."""
+    from rich.text import Text
+
+    table = FittedTable(title="bdexport doctor")
     for column in ("what", "part of", "state", "version", "remark"):
         table.add_column(column, overflow="fold")
     for found in report.findings:

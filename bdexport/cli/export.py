@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import writable
 from bdexport.cli.stages import size_text, stages_of
 
 if TYPE_CHECKING:
-    from bdexport.architecture import Shortcut
     from bdexport.checkpoint import Checkpoint
 
 
@@ -22,17 +33,25 @@ def export(
     parts: Annotated[
         str | None, typer.Option(help="Only these, e.g. policy,stem,block_00,head,full. Default: all.")
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
     json: Annotated[
         str | None, typer.Option(help="Write the table to this file ('-': stdout).", callback=writable)
     ] = None,
 ) -> None:
     """Write every part as an ONNX graph of its own: batch norm folded, batch size free, weights inside."""
-    from bdexport.checkpoint import load_checkpoint
+    from bdexport.checkpoint import load_checkpoint, loading_record
 
-    found = load_checkpoint(checkpoint, arch=arch, shortcut=cast("Shortcut | None", shortcut))
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
+    found = load_checkpoint(checkpoint, **loading.arguments())
+    say_assumed(found, checkpoint)
     wanted = None if parts is None else [name.strip() for name in parts.split(",") if name.strip()]
     rows = _write(found, out, wanted, overwrite)
     result = {
@@ -40,6 +59,7 @@ def export(
         "checkpoint": checkpoint,
         "out": out,
         "architecture": found.network.name,
+        "loading": loading_record(found),
         "parts": rows,
     }
     _print_table(result, json)
@@ -76,9 +96,7 @@ def _write(found: Checkpoint, out: Path, wanted: list[str] | None, overwrite: bo
 
 
 def _print_table(result: dict[str, Any], json: str | None) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{result['architecture']}: {len(result['parts'])} parts in {result['out']}")
+    table = FittedTable(title=f"{result['architecture']}: {len(result['parts'])} parts in {result['out']}")
     table.add_column("part")
     for name in ("size", "nodes", "FLOPs"):
         table.add_column(name, justify="right")

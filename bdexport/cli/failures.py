@@ -11,17 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TextIO
 
 import typer
 
 from bdexport.errors import BdexportError
-from bdexport.packages import install_line
+from bdexport.files import is_control
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
 
 EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
     "torch": "build",
     "onnx": "build",
+    "ml_dtypes": "build",
     "safetensors": "build",
     "sklearn": "build",
     "tensorboard": "build",
@@ -82,12 +84,31 @@ def explain(error: BaseException) -> tuple[str | None, int]:
 def _describe(error: BaseException) -> str:
     module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     if module in EXTRA_OF:
-        return f"this needs {module}, which is not installed; {install_line(EXTRA_OF[module])}"
+        return _describe_import(module, error)
     if _is_out_of_memory(error):
         return f"out of memory ({type(error).__name__}: {error}); use a smaller batch or fewer jobs"
     if isinstance(error, OSError) and error.strerror:
         return _describe_os_error(error)
-    return f"internal error ({type(error).__name__}: {error}); run again with --debug and report the traceback"
+    from bdexport.requirements import all_outdated  # reads packages' metadata: not at every start
+
+    internal = f"internal error ({type(error).__name__}: {error})"
+    if too_old := all_outdated():  # the likely cause, whatever the error is: nobody tested these versions
+        return f"{too_old[0]}; {too_old[0].remedy} ({internal})"
+    return f"{internal}; run again with --debug and report the traceback"
+
+
+def _describe_import(module: str, error: BaseException) -> str:
+    """A package that is not there, is too old, or is there and cannot be imported: three remedies."""
+    from bdexport.requirements import installed_version, outdated, package_of
+
+    package = package_of(module)
+    absent = isinstance(error, ModuleNotFoundError) and error.name == module
+    if absent or installed_version(package) is None:
+        return f"this needs {module}, which is not installed; {install_line(EXTRA_OF[module])}"
+    if (too_old := outdated(package)) is not None:
+        return f"{too_old}; {too_old.remedy} ({error})"
+    version = installed_version(package)
+    return f"{package} {version} is installed, but cannot be used ({error}); pip install --force-reinstall {package}"
 
 
 def _describe_os_error(error: OSError) -> str:
@@ -113,13 +134,39 @@ def _usage_line(error: BaseException) -> str:
 
 
 def _line(text: str) -> str:
-    return "bdexport: error: " + " ".join(part.strip() for part in text.splitlines() if part.strip())
+    one_line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "bdexport: error: " + without_controls(one_line)
+
+
+def without_controls(text: str) -> str:
+    """``text`` with an escape for every control character but the end of a line: file names may hold any of them."""
+    return "".join(ascii(c)[1:-1] if is_control(c) and c not in "\n\t" else c for c in text)
 
 
 def _exit_code(error: SystemExit) -> int:
     if error.code is None:
         return 0
     return error.code if isinstance(error.code, int) else FAILED
+
+
+def open_closed_streams() -> None:
+    """Give a process without stdin, stdout or stderr (a daemon, ``>&-``) the null device in their place.
+
+    Python has None for a stream that was closed when it started. Worse, the next file that is opened would get the free
+    number 1 or 2, and whatever a library prints would be written into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # files are opened at the smallest free number, and the smaller ones are taken by now
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def is_discarded(stream: TextIO) -> bool:
+    """Whether :func:`open_closed_streams` has put the null device in the place of this stream."""
+    return getattr(stream, "name", None) == os.devnull
 
 
 def discard_stdout_if_broken() -> None:

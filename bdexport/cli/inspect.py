@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.options import writable
 from bdexport.cli.stages import size_text
 
@@ -24,6 +24,9 @@ def inspect(
     json: Annotated[
         str | None, typer.Option(help="Write everything to this file ('-': stdout).", callback=writable)
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also every setting that the network was trained with.")
+    ] = False,
 ) -> None:
     """Print a bundle's manifest, check the hash of every file, and say whether it can run on this machine."""
     from bdexport.bundle import Bundle, file_problems, read_manifest
@@ -32,7 +35,7 @@ def inspect(
     problems = file_problems(bundle, manifest)
     here = runs_here(Bundle(bundle, manifest), intact=not problems)
     out = table_console(json)
-    for table in (_overview(manifest), _parts(manifest), _policy(manifest)):
+    for table in (_overview(manifest, verbose), _parts(manifest), _policy(manifest)):
         if table.row_count:
             out.print(table)
     count = len(manifest.files())
@@ -70,10 +73,8 @@ def runs_here(bundle: Bundle, intact: bool) -> dict[str, Any]:
         return {"ok": True, "reason": reason, "executor": loaded.executor}
 
 
-def _overview(manifest: Manifest) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"bundle {manifest.name}, format {manifest.format_version}", show_header=False)
+def _overview(manifest: Manifest, verbose: bool) -> Table:
+    table = FittedTable(title=f"bundle {manifest.name}, format {manifest.format_version}", show_header=False)
     crossing = ", ".join(map(str, manifest.transitions)) or "none"
     pre = manifest.preprocess
     batch = "any batch" if manifest.max_batch is None else f"batches up to {manifest.max_batch}"
@@ -82,6 +83,7 @@ def _overview(manifest: Manifest) -> Table:
         "network": f"{manifest.architecture}, {manifest.num_blocks} blocks, {len(manifest.class_names)} classes",
         "transitions": f"{crossing} (dropped: {manifest.dropped_transition})",
         "engines": f"{manifest.backend}, {manifest.precision}, {batch}",
+        "mask": str(manifest.extra.get("fixed_mask") or ""),
         "executor": _executor(manifest),
         "preprocessing": f"RGB {pre.size[1]}x{pre.size[0]} ({geometry}, {pre.resampling}), "
         f"mean {_numbers(pre.mean)}, std {_numbers(pre.std)}",
@@ -91,7 +93,7 @@ def _overview(manifest: Manifest) -> Table:
         "built on": " ".join(filter(None, (manifest.fingerprint, manifest.compute_capability))),
         "checkpoint": f"{manifest.checkpoint['form']}, SHA-256 {manifest.checkpoint['sha256'][:16]}..",
         "verified": _verified(manifest),
-        "trained": _trained(manifest),
+        "trained": _scalars(manifest.training if verbose else _main_settings(manifest.training)),
     }
     for name, text in rows.items():
         if text:
@@ -116,8 +118,22 @@ def _verified(manifest: Manifest) -> str:
     return _scalars({key.replace("_", " "): report[key] for key in shown if key in report})
 
 
-def _trained(manifest: Manifest) -> str:
-    return _scalars(manifest.training)
+def _main_settings(training: dict[str, Any]) -> dict[str, Any]:
+    """What the network was trained from and what came of it; of the dozens of settings those that name the others."""
+    settings = training.get("settings")
+    named = {key: settings[key] for key in ("preset", "seed") if key in settings} if isinstance(settings, dict) else {}
+    left_out = ("settings", "machine", "torch", "seconds", "threads", "validation")
+    kept = {key: value for key, value in training.items() if key not in left_out}
+    reached = training.get("validation")
+    policy = reached.get("policy") if isinstance(reached, dict) else None
+    if isinstance(reached, dict) and isinstance(policy, dict):
+        used = policy.get("blocks_used")
+        kept["validation"] = {
+            "full accuracy": reached.get("full_accuracy"),
+            "policy accuracy": policy.get("accuracy"),
+            "blocks used": used.get("mean") if isinstance(used, dict) else None,
+        }
+    return kept | named
 
 
 def _scalars(data: dict[str, Any], prefix: str = "") -> str:
@@ -138,9 +154,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _parts(manifest: Manifest) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"{len(manifest.parts)} parts")
+    table = FittedTable(title=f"{len(manifest.parts)} parts")
     for name in ("part", "input", "output"):
         table.add_column(name)
     for name in ("FLOPs", "graph", "engine"):
@@ -154,12 +168,10 @@ def _parts(manifest: Manifest) -> Table:
 
 def _policy(manifest: Manifest) -> Table:
     """The masks that occur most, with their share of the images they were counted on."""
-    from rich.table import Table
-
     statistics = manifest.policy_statistics
     masks = statistics.get("masks", [])
     title = f"policy: {len(masks)} most frequent masks on {statistics.get('images')} {statistics.get('split')} images"
-    table = Table(title=title)
+    table = FittedTable(title=title)
     for name in ("mask (block 0 first)", "blocks", "images", "share"):
         table.add_column(name, justify="left" if name.startswith("mask") else "right")
     for row in masks[:SHOWN_MASKS]:

@@ -11,17 +11,28 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 from bdexport.cli.app import DEBUG_VARIABLE, run_line
-from bdexport.cli.failures import INTERRUPTED, discard_stdout_if_broken, explain, terminable
+from bdexport.cli.failures import (
+    INTERRUPTED,
+    discard_stdout_if_broken,
+    explain,
+    open_closed_streams,
+    terminable,
+    without_controls,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` by default) and return the exit code; prints at most one line of error."""
+    open_closed_streams()
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     _print_any_name()
     # Pillow refuses bombs; that it warns of half of one says nothing to who has a camera of 100 megapixels.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    warnings.showwarning = _show_warning
     with terminable() as terminated:
         try:
             code = run_line(arguments)
@@ -49,10 +60,20 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _print_any_name() -> None:
     """File and class names that the terminal's encoding lacks are printed as escapes, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # Python writes "surrogateescape" in the locales C and POSIX, where characters beyond ASCII fail all the same.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_where: Any, **_output: Any) -> None:
+    """One line for a warning, with the image that it is about: packages warn without saying which file it is."""
+    preprocess = sys.modules.get("bdexport.preprocess")
+    path = None if preprocess is None else preprocess.image_being_read()
+    about = "" if path is None else f"{path}: "
+    _say(without_controls(f"bdexport: warning: {about}{' '.join(str(message).split())} ({category.__name__})"))
 
 
 def _say(text: str | None) -> None:
     if text:
-        print(text, file=sys.stderr)
+        with suppress(OSError):  # a full disk or a terminal that is gone: the exit code still says that it failed
+            print(text, file=sys.stderr, flush=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import typer
 
 from bdexport.cli.console import STDOUT
+from bdexport.cli.failures import is_discarded
 from bdexport.errors import OutputError, UsageError
 
 LEAVE_OUT = "leave it out"
@@ -31,6 +33,8 @@ def writable(target: str | None) -> str | None:
 
     Raises :class:`bdexport.errors.OutputError`.
     """
+    if target == STDOUT and is_discarded(sys.stdout):
+        raise OutputError("--json -: stdout is closed", remedy="name a file, as in --json result.json")
     if target is not None and target != STDOUT:
         from bdexport.files import check_writable
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.options import refuse, refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import ProfileConfig
@@ -15,7 +15,6 @@ from bdexport.config import ProfileConfig
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from rich.table import Table
 
     from bdexport.runtime import Orchestrator
 
@@ -111,13 +110,15 @@ def _images(
     return random_images(count, preprocess.size, seed=0), {"name": SYNTHETIC, "split": "none"}
 
 
-def _parts_table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
+def _parts_table(result: dict[str, Any]) -> FittedTable:
     how = f"batch {result['batch']}, {result['backend']} {result['precision']} on {result['device']}"
     threads = "" if result["threads"] is None else f", {result['threads']} thread{'s' * (result['threads'] != 1)}"
     where = f"{result['dataset']['name']}, {result['images']} images"
-    table = Table("part", title=f"{result['architecture']}, {where}, {how}{threads}")
+    table = FittedTable(
+        "part",
+        title=f"{result['architecture']}, {where}, {how}{threads}",
+        expendable=("MFLOPs", "GFLOP/s", "p90", "images"),
+    )
     for name in ("images", "p50", "p90", "share", "gap before", "MFLOPs", "GFLOP/s", "bound by"):
         table.add_column(name, justify="right")
     for entry in result["parts"]:
@@ -142,10 +143,8 @@ def _parts_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _stages_table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("one call", title="what a call is made of")
+def _stages_table(result: dict[str, Any]) -> FittedTable:
+    table = FittedTable("one call", title="what a call is made of")
     for name in ("mean", "p50", "p90", "share"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -158,14 +157,12 @@ def _stages_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _fused_table(result: dict[str, Any]) -> Table:
+def _fused_table(result: dict[str, Any]) -> FittedTable:
     """The paths that ran, most images first."""
-    from rich.table import Table
-
     fused = result["fused"]
     call = fused["call_ms"]
     title = f"the same images through the fused paths: {fused['hit_rate']:.1%} are hits; a call: p50 {_ms(call['p50'])}"
-    table = Table("mask (block 0 first)", title=title)
+    table = FittedTable("mask (block 0 first)", title=title, expendable=("MFLOPs", "p90"))
     for name in ("blocks", "images", "p50", "p90", "share", "MFLOPs", "GFLOP/s"):
         table.add_column(name, justify="right")
     ran = [entry for entry in fused["paths"] if entry["runs"]]

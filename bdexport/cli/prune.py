@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import writable
 
 if TYPE_CHECKING:
-    from bdexport.architecture import ResNetSpec, Shortcut
+    from bdexport.architecture import ResNetSpec
     from bdexport.checkpoint import Checkpoint
 
 
@@ -23,24 +35,29 @@ def prune(
     skip_blocks: Annotated[
         str | None, typer.Option(help="Blocks to leave whole, counted from 0, e.g. 7-9,16,26.")
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="The architecture that is expected, e.g. resnet32.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="avgpool or option_a, where the file does not say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
 ) -> None:
     """Remove the filters of smallest L1 norm inside each block (PFEC); a policy stays. Finetune the result."""
-    from bdexport.checkpoint import load_checkpoint, save_checkpoint
+    from bdexport.checkpoint import check_suffix, load_checkpoint, loading_record, save_checkpoint
     from bdexport.files import refuse_existing
     from bdexport.prune import prune_checkpoint
 
     refuse_existing(out, overwrite)
-    before = load_checkpoint(
-        checkpoint,
-        arch=arch,
-        shortcut=cast("Shortcut | None", shortcut),  # load_checkpoint refuses any other word
-    )
+    check_suffix(out)
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
+    before = load_checkpoint(checkpoint, **loading.arguments())
+    say_assumed(before, checkpoint)
     ratios = _ratios(ratio, per_stage, len(before.network.stages))
     after = prune_checkpoint(before, ratios, _blocks(skip_blocks, before.network.num_blocks), checkpoint.name)
     save_checkpoint(out, after)
@@ -49,6 +66,7 @@ def prune(
         "checkpoint": checkpoint,
         "out": out,
         "architecture": after.network.name,
+        "loading": loading_record(before),
         "pruned": after.training["pruned"],
         "has_policy": after.policy is not None,
         "before": _size(before),
@@ -106,9 +124,7 @@ def _size(found: Checkpoint) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any], before: ResNetSpec, after: ResNetSpec, json: str | None) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{result['architecture']}: filters inside the blocks, {result['out']}")
+    table = FittedTable(title=f"{result['architecture']}: filters inside the blocks, {result['out']}")
     for name in ("stage", "ratio", "block by block"):
         table.add_column(name)
     pairs = [f"{old.channels}>{new.channels}" for old, new in zip(before.blocks(), after.blocks(), strict=True)]

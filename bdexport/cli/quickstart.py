@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bdexport.base_figures import BaseFigures, points
 from bdexport.cli.app import run_line
-from bdexport.cli.console import STDOUT, table_console, write_json_result
+from bdexport.cli.console import STDOUT, FittedTable, table_console, write_json_result
 from bdexport.cli.options import writable
 from bdexport.config import PRESETS, QuickstartConfig
 
@@ -83,6 +84,7 @@ def training_plan(out: Path | None, preset: str | None, threads: int) -> Plan:
     how = ["--arch", DEFAULT.arch, "--dataset", DATASET, "--preset", preset or DEFAULT.preset, *settings]
     lines = [
         ["train", *how, "--out", run],
+        ["evaluate", run, "--dataset", DATASET, "--json", str(out / "evaluate.json")],
         ["build", run, "--out", bundle, "--overwrite"],
         ["verify", bundle, "--json", str(out / "verify.json")],
         _bench_line(out, DATASET, threads),
@@ -140,7 +142,7 @@ def write_images(plan: Plan) -> None:
 
 def summary(plan: Plan, seconds: float) -> dict[str, Any]:
     """What the steps left in ``plan.out``, as one JSON object; ``seconds`` is what this call took."""
-    made: dict[str, Any] = {"run": plan.out / "run"} if plan.model is None else _zoo_entry(plan.model)
+    made = _zoo_entry(plan.model) if plan.model is not None else {"run": plan.out / "run", "evaluate": _evaluated(plan)}
     return {
         "schema": "bdexport.quickstart/1",
         "seconds": round(seconds, 1),
@@ -149,6 +151,11 @@ def summary(plan: Plan, seconds: float) -> dict[str, Any]:
         "verify": json_text.loads((plan.out / "verify.json").read_text()),
         "bench": json_text.loads((plan.out / "bench.json").read_text()),
     }
+
+
+def _evaluated(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = json_text.loads((plan.out / "evaluate.json").read_text())
+    return found
 
 
 def _zoo_entry(name: str) -> dict[str, Any]:
@@ -167,14 +174,14 @@ def _step(line: list[str], json: str | None) -> None:
 
 
 def _table(result: dict[str, Any], plan: Plan) -> Table:
-    from rich.table import Table
-
     bench, verified = result["bench"], result["verify"]
     full, dynamic = bench["full"], bench["dynamic"]
     used, blocks = dynamic["blocks_used"], bench["num_blocks"]
-    table = Table(title=f"quickstart: {bench['architecture']} on {plan.dataset}", show_header=False)
+    table = FittedTable(title=f"quickstart: {bench['architecture']} on {plan.dataset}", show_header=False)
     accuracy = f"{dynamic['accuracy']:.2f} % against {full['accuracy']:.2f} %"
+    base = result["evaluate"]["base"] if plan.model is None else bench["base"]
     rows = {
+        **_base_row(base, dynamic["accuracy"]),
         "mean latency, batch 1": f"{dynamic['latency_ms']['mean']:.3f} ms against {full['latency_ms']['mean']:.3f} ms "
         f"of the full network: {bench['speedup']['latency_mean']:.2f} x",
         **(
@@ -193,6 +200,17 @@ def _table(result: dict[str, Any], plan: Plan) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def _base_row(base: dict[str, Any] | None, accuracy: float) -> dict[str, str]:
+    """First of all: what the base had reached before a policy was learned on it."""
+    if base is None:
+        return {}
+    figures = BaseFigures(**base)
+    if not figures.here:
+        return {"against your base": figures.sentence()}
+    against = f"{accuracy:.2f} % with blocks dropped: {points(accuracy, figures.accuracy)}"
+    return {"against your base": f"{figures.accuracy:.2f} % on the same images; {against}"}
 
 
 def _card_row(card_result: dict[str, Any]) -> dict[str, str]:

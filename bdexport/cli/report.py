@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import err_console, progress, table_console, to_plain, write_json_result
+from bdexport.cli.console import FittedTable, err_console, progress, table_console, to_plain, write_json_result
+from bdexport.cli.loading import (
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+)
 from bdexport.cli.options import refuse, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import ReportConfig
@@ -37,11 +47,22 @@ def report(
     images: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = DEFAULT.batch,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
     json: Annotated[
         str | None, typer.Option(help="Also write the data to this file ('-': stdout).", callback=writable)
     ] = None,
 ) -> None:
-    """Training curves, accuracy against FLOPs beside the paper's, block usage, contact sheets: HTML, PNG and SVG."""
+    """Training curves, accuracy against FLOPs beside the paper's, block usage, contact sheets: HTML, PNG and SVG.
+
+    What the checkpoint does not say itself (--mean, --shortcut ..): the options are about foreign files among the
+    sources; checkpoints in bdexport's own form say everything themselves.
+    """
     from dataclasses import replace
 
     from bdexport.errors import OutputError
@@ -57,10 +78,13 @@ def report(
         raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
     config = replace(DEFAULT, split=split, batch=batch)
     found = read_sources(sources)
-    chosen = None if dataset is None else _data(dataset, data, split, images)
-    command = shlex.join(["bdexport", "report", *map(str, sources), *(chosen.words if chosen else ()), "--out", "DIR"])
+    loading = Loading(None, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
+    models = loading.load_several([source.path for source in found.trained if source.has_model])
+    chosen = None if dataset is None else _data(dataset, data, split, images, loading.words())
+    words = [*(chosen.words if chosen else ()), *loading.words()]
+    command = shlex.join(["bdexport", "report", *map(str, sources), *words, "--out", "DIR"])
     with progress() as bar:
-        result = collect(found, chosen, config, command, _tracked(bar))
+        result = collect(found, chosen, config, command, _tracked(bar), models)
         plain: dict[str, Any] = to_plain(result.to_json())
         files = write_report(result, plain, out, config, overwrite, stages_of(bar))
     _print_summary(result, files, json)
@@ -73,13 +97,13 @@ def _need_matplotlib() -> None:
     import matplotlib  # noqa: F401
 
 
-def _data(dataset: str, data: Path | None, split: str, images: int | None) -> Data:
+def _data(dataset: str, data: Path | None, split: str, images: int | None, loading: tuple[str, ...]) -> Data:
     from bdexport.dataset import load_dataset
     from bdexport.report.collect import Data
 
     words = ["--dataset", dataset, *(["--data", str(data)] if data is not None else []), "--split", split]
     words += [] if images is None else ["--images", str(images)]
-    return Data(load_dataset(dataset, data, split, limit=images), tuple(words))
+    return Data(load_dataset(dataset, data, split, limit=images), tuple(words), loading)
 
 
 def _tracked(bar: StageProgress) -> Tracked:
@@ -90,8 +114,6 @@ def _tracked(bar: StageProgress) -> Tracked:
 
 
 def _print_summary(result: Report, files: list[Path], json: str | None) -> None:
-    from rich.table import Table
-
     out = table_console(json)
     for dataset in result.datasets():
         measured = [(number, point) for number, point in result.numbered(dataset) if point.source == "measured"]
@@ -101,7 +123,7 @@ def _print_summary(result: Report, files: list[Path], json: str | None) -> None:
 
         rows = all_points(measured)
         shown = [index for index, column in enumerate(rows.columns) if column not in ("command", "network")]
-        table = Table(*(rows.columns[index] for index in shown), title=f"results on {dataset}")
+        table = FittedTable(*(rows.columns[index] for index in shown), title=f"results on {dataset}")
         for row in rows.rows:
             table.add_row(*(row[index] for index in shown))
         out.print(table)

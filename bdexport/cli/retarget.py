@@ -9,6 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    ClassNames,
+    DroppedRule,
+    Loading,
+    Mean,
+    ResizeShort,
+    ShortcutKind,
+    Size,
+    Std,
+    say_assumed,
+)
 from bdexport.cli.options import writable
 
 if TYPE_CHECKING:
@@ -16,13 +28,21 @@ if TYPE_CHECKING:
 
 
 def retarget(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN folder or .safetensors with a policy.")],
+    checkpoint: Annotated[Path, typer.Argument(help="RUN folder, .safetensors, PyTorch file or zoo:NAME.")],
     target_blocks: Annotated[float, typer.Option(help="Mean number of kept blocks, at most.")],
     out: Annotated[Path, typer.Option(help="The new checkpoint, .safetensors.")],
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize_short: ResizeShort = None,
+    class_names: ClassNames = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -33,8 +53,15 @@ def retarget(
     """
     from dataclasses import replace
 
-    from bdexport.checkpoint import build_model, load_checkpoint, save_checkpoint
-    from bdexport.dataset import check_classes, load_dataset, unnamed_classes
+    from bdexport.checkpoint import (
+        build_model,
+        check_suffix,
+        load_checkpoint,
+        loading_record,
+        named_by,
+        save_checkpoint,
+    )
+    from bdexport.dataset import check_classes, check_folder, load_dataset, unnamed_classes
     from bdexport.errors import UsageError
     from bdexport.evaluate import policy_statistics, run_masks
     from bdexport.files import check_writable, refuse_existing
@@ -43,15 +70,20 @@ def retarget(
     from bdexport.retarget import retarget as shift_policy
     from bdexport.train.data import DeviceImages
 
+    check_folder(dataset, data)
     refuse_existing(out, overwrite)
+    check_suffix(out)
     check_writable(out)
-    found = load_checkpoint(checkpoint)
+    loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
+    found = load_checkpoint(checkpoint, **loading.arguments())
     model = build_model(found)
     if not 0 < target_blocks <= found.network.num_blocks:
         blocks = found.network.num_blocks
         raise UsageError("--target-blocks", got=target_blocks, expected=f"above 0, at most {blocks}")
     chosen = load_dataset(dataset, data, "validation")
     check_classes(chosen, found.network.num_classes, found.class_names)
+    found = named_by(found, chosen)
+    say_assumed(found, checkpoint)
     source = DeviceImages(chosen.arrays(found.preprocess), chosen.labels, found.preprocess, "cpu")
     flops = count_flops(model, found.preprocess.size)
     with progress() as bar:
@@ -72,6 +104,7 @@ def retarget(
         "schema": "bdexport.retarget/1",
         "checkpoint": checkpoint,
         "out": out,
+        "loading": loading_record(found),
         "logit_shift": shift,
         "before": before.to_json(flops, with_policy=True),
         "after": after.to_json(flops, with_policy=True),

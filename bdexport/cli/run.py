@@ -11,6 +11,7 @@ import typer
 from bdexport.cli.console import err_console, table_console, write_json_result
 from bdexport.cli.options import refuse_threads, writable
 from bdexport.config import RunConfig
+from bdexport.files import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,7 @@ STYLES = {"kept": "green", "dropped": "dim", "kept transition": "bold green", "d
 def run(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
-    image: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    image: Annotated[list[Path], typer.Argument(help="Image files, or folders; all images below a folder are taken.")],
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
@@ -76,7 +77,7 @@ def run(
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     from bdexport.dataset import image_files
 
-    return [file for path in paths for file in (image_files(path) if path.is_dir() else [path])]
+    return [file for path in paths for file in (image_files(path, recursive=True) if path.is_dir() else [path])]
 
 
 def _run_image(orchestrator: Orchestrator, path: Path) -> tuple[dict[str, Any], Masks]:
@@ -122,7 +123,7 @@ def _result(orchestrator: Orchestrator, entries: list[dict[str, Any]]) -> dict[s
 def _print_entry(out: Console, entry: dict[str, Any], mask: Masks, manifest: Manifest) -> None:
     times = entry["time_ms"]
     out.print(
-        f"{entry['image']}: {entry['class']} ({100 * entry['confidence']:.1f} %), "
+        f"{shown(entry['image'])}: {entry['class']} ({100 * entry['confidence']:.1f} %), "
         f"{entry['blocks_used']} of {manifest.num_blocks} blocks, {times['total']:.2f} ms "
         f"(policy {times['policy']:.2f}, network {times['network']:.2f})",
         soft_wrap=True,

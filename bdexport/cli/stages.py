@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rich.progress import TaskID
 
-from bdexport.cli.console import StageProgress, progress
+from bdexport.cli.console import StageProgress, err_console, progress
+
+if TYPE_CHECKING:
+    from bdexport.dataset import Dataset
 
 SECONDS_BETWEEN_UPDATES = 0.5
 TITLES = {
@@ -34,6 +38,15 @@ def stages_of(bar: StageProgress) -> Callable[[str, float, int], None]:
         bar.update(tasks[what], completed=done, total=total)
 
     return report
+
+
+def show_skipped(dataset: Dataset) -> None:
+    """A line on stderr for every damaged image that was left out."""
+    for reason in dataset.skipped:
+        err_console.print(f"skipped: {reason}", soft_wrap=True)
+    if dataset.skipped:
+        counts = f"{len(dataset.skipped)} skipped, {len(dataset)} left"
+        err_console.print(f"damaged images of the {dataset.split} split: {counts}")
 
 
 def size_text(size: float) -> str:

@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import progress, table_console, write_json_result
+from bdexport.cli.console import FittedTable, progress, table_console, write_json_result
+from bdexport.cli.loading import (
+    Arch,
+    DroppedRule,
+    Loading,
+    ShortcutKind,
+    say_assumed,
+)
 from bdexport.cli.options import refuse, refuse_threads, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import VerifyConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rich.table import Table
-
     from bdexport.bundle import Bundle
     from bdexport.dataset import Dataset
+    from bdexport.models.pair import BlockDropNet
 
 DEFAULT = VerifyConfig()
 GRAPHS = "graphs"
+EXPENDABLE = ("largest value", "mean")  # columns that a narrow terminal does without
 
 
 def verify(
@@ -45,6 +50,9 @@ def verify(
     max_drop: Annotated[
         float, typer.Option(min=0, help="Largest loss of accuracy, in points.")
     ] = DEFAULT.max_accuracy_drop,
+    arch: Arch = None,
+    shortcut: ShortcutKind = None,
+    dropped_transition: DroppedRule = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     json: Annotated[
@@ -55,12 +63,16 @@ def verify(
     from bdexport.backends import get_backend
     from bdexport.backends.base import default_device
     from bdexport.bundle import open_bundle
-    from bdexport.verify import require, verify_against_graphs, with_tolerance
+    from bdexport.verify import require, verify_against_graphs, verify_against_model, with_tolerance
     from bdexport.verify_accuracy import accuracy_text, require_accuracy
 
     if dataset is None:
         needing = ("data", "split", "images", "max_drop")
         refuse(context, needing, "without a data set to compare accuracy on", "pass --dataset too, or leave it out")
+    if reference == GRAPHS:
+        about_checkpoint = ("arch", "shortcut", "dropped_transition")
+        refuse(context, about_checkpoint, "without a checkpoint as the reference", "pass --reference CKPT")
+    loading = Loading(arch, shortcut, dropped_transition)
     opened = open_bundle(bundle)
     if threads is not None:
         refuse_threads(context, device or default_device(get_backend(opened.manifest.backend)))
@@ -74,7 +86,10 @@ def verify(
                 opened, config=config, threads=threads, device=device, progress=report, judged=judged
             )
         else:
-            result = _against_checkpoint(opened, Path(reference), config, threads, device, report, judged)
+            reference_model = _reference_model(opened, Path(reference), loading)
+            result = verify_against_model(
+                opened, reference_model, config=config, threads=threads, device=device, progress=report, judged=judged
+            )
     result = {"schema": result["schema"], "bundle": bundle} | result
     out = table_console(json)
     out.print(_parts_table(result))
@@ -98,30 +113,26 @@ def verify(
         require_accuracy(result["accuracy"], f"{result['backend']} {result['precision']}")
 
 
-def _against_checkpoint(
-    bundle: Bundle,
-    path: Path,
-    config: VerifyConfig,
-    threads: int | None,
-    device: str | None,
-    report: Callable[[str, int, int], None],
-    judged: Dataset | None,
-) -> dict[str, Any]:
+def _reference_model(bundle: Bundle, path: Path, loading: Loading) -> BlockDropNet:
+    """The network of a checkpoint; inputs are preprocessed as the bundle says, whatever the checkpoint says."""
     from bdexport.checkpoint import build_model, load_checkpoint
     from bdexport.errors import CheckpointError
-    from bdexport.verify import verify_against_model
+    from bdexport.fixed_mask import KEY, model_with_mask
 
-    checkpoint = load_checkpoint(path)
     manifest = bundle.manifest
+    checkpoint = load_checkpoint(path, preprocess=manifest.preprocess, **_network_only(loading))
+    say_assumed(checkpoint, path)
     ours = (checkpoint.network.name, checkpoint.network.num_blocks, checkpoint.network.num_classes)
     theirs = (manifest.architecture, manifest.num_blocks, len(manifest.class_names))
     if ours != theirs:
         names = ("{}, {} blocks, {} classes".format(*side) for side in (ours, theirs))
         raise CheckpointError(f"{path}: not the network of {bundle.path}", got=next(names), expected=next(names))
-    model = build_model(checkpoint)
-    return verify_against_model(
-        bundle, model, config=config, threads=threads, device=device, progress=report, judged=judged
-    )
+    fixed = manifest.extra.get(KEY)
+    return build_model(checkpoint) if fixed is None else model_with_mask(checkpoint, fixed)
+
+
+def _network_only(loading: Loading) -> dict[str, Any]:
+    return {name: value for name, value in loading.arguments().items() if name != "preprocess"}
 
 
 def _judged(bundle: Bundle, dataset: str, data: Path | None, split: str, images: int) -> Dataset:
@@ -132,20 +143,18 @@ def _judged(bundle: Bundle, dataset: str, data: Path | None, split: str, images:
     return chosen
 
 
-def _parts_table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("part", title=f"parts against {result['reference']}, {result['images']} images")
+def _parts_table(result: dict[str, Any]) -> FittedTable:
+    table = FittedTable(
+        "part", title=f"parts against {result['reference']}, {result['images']} images", expendable=EXPENDABLE
+    )
     _add_columns(table)
     for entry in result["parts"]:
         table.add_row(entry["part"], *_cells(entry))
     return table
 
 
-def _paths_table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("paths", title=f"logits of whole paths against {result['reference']}")
+def _paths_table(result: dict[str, Any]) -> FittedTable:
+    table = FittedTable("paths", title=f"logits of whole paths against {result['reference']}", expendable=EXPENDABLE)
     table.add_column("masks", justify="right")
     _add_columns(table)
     for entry in result["paths"]:
@@ -154,8 +163,8 @@ def _paths_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _add_columns(table: Table) -> None:
-    for name in ("largest difference", "mean", "largest value", "tolerance", ""):
+def _add_columns(table: FittedTable) -> None:
+    for name in ("largest difference", "mean", "largest value", "tolerance", "holds"):
         table.add_column(name, justify="right")
 
 

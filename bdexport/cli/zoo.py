@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import table_console, write_json_result
+from bdexport.cli.console import FittedTable, table_console, write_json_result
 from bdexport.cli.options import writable
 from bdexport.cli.stages import size_text
 
@@ -32,6 +32,7 @@ def zoo(
     else:
         cards = [zoo_card(known) for known in zoo_names()]
         out.print(_table(cards))
+        out.print("base: the network that the model goes back to, measured as its card says")
         out.print("accuracy and usage: on the whole test set; 'bdexport zoo NAME' shows how each was trained")
         result = {"schema": "bdexport.zoo/1", "models": cards}
     if json is not None:
@@ -39,11 +40,11 @@ def zoo(
 
 
 def _table(cards: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
     from bdexport.zoo import PREFIX
 
-    table = Table(title=f"{len(cards)} model{'s' * (len(cards) != 1)} in the zoo")
+    table = FittedTable(
+        title=f"{len(cards)} model{'s' * (len(cards) != 1)} in the zoo", expendable=("size", "masks", "FLOPs", "full")
+    )
     for heading in ("model", "data"):
         table.add_column(heading)
     for heading in ("base", "full", "policy", "blocks run", "FLOPs", "masks", "size"):
@@ -54,7 +55,7 @@ def _table(cards: list[dict[str, Any]]) -> Table:
         table.add_row(
             PREFIX + card["name"],
             card["data"]["name"],
-            f"{card['base']['accuracy']:.2f} %",
+            f"{card['base'].get('origin', card['base'])['accuracy']:.2f} %",
             f"{full['accuracy']:.2f} %",
             f"{policy['accuracy']:.2f} %",
             f"{used['mean']:.1f} +- {used['std']:.1f} of {card['num_blocks']}",

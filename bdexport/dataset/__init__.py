@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bdexport.config import DatasetConfig
-from bdexport.dataset.base import SPLITS, Dataset, check_classes, unnamed_classes
+from bdexport.dataset.base import SPLITS, Dataset, check_classes, is_numbered, unnamed_classes
 from bdexport.dataset.cifar import CIFAR10, CIFAR100, load_cifar
 from bdexport.dataset.digits import load_digits
 from bdexport.dataset.folder import image_files, load_folder, load_images
@@ -40,6 +40,7 @@ __all__ = [
     "check_classes",
     "check_folder",
     "image_files",
+    "is_numbered",
     "load_dataset",
     "load_images",
     "needs_folder",
@@ -55,10 +56,12 @@ def load_dataset(
     validation_share: float = DatasetConfig.validation_share,
     seed: int = DatasetConfig.seed,
     limit: int | None = None,
+    skip_damaged: bool = False,
 ) -> Dataset:
     """One split of a data set: ``train``, ``validation`` (never part of ``train``) or ``test``.
 
-    ``limit`` keeps the first images (all of them when there are fewer).
+    ``limit`` keeps the first images (all of them when there are fewer). ``skip_damaged`` leaves out image files that
+    cannot be decoded (:meth:`Dataset.without_damaged`); which split an image belongs to does not change by it.
     Raises :class:`UsageError` for an unknown name or split, a missing ``data_dir`` and one that the data set has no use
     for (:func:`needs_folder`), and :class:`DatasetError` naming the file for everything that is wrong with the data.
     """
@@ -68,8 +71,12 @@ def load_dataset(
         raise UsageError("unknown split", got=repr(split), expected=f"one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise UsageError("number of images", got=limit, expected="at least 1")
+    if skip_damaged and name != "folder":
+        remedy = "leave it out, or pass --dataset folder"
+        raise UsageError(f"--skip-damaged has no effect with data set {name}, whose images are no files", remedy=remedy)
     dataset = _load(name, data_dir, split, SplitSettings(validation_share, seed))
-    return dataset if limit is None else dataset.first(limit)
+    dataset = dataset if limit is None else dataset.first(limit)
+    return dataset.without_damaged() if skip_damaged else dataset
 
 
 def needs_folder(name: str) -> bool:

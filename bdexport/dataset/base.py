@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from bdexport.errors import BdexportError, DatasetError, ImageError
 from bdexport.hardware import usable_cores
 from bdexport.preprocess import Preprocess, read_image, to_rgb
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SPLITS = ("train", "validation", "test")
 DECODERS = 8  # threads that decode image files, at most; Pillow lets go of the interpreter while it decodes
@@ -31,6 +34,7 @@ class Dataset:
     """One split of a data set. ``labels`` are int64 (N,) and index ``class_names``.
 
     ``source`` is uint8 RGB (N, h, w, 3), contiguous, or the N image files, which are decoded when they are asked for.
+    ``skipped`` says, of damaged images that were left out because somebody asked for it, which and why.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Dataset:
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     source: Pixels | tuple[Path, ...]
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,6 +89,22 @@ class Dataset:
                 digest.update(f"{path.name} {size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    def without_damaged(self) -> Dataset:
+        """The images that can be decoded, which takes decoding all of them; ``skipped`` lists the others.
+
+        Raises :class:`DatasetError` where none is left.
+        """
+        if isinstance(self.source, np.ndarray):
+            return self
+        errors = _decoded(self.source, lambda _row, _image: None)
+        bad = [row for row, error in enumerate(errors) if error is not None]
+        if not bad:
+            return self
+        if len(bad) == len(self):
+            raise DatasetError(f"data set {self.name}: every image of the {self.split} split is damaged", got=errors[0])
+        good = self.take(np.delete(np.arange(len(self)), bad))
+        return replace(good, skipped=tuple(str(errors[row]) for row in bad))
+
     def first(self, count: int) -> Dataset:
         """The first ``count`` images, or all when there are fewer."""
         return self.take(slice(count))
@@ -99,27 +120,34 @@ def fit_files(paths: Sequence[Path], preprocess: Preprocess) -> Pixels:
     """Image files decoded and fitted, several at a time: uint8 (n, H, W, 3). ImageError names all that are damaged."""
     fitted = np.empty((len(paths), *preprocess.size, 3), np.uint8)
 
-    def fill(row: int) -> ImageError | None:
+    def fill(row: int, image: Image.Image) -> None:
+        fitted[row] = preprocess.fit_image(image)
+
+    errors = [error for error in _decoded(paths, fill) if error is not None]
+    if errors:
+        raise all_of(errors)
+    return fitted
+
+
+def _decoded(paths: Sequence[Path], use: Callable[[int, Image.Image], None]) -> list[ImageError | None]:
+    """Give every image that can be decoded to ``use``, several at a time; the error of each other one, by its place."""
+
+    def read(row: int) -> ImageError | None:
         try:
-            fitted[row] = preprocess.fit_image(read_image(paths[row]))
+            use(row, read_image(paths[row]))
         except ImageError as error:
             return error
         return None
 
     workers = min(DECODERS, usable_cores(), len(paths))
     if workers < 2:
-        results = [fill(row) for row in range(len(paths))]
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                results = list(pool.map(fill, range(len(paths))))
-            except BaseException:  # Ctrl-C: what has not begun need not be decoded any more
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    errors = [error for error in results if error is not None]
-    if errors:
-        raise all_of(errors)
-    return fitted
+        return [read(row) for row in range(len(paths))]
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return list(pool.map(read, range(len(paths))))
+        except BaseException:  # Ctrl-C: what has not begun need not be decoded any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def all_of(errors: Sequence[Failure]) -> Failure:
@@ -145,7 +173,7 @@ def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str]
             expected=f"{num_classes}",
             remedy="choose the data set that the checkpoint was trained on",
         )
-    if list(class_names) == [str(label) for label in range(num_classes)]:
+    if is_numbered(class_names):
         return
     for label, (theirs, ours) in enumerate(zip(dataset.class_names, class_names, strict=False)):
         if theirs != ours:
@@ -157,10 +185,14 @@ def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str]
             )
 
 
+def is_numbered(class_names: Sequence[str]) -> bool:
+    """Whether classes are called "0", "1", ..: names that say nothing."""
+    return list(class_names) == [str(label) for label in range(len(class_names))]
+
+
 def unnamed_classes(dataset: Dataset, class_names: Sequence[str]) -> list[str]:
     """What to say where a model calls its classes "0", "1", .. and the data set does not: nothing compares the two."""
-    numbered = [str(label) for label in range(len(class_names))]
-    if not class_names or list(class_names) != numbered or list(dataset.class_names) == numbered:
+    if not class_names or not is_numbered(class_names) or is_numbered(dataset.class_names):
         return []
     return [
         f"note: the model's classes have no names, {dataset.name}'s have: whether label 0 means "

@@ -22,6 +22,7 @@ from bdexport.config import DatasetConfig
 from bdexport.dataset.base import SPLITS, Dataset, Pixels, all_of, fit_files
 from bdexport.dataset.splits import SplitSettings, split_rows
 from bdexport.errors import DatasetError, ImageError
+from bdexport.files import shown
 from bdexport.preprocess import Preprocess
 
 IMAGE_SUFFIXES = (
@@ -125,11 +126,13 @@ def _drawn(samples: Samples, split: str, test_share: float | None, settings: Spl
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = tuple(path.name for path in _folders(folder))
     if len(names) < 2:
+        inner = _folders(folder / names[0]) if names else []
+        remedy = "put the images of each class into a sub-folder of its own"
+        if len(inner) > 1:  # an archive that was unpacked into a folder of its own name
+            remedy = f"pass {shown(folder / names[0])}, which has {len(inner)}, if those are the classes"
+        got = f"{len(names)} sub-folders" if len(names) != 1 else f"1 sub-folder, {names[0]!r}"
         raise DatasetError(
-            f"{folder}: too few classes",
-            got=f"{len(names)} sub-folders",
-            expected="at least 2, one for each class",
-            remedy="put the images of each class into a sub-folder of its own",
+            f"{shown(folder)}: too few classes", got=got, expected="at least 2, one for each class", remedy=remedy
         )
     return names
 
@@ -165,17 +168,34 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images_below(folder: Path, recursive: bool) -> list[Path]:
-    """Image files by suffix, sorted by path; hidden files and folders are left out."""
-    found = []
-    for place, folders, files in os.walk(folder, onerror=_unreadable):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+    """Image files by suffix, sorted by path; hidden files and folders are left out.
+
+    Folders that are links are followed. Every folder is read once, wherever links lead: none can go round in a circle.
+    """
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        identity = os.path.realpath(place)
+        if identity in seen:
+            folders.clear()
+            continue
+        seen.add(identity)
+        # Folders before links to them, so that an image has the name of the place where it is.
+        names = [name for name in folders if recursive and not name.startswith(".")]
+        folders[:] = sorted(names, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
         visible = (name for name in files if not name.startswith("."))
         found += [Path(place, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     return sorted(found, key=Path.as_posix)
 
 
 def _no_images(folder: Path) -> DatasetError:
-    return DatasetError(f"{folder}: no image files in it", remedy="add images, or remove the folder")
+    """What is in a folder that holds no image directly, so that its owner sees what to name instead."""
+    deeper = _images_below(folder, recursive=True)
+    if deeper:
+        found = f"{len(deeper)} images in its {len(_folders(folder))} sub-folders"
+        return DatasetError(f"{shown(folder)}: no image files directly in it", got=found, remedy="name the sub-folders")
+    others = sum(path.is_file() and not path.name.startswith(".") for path in folder.rglob("*"))
+    got = f"{others} files of other kinds" if others else None
+    return DatasetError(f"{shown(folder)}: no image files in it", got=got, remedy="add images, or remove the folder")
 
 
 def _unreadable(error: OSError) -> NoReturn:

@@ -1,27 +1,24 @@
 """Reading CIFAR's pickles without running anything that they contain.
 
 A pickle can name any function and have it called. The unpickler here resolves no name at all: the few names that
-numpy arrays and bytes need stand for the inert builders below, every other name is refused. What comes out is dict,
-list, tuple, str, int, float, bool, None and numpy arrays of numbers.
+numpy arrays and bytes need stand for inert builders (:mod:`bdexport.pickled_arrays`), every other name is refused.
+What comes out is dict, list, tuple, str, int, float, bool, None and numpy arrays of numbers.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bdexport.errors import DatasetError
+from bdexport.pickled_arrays import INTEGERS, PickledArray, PickledType, array_names
 
 AGAIN = "unpack the data set again"
-NUMBERS = re.compile(r"[|<>=]?[biu][1248]")  # bool and integers: CIFAR holds nothing else
 
 
 def read_pickle(path: Path) -> Any:
@@ -61,29 +58,11 @@ class _Builder:
         raise pickle.UnpicklingError("state set on a function")
 
 
-class _PickledType:
-    """``numpy.dtype(code, align, copy)``, then its state, of which only the byte order matters."""
+class _IntegerType(PickledType):
+    """CIFAR holds nothing else."""
 
-    def __init__(self, code: object, *_: object) -> None:
-        text = code.decode("latin1") if isinstance(code, bytes) else code
-        if not isinstance(text, str) or not NUMBERS.fullmatch(text):
-            raise pickle.UnpicklingError(f"array of type {str(text)[:20]!r}, not of integers")
-        self.dtype = np.dtype(text)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] in ("<", ">", b"<", b">"):
-            self.dtype = self.dtype.newbyteorder("<" if state[1] in ("<", b"<") else ">")
-
-
-class _PickledArray:
-    """``numpy._reconstruct(ndarray, (0,), 'b')``, then its state: version, shape, dtype, Fortran order, bytes."""
-
-    def __init__(self, *_: object) -> None:
-        self.array: NDArray[Any] | None = None
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        shape, kind, fortran, content = state[-4:]
-        self.array = _array(content, kind, shape, "F" if fortran else "C")
+    allowed = INTEGERS
+    called = "integers"
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -92,26 +71,6 @@ class _PlainUnpickler(pickle.Unpickler):
         if build is None:
             raise _RefusedError(_one_line(f"{module}.{name}"))
         return _Builder(build)
-
-
-def _array(content: Any, kind: Any, shape: Any, order: Any) -> NDArray[Any]:
-    if isinstance(content, str):
-        content = content.encode("latin1")
-    if not isinstance(content, bytes | bytearray) or not isinstance(kind, _PickledType):
-        raise pickle.UnpicklingError("array without its bytes")
-    if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
-        raise pickle.UnpicklingError("array without a shape")
-    if math.prod(shape) * kind.dtype.itemsize != len(content):
-        raise pickle.UnpicklingError(f"array of shape {shape} with {len(content)} bytes")
-    return np.frombuffer(content, kind.dtype).reshape(shape, order="F" if order == "F" else "C")
-
-
-def _array_from_buffer(content: Any, kind: Any, shape: Any, order: Any) -> NDArray[Any]:
-    return _array(content, kind, shape, order)
-
-
-def _scalar(kind: Any, content: Any) -> int:
-    return int(_array(content, kind, (), "C"))
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -124,15 +83,8 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _encode,  # how protocol 2 writes bytes
     ("builtins", "bytes"): lambda: b"",  # .. and empty bytes
     ("__builtin__", "bytes"): lambda: b"",
-    ("numpy", "dtype"): _PickledType,
-    ("numpy", "ndarray"): _PickledArray,
+    **array_names(_IntegerType),
 }
-for _module in ("numpy.core", "numpy._core"):  # numpy 1 and 2
-    _BUILDERS |= {
-        (f"{_module}.multiarray", "_reconstruct"): _PickledArray,
-        (f"{_module}.multiarray", "scalar"): _scalar,
-        (f"{_module}.numeric", "_frombuffer"): _array_from_buffer,  # protocol 5
-    }
 
 
 def _finished(value: Any) -> Any:
@@ -143,7 +95,7 @@ def _finished(value: Any) -> Any:
         return [_finished(item) for item in value]
     if isinstance(value, bytes):
         return value.decode("latin1")
-    if isinstance(value, _PickledArray):
+    if isinstance(value, PickledArray):
         if value.array is None:
             raise pickle.UnpicklingError("array without its bytes")
         return value.array

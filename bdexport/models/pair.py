@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from bdexport.architecture import GateSpec, PolicySpec, ResNetSpec, policy_spec
 from bdexport.models.gates import Decided, Gates
 from bdexport.models.halting import HaltingGates
-from bdexport.models.policy import PolicyNet
+from bdexport.models.policy import FixedPolicy, PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.models.sequential import SequentialGates
 from bdexport.parts import KEEP_THRESHOLD
@@ -28,6 +30,11 @@ class BlockDropNet(nn.Module):
         self.gates: Gates | None = None
         if gates is not None:
             self.set_gates(gates)
+
+    def set_mask(self, mask: Sequence[bool]) -> None:
+        """One mask, bool (K,), for every image, in the place of the policy network; for building, not for training."""
+        # A policy network has more to it than building and running ask for: its features and what decides from them.
+        self.policy = FixedPolicy(mask)  # type: ignore[assignment]
 
     def set_gates(self, spec: GateSpec) -> Gates:
         """Fresh gates of this kind."""

@@ -6,11 +6,37 @@ block is *kept*. The exploration bound alpha belongs to training (``bdexport.tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdexport.architecture import PolicySpec
 from bdexport.models.resnet import CifarStem, ResNet
+
+LOGIT = 20.0  # sigmoid(20) is 1 to float32, and small enough for every precision
+
+
+class FixedPolicy(nn.Module):
+    """One mask, bool (K,), for every image, in the place of a policy network: a statically pruned network has it.
+
+    Input and output are a policy network's. The weights are zero: the image has no influence but for its number.
+    """
+
+    def __init__(self, mask: Sequence[bool]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, len(mask)).requires_grad_(False)
+        self.fc.weight.zero_()
+        self.fc.bias.copy_(torch.tensor([LOGIT if keep else -LOGIT for keep in mask]))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Log-odds of keeping each block, (N, K)."""
+        out: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x).sigmoid()
 
 
 class PolicyNet(nn.Module):

@@ -8,6 +8,8 @@ trained without dropping have never seen).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,6 +84,14 @@ class OptionAShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, self.before, self.after))
 
 
+class ZerosLastShortcut(OptionAShortcut):
+    """Every ``stride``-th pixel, missing channels appended as zeros (DownsampleA of other public CIFAR networks)."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
+        self.before, self.after = 0, spec.out_channels - spec.in_channels
+
+
 class ConvShortcut(nn.Module):
     """1x1 convolution and batch norm."""
 
@@ -95,12 +105,20 @@ class ConvShortcut(nn.Module):
         return out
 
 
+SHORTCUT_MODULES: dict[str, Callable[[BlockSpec], nn.Module]] = {
+    "avgpool": AvgPoolShortcut,
+    "option_a": OptionAShortcut,
+    "zeros_last": ZerosLastShortcut,
+    "conv": ConvShortcut,
+}
+
+
 def _shortcut(spec: BlockSpec, kind: str) -> nn.Module:
     if not spec.transition:
         return nn.Identity()
     # A shape change without a stride (the first bottleneck of ImageNet networks) only exists with a convolution;
     # pooling by 1 and padding channels is its parameter-free counterpart and needs no special case.
-    return {"avgpool": AvgPoolShortcut, "option_a": OptionAShortcut, "conv": ConvShortcut}[kind](spec)
+    return SHORTCUT_MODULES[kind](spec)
 
 
 class Block(nn.Module):

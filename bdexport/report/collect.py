@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bdexport.base_figures import BaseFigures, known_base, was_trained
 from bdexport.config import ReportConfig
 from bdexport.dataset import Dataset
 from bdexport.errors import DatasetError
@@ -17,6 +20,7 @@ from bdexport.report.curves import Curves, curves_of
 from bdexport.report.points import (
     FIXED_MASKS,
     Point,
+    base_point,
     checkpoint_key,
     comparable,
     datasets,
@@ -37,10 +41,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Data:
-    """The images to measure on, and the words of a command line that name them."""
+    """The images to measure on, and the words of a command line that name them.
+
+    ``loading``: the words that say of a foreign checkpoint what its file does not.
+    """
 
     dataset: Dataset
     words: tuple[str, ...]
+    loading: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +71,7 @@ class Report:
     usages: list[Usage] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
     latencies: list[tables.Latency] = field(default_factory=list)
+    benchmarks: list[tables.Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     paper_remarks: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -107,15 +116,27 @@ class Report:
                 for sheet in self.sheets
             ],
             "latencies": [latency.to_json() for latency in self.latencies],
+            "benchmarks": [table.to_json() for table in self.benchmarks],
             "notes": self.notes,
             "paper_remarks": self.paper_remarks,
             "skipped": self.skipped,
         }
 
 
-def collect(sources: Sources, data: Data | None, config: ReportConfig, command: str, tracked: Tracked) -> Report:
-    """Measure what can be measured and read the rest. Raises CheckpointError, DatasetError (no checkpoint fits)."""
+def collect(
+    sources: Sources,
+    data: Data | None,
+    config: ReportConfig,
+    command: str,
+    tracked: Tracked,
+    loaded: Mapping[Path, Checkpoint] | None = None,
+) -> Report:
+    """Measure what can be measured and read the rest. Raises CheckpointError, DatasetError (no checkpoint fits).
+
+    ``loaded``: the sources' checkpoints by their paths, where more is known of them than the files say.
+    """
     report = Report(command, latencies=list(sources.latencies), skipped=list(sources.skipped))
+    report.benchmarks = [found.table for found in sources.benchmarks if found.table is not None]
     trained: dict[str, tuple[str, bool | None]] = {}
     refusals: list[DatasetError] = []
     models = [source for source in sources.trained if source.has_model]
@@ -124,7 +145,8 @@ def collect(sources: Sources, data: Data | None, config: ReportConfig, command: 
     if models:
         from bdexport.report import measure  # with torch, which JSON results alone do not need
     for source in models:
-        found = measure.load(source.path)
+        found = measure.load(source.path) if loaded is None else loaded[source.path]
+        report.notes += [f"{source.name}: {note}" for note in found.notes]
         kind = trained_as(_settings(source, found))
         trained[checkpoint_key(source.path.as_posix())] = kind
         try:
@@ -136,6 +158,7 @@ def collect(sources: Sources, data: Data | None, config: ReportConfig, command: 
             report.skipped.append(f"{source.name}: not measured on {data.dataset.name if data else ''}: {error}")
         if measured is not None and data is not None:
             _add_measured(report, source, found, kind, measured, data, config)
+            _add_base(report, source, found, measure.base(source.path, found, data.dataset, config.batch, tracked))
         else:
             try:
                 _add_stored(report, source, found, kind, measure.flops_of(found).full)
@@ -199,7 +222,8 @@ def _add_measured(
 ) -> None:
     dataset = data.dataset
     common = _common(source, found) | {"dataset": dataset.name, "split": dataset.split, "images": len(dataset)}
-    common["command"] = shlex.join(["bdexport", "evaluate", source.path.as_posix(), *data.words])
+    words = [*data.words, *(data.loading if found.form != "bdexport" else ())]
+    common["command"] = shlex.join(["bdexport", "evaluate", source.path.as_posix(), *words])
     tuned = (kind[1] or None) if measured.dropped is not None else None  # False: the network is the base's own
     report.points.append(
         full_point(f"{source.name}: full", measured.full.accuracy, measured.flops.full, finetuned=tuned, **common)
@@ -240,6 +264,19 @@ def _add_measured(
             report.sheets.append(Sheet(source.name, name, tuple(strips), pixels))
 
 
+def _add_base(report: Report, source: Trained, found: Checkpoint, base: BaseFigures | None) -> None:
+    """What the run started from, on the images that its results are of; a remark where that is not known."""
+    if base is not None and base.here:
+        common = _common(source, found) | {"dataset": base.dataset, "split": base.split, "images": base.images}
+        report.points.append(base_point(source.name, base.to_json(), **common))
+    elif base is not None:
+        report.notes.append(f"{source.name}: {base.sentence()}")
+    elif was_trained(found.training):
+        report.notes.append(
+            f"{source.name}: its base's accuracy is not on record: what training cost shows only beside it"
+        )
+
+
 def _add_stored(
     report: Report, source: Trained, found: Checkpoint, kind: tuple[str, bool | None], full_flops: int
 ) -> None:
@@ -250,6 +287,9 @@ def _add_stored(
         return
     common = _common(source, found) | {"dataset": dataset.get("name"), "split": "validation"}
     common["images"] = dataset.get("validation")
+    _add_base(
+        report, source, found, known_base(found.training, None, common["dataset"], "validation", common["images"])
+    )
     outcome = validation.get("policy") or next(iter((validation.get("fixed") or {}).values()), None)
     tuned = (kind[1] or None) if outcome else None
     report.points.append(

@@ -65,6 +65,8 @@ def document(report: Report, config: ReportConfig) -> list[Element]:
     elements += _remarks(report)
     for name in report.datasets():
         elements += _results(report, name, config, taken)
+    if report.benchmarks:
+        elements += [Heading("On a GPU"), *report.benchmarks]
     if report.curves:
         elements.append(Heading("Training"))
         elements += [_curves(curves, taken) for curves in report.curves]

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bdexport.base_figures import BaseFigures
 from bdexport.checkpoint import Checkpoint, build_model, load_checkpoint
 from bdexport.dataset import Dataset, check_classes
 from bdexport.evaluate import Batches, Outcome, Strategy, fixed_strategy, keep_all, run_masks
+from bdexport.evaluate_base import base_figures
 from bdexport.models.flops import FlopsTable, count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.train.data import DeviceImages
@@ -52,9 +54,9 @@ def flops_of(found: Checkpoint) -> FlopsTable:
 def measure(found: Checkpoint, dataset: Dataset, batch: int, name: str, tracked: Tracked) -> Measured:
     """Run the data set through the undropped network, and through the policy or the fixed mask of the checkpoint.
 
-    Raises DatasetError where the classes are not the checkpoint's (names are compared for our own form only).
+    Raises DatasetError where the classes are not the checkpoint's.
     """
-    check_classes(dataset, found.network.num_classes, found.class_names if found.form == "bdexport" else ())
+    check_classes(dataset, found.network.num_classes, found.class_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(found, with_policy=False)
     flops = count_flops(model, found.preprocess.size)
@@ -70,6 +72,15 @@ def measure(found: Checkpoint, dataset: Dataset, batch: int, name: str, tracked:
         return Measured(full, None, np.zeros(0, np.float32), flops, False)
     dropped, confidence = _with_confidence(model, batches("dropping blocks"), strategy)
     return Measured(full, dropped, confidence, flops, found.policy is not None)
+
+
+def base(path: Path, found: Checkpoint, dataset: Dataset, batch: int, tracked: Tracked) -> BaseFigures | None:
+    """What ``found`` was trained from, on the same images where its file is there; see :func:`base_figures`."""
+
+    def watched(batches: Batches, total: int) -> Batches:
+        return tracked(f"{path.name}: its base", batches, total)
+
+    return base_figures(path, found, None, dataset, None, batch=batch, tracked=watched)
 
 
 def _strategy(found: Checkpoint, model: BlockDropNet) -> Strategy | None:

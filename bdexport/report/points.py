@@ -20,8 +20,9 @@ Source = Literal["measured", "paper"]
 POINTS_SCHEMA = "bdexport.report.points/1"
 EVALUATE_SCHEMA = "bdexport.evaluate/1"
 
-FULL, BLOCKDROP = "full", "blockdrop"
+BASE, FULL, BLOCKDROP = "base", "full", "blockdrop"
 METHODS = {  # what is known by name, in the order in which tables list them; any other method is listed after them
+    BASE: "base, before training",
     FULL: "full network",
     "first-k": "FirstK",
     "random-k": "RandomK",
@@ -145,9 +146,12 @@ def _evaluated(data: dict[str, Any], where: str) -> list[Point]:
     words = ["bdexport", "evaluate", str(data["checkpoint"]), "--dataset", common["dataset"]]
     words += ["--split", common["split"]]
     full = data["full"]
+    base = data.get("base")  # absent in results of older versions
+    before = [] if base is None or not base["here"] else [base_point(name, base, **common)]
     outcome = data.get("policy", data.get("gates"))  # of a comparison system: what its gates decide
     has_policy = outcome is not None
     found = [
+        *before,
         full_point(
             f"{name}: full",
             float(full["accuracy"]),
@@ -155,7 +159,7 @@ def _evaluated(data: dict[str, Any], where: str) -> list[Point]:
             finetuned=trained.get("finetuned", True) or None if has_policy else None,
             command=shlex.join(words),
             **common,
-        )
+        ),
     ]
     if outcome is not None:
         method = method_key(data["gates"]["kind"] if "gates" in data else trained.get("method", BLOCKDROP))
@@ -201,6 +205,19 @@ def full_point(label: str, accuracy: float, flops: float, *, num_blocks: int, **
         num_blocks=num_blocks,
         blocks=Spread(float(num_blocks), 0.0),
         unique_masks=1,
+        **others,
+    )
+
+
+def base_point(name: str, base: dict[str, Any], **others: Any) -> Point:
+    """The network that ``name`` was trained from, from the JSON of :class:`bdexport.base_figures.BaseFigures`."""
+    return Point(
+        label=f"{name}: its base ({base['name']})",
+        method=BASE,
+        accuracy=float(base["accuracy"]),
+        blocks=Spread(float(others["num_blocks"]), 0.0),
+        unique_masks=1,
+        note=f"accuracy {base['how']}",
         **others,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from bdexport.bundle import MANIFEST
 from bdexport.errors import ReportError, UsageError
 from bdexport.json_text import MalformedError, json_kind, parse_json, shown, why
+from bdexport.report.benchmarks import BENCHMARK_SCHEMA, Benchmark, read_benchmark
 from bdexport.report.curves import read_metrics
 from bdexport.report.points import (
     BLOCKDROP,
@@ -59,6 +60,7 @@ class Sources:
     trained: list[Trained] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     latencies: list[Latency] = field(default_factory=list)
+    benchmarks: list[Benchmark] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -78,7 +80,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
             found.trained.append(Trained(names[path], path, _read_run(path)))
         else:
             found.trained.append(Trained(names[path], path))
-    if not (found.trained or found.points or found.latencies):
+    if not (found.trained or found.points or found.latencies or found.benchmarks):
         raise UsageError("nothing to report on", got="; ".join(found.skipped), remedy=NAME_SOMETHING)
     return found
 
@@ -168,6 +170,12 @@ def _read_result(path: Path, found: Sources) -> None:
         _read_bench(data, where, found)
     elif schema == QUICKSTART_SCHEMA and isinstance(data.get("bench"), dict):
         _read_bench(data["bench"], where, found)
+    elif schema == BENCHMARK_SCHEMA:
+        benchmark = read_benchmark(data, where)
+        if isinstance(benchmark, str):
+            found.skipped.append(benchmark)
+        elif benchmark.table is not None:
+            found.benchmarks.append(benchmark)
     elif isinstance(schema, str) and schema.startswith("bdexport."):
         found.skipped.append(f"{where}: {schema} holds nothing for a report on runs")
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bdexport.config import ReportConfig
-from bdexport.files import making_folder, write_json, write_text
+from bdexport.files import making_folder, utf8_text, write_json, write_text
 from bdexport.report.collect import Report
 from bdexport.report.document import Drawing, document, drawings
 from bdexport.report.page import SVG_LIMIT, html_page, markdown_page
@@ -48,8 +48,8 @@ def write_report(
         def image(drawing: Drawing) -> tuple[str, bytes, float]:
             return *_inlined(plots / drawing.name), widths[drawing.name]
 
-        write_text(staging / HTML, html_page(elements, image))
-        write_text(staging / MARKDOWN, markdown_page(elements))
+        write_text(staging / HTML, utf8_text(html_page(elements, image)))
+        write_text(staging / MARKDOWN, utf8_text(markdown_page(elements)))
         write_json(staging / JSON, data)
     names = [HTML, MARKDOWN, JSON]
     names += [f"{PLOTS}/{figure.name}.{kind}" for figure in figures for kind in ("svg", "png")]

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bdexport.backends.base import FusedSession, Session, SharingSession, Tensor
+from bdexport.backends.base import Backend, FusedSession, Session, SharingSession, Tensor, fuses_paths
 from bdexport.bundle import Manifest
 from bdexport.errors import BundleError, UsageError
 from bdexport.json_text import shown
@@ -48,6 +48,11 @@ class Chain:
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self._session, self._transitions = session, frozenset(manifest.transitions)
         self._paths: dict[bytes, tuple[str, ...]] = {}
+
+    @staticmethod
+    def refused(backend: Backend, device: str) -> str | None:
+        """Why no session of this backend on this device could use the executor: known before anything is loaded."""
+        return None
 
     @staticmethod
     def unavailable(session: Session, manifest: Manifest) -> str | None:
@@ -121,6 +126,11 @@ class Fused:
         self._engines[np.ones(manifest.num_blocks, bool).tobytes()] = partial(session.run, FULL)
         self._counting = Lock()
         self.images = self.hits = 0
+
+    @staticmethod
+    def refused(backend: Backend, device: str) -> str | None:
+        """See :meth:`Chain.refused`."""
+        return None
 
     @staticmethod
     def unavailable(session: Session, manifest: Manifest) -> str | None:
@@ -205,13 +215,28 @@ def choose_executor(name: str, session: Session, manifest: Manifest) -> tuple[Ex
     chosen = _executor_class(name)
     missing = chosen.unavailable(session, manifest)
     if missing is not None:
-        usable = usable_executors(session, manifest)
-        remedy = f"pass --executor {usable[0]}"
-        raise UsageError(f"executor {name!r}: {missing}", expected=" or ".join(usable), remedy=remedy)
+        raise _executor_error(name, missing, usable_executors(session, manifest))
     executor = chosen(session, manifest)
     if executor.fallback is not None:
         reason += f"; runs as chain: {executor.fallback}"
     return executor, reason
+
+
+def check_executor(name: str, backend: Backend, device: str, manifest: Manifest) -> None:
+    """Refuse an executor that the backend cannot offer on the device, before its engines are loaded.
+
+    Raises :class:`UsageError`.
+    """
+    refusal = _executor_class(name).refused(backend, device)
+    if refusal is not None:
+        paths = manifest.fused is not None and bool(manifest.fused.paths)
+        fused = paths and fuses_paths(backend) and not device.startswith("cuda")  # sessions on a GPU have none
+        raise _executor_error(name, refusal, ("chain", "fused") if fused else ("chain",))
+
+
+def _executor_error(name: str, reason: str, usable: tuple[str, ...]) -> UsageError:
+    remedy = f"pass --executor {usable[0]}"
+    return UsageError(f"executor {name!r}: {reason}", expected=" or ".join(usable), remedy=remedy)
 
 
 def usable_executors(session: Session, manifest: Manifest) -> tuple[str, ...]:

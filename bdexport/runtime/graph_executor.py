@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from bdexport.backends.base import Session, Tensor
+from bdexport.backends.base import Backend, Session, Tensor
 from bdexport.bundle import Manifest
 from bdexport.errors import BackendError
 from bdexport.parts import POLICY
@@ -56,6 +56,14 @@ class GraphExecutor(Chain):
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self.fallback = self._refusal()
+
+    @staticmethod
+    def refused(backend: Backend, device: str) -> str | None:
+        """Off a GPU there are no graphs; a backend whose work cannot be captured there says so in ``no_capture``."""
+        if not device.startswith("cuda"):
+            return f"a session on {device} cannot capture"
+        reason: str | None = getattr(backend, "no_capture", None)
+        return reason
 
     @staticmethod
     def unavailable(session: Session, manifest: Manifest) -> str | None:

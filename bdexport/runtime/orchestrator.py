@@ -24,7 +24,7 @@ from bdexport.hardware import usable_cores
 from bdexport.mask_map import MaskMapper
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks
 from bdexport.runtime.decide import all_finite, checked_masks, masks_from_probabilities
-from bdexport.runtime.executors import Fused, choose_executor, executor_name, usable_executors
+from bdexport.runtime.executors import Fused, check_executor, choose_executor, executor_name, usable_executors
 from bdexport.runtime.grouping import Plan, plan_batch
 from bdexport.runtime.inputs import device_input, network_input
 
@@ -326,6 +326,7 @@ def load(
             expected=", ".join(backend.precisions),
             remedy="rebuild it with this version of bdexport",
         )
+    check_executor(name, backend, place, opened.manifest)
     session = backend.open(opened, options)
     try:
         return Orchestrator(opened, session, executor, notes)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bdexport.checkpoint.header import Header, header_from_text, header_to_text
+from bdexport.class_names import EXPECTED, unusable_names, usable_names
 from bdexport.config import PolicyConfig, TrainConfig
 from bdexport.dataset import check_classes
-from bdexport.errors import TrainingError, UsageError
+from bdexport.errors import DatasetError, TrainingError, UsageError
 from bdexport.evaluate import fixed_strategy
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.preprocess import Preprocess
 from bdexport.train.distributed import World
 from bdexport.train.phases import levels_from_text
-from bdexport.train.request import TrainRequest, description, goes_on
+from bdexport.train.request import TrainRequest, description, goes_on, learns_decisions, wanted_gates, wanted_policy
 from bdexport.train.sequential import check_sequential
 from bdexport.train.settings import check_ranges
-from bdexport.train.state import agree_on_run, differences
+from bdexport.train.state import MODEL_FILE, STATE_FILE, agree_on_run, differences
 
 
 def checked(request: TrainRequest, config: TrainConfig) -> TrainConfig:
@@ -109,6 +111,35 @@ def check_size(model: BlockDropNet, preprocess: Preprocess) -> None:
             got=f"a policy that pools its input by {model.policy.spec.input_pool} first",
             remedy="choose another pooling, e.g. --set policy.input_pool=1",
         ) from error
+
+
+def check_can_be_saved(request: TrainRequest, config: TrainConfig) -> None:
+    """Refuse now what the model's file could not hold at the end of the run. Raises DatasetError, CheckpointError.
+
+    A run that has finished an epoch is saved all the same, whatever its classes are called
+    (:func:`bdexport.class_names.usable_names`): its work must not be lost for a name.
+    """
+    names = request.train.class_names
+    unusable = unusable_names(names)
+    if unusable and not (request.out / STATE_FILE).exists():
+        listed = "; ".join(f"{name} ({why})" for name, why in unusable[:10])
+        raise DatasetError(
+            f"data set {request.train.name}: {len(unusable)} of {len(names)} class names cannot be stored",
+            got=listed,
+            expected=EXPECTED,
+            remedy="rename the classes' folders",
+        )
+    gates = wanted_gates(config)
+    decides = learns_decisions(request, config)
+    header = Header(
+        network=request.network,
+        policy=wanted_policy(request, config) if decides and gates is None else None,
+        preprocess=request.preprocess,
+        class_names=usable_names(names),
+        training=description(request, config),
+        gates=gates if decides else None,
+    )
+    header_from_text(header_to_text(header), str(request.out / MODEL_FILE))
 
 
 def check_same_run(request: TrainRequest, config: TrainConfig, world: World) -> None:

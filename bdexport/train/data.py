@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bdexport.config import AugmentConfig
 from bdexport.preprocess import Preprocess
 from bdexport.train.distributed import ALONE, World
 
@@ -22,9 +24,24 @@ class Augmentation:
     shift: int = 4
     flip: bool = True
 
+    def text(self) -> str:
+        """For a person, with the options that change it."""
+        moved = f"moved by up to {self.shift} pixels (--shift N)" if self.shift else "not moved (--shift N)"
+        mirrored = "every second one mirrored (--no-mirror)" if self.flip else "not mirrored (--mirror)"
+        return f"training images are {moved}, {mirrored}"
+
 
 # A mirrored digit is another sign; a mirrored photograph is not another object.
 AUGMENTATION = {"digits": Augmentation(shift=2, flip=False)}
+
+
+def augmentation_for(dataset: str, config: AugmentConfig) -> Augmentation:
+    """What suits a data set, but for what the settings say."""
+    usual = AUGMENTATION.get(dataset, Augmentation())
+    return Augmentation(
+        shift=usual.shift if config.shift is None else config.shift,
+        flip=usual.flip if config.mirror is None else config.mirror,
+    )
 
 
 class Batch(NamedTuple):
@@ -65,15 +82,23 @@ class DeviceImages:
         augmentation: Augmentation,
         generator: torch.Generator,
         world: World = ALONE,
+        whole: bool = False,
     ) -> Iterator[Batch]:
-        """A shuffled, augmented pass over ``share`` of the images; the last, short batch is left out.
+        """A shuffled, augmented pass over ``share`` of the images.
 
+        What is left over after whole batches is left out, or with ``whole`` spread over the batches, which are then a
+        little smaller; of several processes, all must see as many, so that some images fewer than these are left out.
         ``batch`` counts the images of all processes; each gets its shard.
         """
         order = torch.randperm(len(self), generator=generator, device=generator.device)
         batch = min(batch, len(self) - len(self) % world.size)
-        for step in range(steps_per_epoch(len(self), batch, share)):
-            rows = world.mine(order[step * batch : (step + 1) * batch]).to(self.labels.device)
+        steps = steps_per_epoch(len(self), batch, share, whole)
+        bounds = [step * batch for step in range(steps + 1)]
+        if whole:
+            shards = max(1, int(len(self) * share) // world.size)
+            bounds = [step * shards // steps * world.size for step in range(steps + 1)]
+        for start, end in pairwise(bounds):
+            rows = world.mine(order[start:end]).to(self.labels.device)
             images = augment(self.images[rows], augmentation, generator, world)
             yield Batch(self._normalised(images), self.labels[rows], rows)
 
@@ -90,9 +115,10 @@ class TrainingData:
     augmentation: Augmentation
 
 
-def steps_per_epoch(images: int, batch: int, share: float) -> int:
-    """Batches in a pass over ``share`` of the images, at least one."""
-    return max(1, int(images * share) // min(batch, images))
+def steps_per_epoch(images: int, batch: int, share: float, whole: bool = False) -> int:
+    """Batches in a pass over ``share`` of the images, at least one; ``whole``: as many as all of these images take."""
+    seen, size = int(images * share), min(batch, images)
+    return max(1, -(-seen // size) if whole else seen // size)
 
 
 def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator, world: World = ALONE) -> Tensor:

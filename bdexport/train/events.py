@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bdexport.files import is_utf8
+
 EVENTS_FOLDER = "tensorboard"
 
 
 class EventLog:
     """Writes each epoch's row under ``RUN/tensorboard``; does nothing without the ``tensorboard`` package.
 
+    Nothing is written either where the folder's name is no UTF-8, which that package cannot open.
+
     ``writes``: of several processes, only one does. ``done`` epochs are in the log already; what a cut-off epoch may
     have left behind them is purged.
     """
 
     def __init__(self, run: Path, done: int, writes: bool = True) -> None:
-        self.installed = writes and importlib.util.find_spec("tensorboard") is not None
+        # tensorboard cannot open a file whose name is no UTF-8.
+        self.installed = writes and importlib.util.find_spec("tensorboard") is not None and is_utf8(run.absolute())
         self._writer: Any = None
         if self.installed:
             from torch.utils.tensorboard import SummaryWriter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,25 @@ import torch
 
 from bdexport import __version__
 from bdexport.checkpoint import Checkpoint, save_checkpoint
+from bdexport.class_names import usable_names
 from bdexport.config import TrainConfig
 from bdexport.errors import DivergedError
 from bdexport.evaluate import keep_all, policy_statistics
 from bdexport.hardware import machine
+from bdexport.json_text import finite
 from bdexport.models.flops import count_flops
 from bdexport.models.pair import BlockDropNet
 from bdexport.retarget import policy_logits, retarget, shift_for
 from bdexport.train.advice import against_one_mask
 from bdexport.train.choice import decision_trained, good_model
-from bdexport.train.data import TrainingData
+from bdexport.train.data import TrainingData, augmentation_for
 from bdexport.train.loop import validation_outcome
 from bdexport.train.phases import Setting
 from bdexport.train.recalibrate import recalibrate_batch_norm
 from bdexport.train.reporter import Reporter
 from bdexport.train.request import TrainRequest, goes_on, learns_decisions
-from bdexport.train.state import LAST_GOOD_FILE, MODEL_FILE, RunState, Weights, save_state
+from bdexport.train.state import LAST_GOOD_FILE, MODEL_FILE, TEACHER_FILE, RunState, Weights, save_state
+from bdexport.train.static_mask import best_static_mask
 
 
 def finish(
@@ -53,10 +57,13 @@ def finish(
     full = validation_outcome(setting, data.validation, keep_all(setting.num_blocks))
     training["validation"] = {"full_accuracy": full.accuracy} | training.get("validation", {})
     checkpoint = _checkpoint(request, model, model.state_dict(), training, decides)
+    if checkpoint.class_names != request.train.class_names:
+        reporter.note("warning: some class names cannot be stored as they are: '?' stands for what cannot")
 
     def write() -> None:
         save_checkpoint(request.out / MODEL_FILE, checkpoint)
         (request.out / LAST_GOOD_FILE).unlink(missing_ok=True)  # of a run that went on with another batch after all
+        (request.out / TEACHER_FILE).unlink(missing_ok=True)
         state.finished = True
         save_state(request.out, state)
 
@@ -82,6 +89,9 @@ def _decided_result(
     figures = outcome.to_json(count_flops(setting.model, request.preprocess.size), with_policy=gates is None)
     decided = {"policy": figures} if gates is None else {"gates": {"kind": gates.spec.kind, **figures}}
     result["validation"] = settled | decided
+    if gates is None:
+        static = best_static_mask(setting, data, outcome, count_flops(setting.model, request.preprocess.size), reporter)
+        result["validation"] |= {} if static is None else {"static": static}
     if config.method != "sact":  # its decisions are on positions; a mask would say little
         result["policy_statistics"] = policy_statistics(outcome, "validation")
     return result
@@ -117,10 +127,11 @@ def _settle_batch_norm(config: TrainConfig, setting: Setting, data: TrainingData
     with setting.autocast():
         recalibrate_batch_norm(model, data.train.batches(config.evaluation_batch, config.recalibrate_images))
     accuracy_after = validation_outcome(setting, data.validation, None).accuracy
-    kept = accuracy_after >= accuracy_before
+    sound = all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())  # or it could not be saved
+    kept = sound and accuracy_after >= accuracy_before
     if not kept:
         model.load_state_dict(before)
-    verdict = "kept" if kept else "not kept: the accuracy fell"
+    verdict = "kept" if kept else f"not kept: {'the accuracy fell' if sound else 'they are not finite'}"
     reporter.note(
         f"batch-norm statistics re-estimated on greedy paths: validation accuracy {accuracy_before:.2f} % -> "
         f"{accuracy_after:.2f} %, {verdict}"
@@ -177,11 +188,19 @@ def _record(
         "complete": complete,
         "base": request.base,
         "base_sha256": request.base_sha256,
+        "base_measured": state.base,
         "fresh_policy": request.fresh_policy,
         "teachers": [name for name, _ in request.teachers],
         "teachers_sha256": list(request.teachers_sha256),
-        "dataset": {"name": request.train.name, "train": len(request.train), "validation": len(request.validation)},
+        "dataset": {
+            "name": request.train.name,
+            "train": len(request.train),
+            "validation": len(request.validation),
+            "skipped": len(request.train.skipped) + len(request.validation.skipped),  # damaged, as --skip-damaged asks
+            **({} if request.limit is None else {"limit": request.limit}),
+        },
         "settings": config.to_json(),
+        "augmentation": asdict(augmentation_for(request.train.name, config.augment)),
         "seconds": round(sum(row["seconds"] for row in state.history), 1),
         "machine": machine(),
         "device": torch.cuda.get_device_name(setting.device) if setting.device.startswith("cuda") else None,
@@ -207,8 +226,9 @@ def _checkpoint(
         policy=model.policy.spec if with_policy else None,
         gates=model.gates.spec if decides and model.gates is not None else None,
         preprocess=request.preprocess,
-        class_names=request.train.class_names,
+        class_names=usable_names(request.train.class_names),
         state=kept,
-        training=training,
+        training=finite(training),
         form="bdexport",
+        notes=() if request.initial is None else request.initial.notes,
     )

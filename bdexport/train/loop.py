@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bdexport.errors import DivergedError, TrainingError
 from bdexport.evaluate import Outcome, Strategy, run_decided, run_masks
@@ -16,38 +16,65 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.train.choice import choose, keep_diverse, mean_reward, stop_on_collapse
 from bdexport.train.data import DeviceImages, TrainingData, steps_per_epoch
 from bdexport.train.distributed import World
+from bdexport.train.eta import RunClock, duration
 from bdexport.train.events import EventLog
 from bdexport.train.methods import phases_of
 from bdexport.train.phases import Phase, Setting
 from bdexport.train.reporter import Reporter
 from bdexport.train.state import STATE_FILE, RunState, generator_for, save_state, weights_of
+from bdexport.train.teacher import teacher_logits
 
 
-def run_phases(setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter) -> None:
-    """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch."""
+def run_phases(
+    setting: Setting,
+    data: TrainingData,
+    state: RunState,
+    run: Path,
+    reporter: Reporter,
+    before_learning: Callable[[], None] = lambda: None,
+    clock: RunClock | None = None,
+) -> None:
+    """Train from where ``state`` stands to the end of the last phase, saving ``state`` after every epoch.
+
+    ``before_learning`` is called whenever a phase begins or goes on that learns on the base: all but ``pretrain``.
+    ``clock`` estimates what is left.
+    """
     events = EventLog(run, len(state.history), writes=setting.world.leads)
     try:
-        _run_phases(setting, data, state, run, reporter, events)
+        _run_phases(setting, data, state, run, reporter, events, before_learning, clock)
     finally:
         events.close()
 
 
 def _run_phases(
-    setting: Setting, data: TrainingData, state: RunState, run: Path, reporter: Reporter, events: EventLog
+    setting: Setting,
+    data: TrainingData,
+    state: RunState,
+    run: Path,
+    reporter: Reporter,
+    events: EventLog,
+    before_learning: Callable[[], None],
+    clock: RunClock | None,
 ) -> None:
     phases = [phase(setting) for phase in phases_of(setting.config)]
     if state.phase > len(phases) or (state.phase < len(phases) and state.epoch > phases[state.phase].epochs):
         raise TrainingError(f"the run's {STATE_FILE} is beyond its last epoch", remedy="train into another folder")
     for index in range(state.phase, len(phases)):
         phase = phases[index]
+        if phase.name != "pretrain":
+            before_learning()
         if phase.epochs > state.epoch:
-            _enter(phase, setting, state, data, reporter)
+            _enter(phase, setting, state, data, run, reporter)
         if state.epoch > 0:  # resumed: what ended the run by collapse ends it again
             stop_on_collapse(phase, state, reporter)
             keep_diverse(phase, state, reporter)
         for epoch in range(state.epoch, phase.epochs):
             setting.generator = generator_for(setting.config.seed, index, epoch, setting.device)
-            row = _train_epoch(phase, epoch, data, reporter)
+            left = None
+            if clock is not None:
+                left = clock.left(state, setting.teacher_logits is not None)
+                clock.begin_epoch()
+            row = _train_epoch(phase, epoch, data, reporter, left)
             setting.world.settle(setting.model)
             _check_weights(phase)
             row |= _validate(phase, setting, data)
@@ -58,12 +85,14 @@ def _run_phases(
             reporter.line(row)
             keep_diverse(phase, state, reporter)
             setting.world.once(lambda: save_state(run, state))
+            if clock is not None:
+                clock.end_epoch(index)
             stop_on_collapse(phase, state, reporter)
         state.phase, state.epoch, state.optimisers = index + 1, 0, []
         _remember_weights(state, setting)
 
 
-def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, reporter: Reporter) -> None:
+def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, run: Path, reporter: Reporter) -> None:
     """Prepare a phase; the network as it is when BlockDrop's own phases begin becomes the teacher."""
     config = setting.config
     taught = phase.name != "pretrain" and config.distillation_weight > 0
@@ -72,7 +101,7 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
         state.teacher = weights_of(setting.teachers[0])
     if setting.teachers and setting.teacher_logits is None and taught and config.distillation == "cached":
         mirrored = config.mirrored_teacher and data.augmentation.flip
-        setting.teacher_logits = _all_logits(setting, data.train, mirrored)
+        setting.teacher_logits = teacher_logits(setting, data.train, run, mirrored, reporter)
     if state.epoch == 0:
         phase.begin(data, reporter.note)
         state.fixed_mask, state.order = setting.fixed_mask, setting.order
@@ -87,14 +116,18 @@ def _enter(phase: Phase, setting: Setting, state: RunState, data: TrainingData, 
             ) from error
 
 
-def _train_epoch(phase: Phase, epoch: int, data: TrainingData, reporter: Reporter) -> dict[str, Any]:
+def _train_epoch(
+    phase: Phase, epoch: int, data: TrainingData, reporter: Reporter, left: float | None
+) -> dict[str, Any]:
     setting = phase.setting
-    steps = steps_per_epoch(len(data.train), phase.batch, phase.share)
+    whole = setting.config.whole_epochs
+    steps = steps_per_epoch(len(data.train), phase.batch, phase.share, whole)
     sums: dict[str, float] = {}
     images_seen = 0
     started = time.perf_counter()
-    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator, setting.world)
-    with reporter.epoch(f"{phase.name} {epoch + 1}/{phase.epochs}", steps) as advance:
+    batches = data.train.epoch(phase.batch, phase.share, data.augmentation, setting.generator, setting.world, whole)
+    until = "" if left is None else f", about {duration(left)} left of the run"
+    with reporter.epoch(f"{phase.name} {epoch + 1}/{phase.epochs}{until}", steps) as advance:
         for step, batch in enumerate(batches):
             phase.at(epoch + step / steps)
             for name, value in phase.step(batch).items():
@@ -171,18 +204,6 @@ def _remember_weights(state: RunState, setting: Setting) -> None:
 def frozen_copy(model: BlockDropNet) -> Any:
     """The network as it is now, in eval mode, without gradients."""
     return deepcopy(model.network).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _all_logits(setting: Setting, images: DeviceImages, mirrored: bool) -> Tensor:
-    """The teachers' mean logits for every image as it is (and mirrored), float32 (N, C)."""
-    logits = []
-    with setting.autocast():
-        for x, _ in images.batches(setting.config.evaluation_batch):
-            views = (x, x.flip(3)) if mirrored else (x,)
-            outputs = [teacher(view).float() for teacher in setting.teachers for view in views]
-            logits.append(torch.stack(outputs).mean(dim=0))
-    return torch.cat(logits)
 
 
 def restore(state: RunState, setting: Setting) -> None:

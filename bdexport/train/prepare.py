@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bdexport.checkpoint import Checkpoint, build_model
-from bdexport.config import TrainConfig
+from bdexport.config import AugmentConfig, TrainConfig
 from bdexport.dataset import Dataset, check_classes
 from bdexport.dataset.base import Pixels, all_of
 from bdexport.errors import DatasetError, ImageError, UsageError
@@ -15,7 +15,7 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.models.policy import PolicyNet
 from bdexport.models.resnet import ResNet
 from bdexport.train.checks import check_size
-from bdexport.train.data import AUGMENTATION, Augmentation, DeviceImages, TrainingData
+from bdexport.train.data import Augmentation, DeviceImages, TrainingData, augmentation_for
 from bdexport.train.distributed import World
 from bdexport.train.phases import Setting
 from bdexport.train.request import TrainRequest, kept_gates, kept_policy, wanted_gates, wanted_policy
@@ -115,8 +115,11 @@ def bytes_to_load(request: TrainRequest, device: str) -> int:
     )
 
 
-def training_data(request: TrainRequest, device: str) -> TrainingData:
-    """Both splits on the device; one ImageError names what is damaged in either."""
+def training_data(request: TrainRequest, device: str, augmentation: Augmentation | None = None) -> TrainingData:
+    """Both splits on the device, to be augmented as given (None: as suits the data set).
+
+    One ImageError names what is damaged in either split.
+    """
     errors: list[ImageError] = []
 
     def fitted(split: Dataset) -> Pixels:
@@ -130,4 +133,4 @@ def training_data(request: TrainRequest, device: str) -> TrainingData:
     if errors:
         raise all_of(errors)
     train, validation = (DeviceImages(pixels, split.labels, request.preprocess, device) for split, pixels in splits)
-    return TrainingData(train, validation, AUGMENTATION.get(request.train.name, Augmentation()))
+    return TrainingData(train, validation, augmentation or augmentation_for(request.train.name, AugmentConfig()))

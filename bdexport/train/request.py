@@ -31,6 +31,8 @@ class TrainRequest:
     base_only: bool = False
     fresh_policy: bool = False  # leave the base's policy aside and learn a new one
     device: str = "auto"
+    limit: int | None = None  # only the first so many training images of the data set are these
+    notes: tuple[str, ...] = ()  # what was chosen on the way to this request, said when the run begins
 
 
 def just_pruned(request: TrainRequest) -> bool:

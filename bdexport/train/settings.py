@@ -18,6 +18,7 @@ RANGES: dict[str, tuple[float, float]] = {  # both ends allowed; what is not lis
     "seed": (0, 2**63 - 1),  # what torch's generators take
     "distillation_temperature": (0.01, 1000),
     "evaluation_batch": (1, ANY),
+    "augment.shift": (0, 512),
     "pretrain.batch": (1, ANY),
     "prime.batch": (1, ANY),
     "adapt.batch": (1, ANY),
@@ -64,6 +65,8 @@ OPTION_OF = {  # settings that an option of ``bdexport train`` sets: what its us
     "policy.finetune_bound_end": "--alpha",
     "policy.estimator": "--estimator",
     "policy.samples": "--samples",
+    "augment.mirror": "--mirror",
+    "augment.shift": "--shift",
     "policy.reward": "--reward",
     **{f"{phase}.epochs": f"--{phase}-epochs" for phase in ("pretrain", "prime", "adapt", "curriculum", "finetune")},
     **{f"{phase}.batch": "--batch" for phase in ("pretrain", "prime", "adapt", "curriculum", "finetune")},

@@ -5,6 +5,8 @@
     RUN/metrics.jsonl      one JSON object per epoch
     RUN/tensorboard/       the same for TensorBoard, where it is installed
     RUN/model.safetensors  the chosen model, once the run is complete
+    RUN/base.safetensors   the network that the rest of the run started from: the base, or what pretraining gave
+    RUN/teacher.safetensors  until the run is complete: what the teacher said of each training image
     RUN/last_good.safetensors  where the loss or the policy went astray: the best model before (``complete``: false)
 
 Data order, augmentation and sampled masks of an epoch are drawn from a generator seeded by (seed, phase, epoch), so
@@ -32,7 +34,7 @@ from bdexport.files import write_bytes, write_json, write_text
 from bdexport.json_text import MalformedError, parse_json, why
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
-LAST_GOOD_FILE = "last_good.safetensors"
+LAST_GOOD_FILE, BASE_FILE, TEACHER_FILE = "last_good.safetensors", "base.safetensors", "teacher.safetensors"
 Weights = dict[str, torch.Tensor]
 
 
@@ -68,6 +70,7 @@ class RunState:
     best: Best | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    base: dict[str, Any] | None = None  # how good the base was, see :mod:`bdexport.train.base`
     precisions: list[str] = field(default_factory=list)  # fp32 or bf16; both where a run went on elsewhere
 
 
@@ -165,6 +168,15 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
     if changed or unasked:
         write_json(path, description)
     return True
+
+
+def began_before(run: Path, setting: str) -> bool:
+    """Whether the run there was begun by a version that did not have this setting."""
+    try:
+        settings = parse_json((run / RUN_FILE).read_bytes())["settings"]
+        return setting not in settings
+    except (OSError, ValueError, KeyError, TypeError):  # no run, or one that agree_on_run complains about
+        return False
 
 
 def _begun_phases(run: Path) -> Collection[str] | None:

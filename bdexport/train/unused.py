@@ -32,7 +32,10 @@ OF_CHANCE = ("keep_low", "keep_high")  # .. and only without
 SHARES = ("policy_share", "full_share", "level_share", "policy_learning_rate")
 TEACHING = ("distillation", "distillation_temperature", "mirrored_teacher")
 BATCH = "--batch"
-OF_ANY_RUN = ("seed", "precision", "validation_share", "evaluation_batch")
+OF_ANY_RUN = (
+    *("seed", "precision", "validation_share", "evaluation_batch", "whole_epochs"),
+    *("augment.mirror", "augment.shift"),
+)
 
 
 def check_used(

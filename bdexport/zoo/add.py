@@ -30,10 +30,11 @@ from bdexport.dataset import needs_folder
 from bdexport.errors import BdexportError, CheckpointError, OutputError, UsageError
 from bdexport.files import sha256_file, writing
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.train.data_size import AS_THEY_ARE, following_settings, follows
 from bdexport.train.settings import with_assignments
 from bdexport.train.state import METRICS_FILE
 from bdexport.train.unused import why_unused
-from bdexport.zoo import CARD_SCHEMA, LOG_SUFFIX, MAX_BYTES, zoo_folder
+from bdexport.zoo import CARD_SCHEMA, LOG_SUFFIX, MAX_BYTES, zoo_card, zoo_folder, zoo_names
 from bdexport.zoo.card import card_to_markdown
 
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
@@ -66,6 +67,7 @@ class Addition:
     name: str
     evaluation: Path
     base_evaluation: Path | None = None
+    origin_evaluation: Path | None = None
     base_source: str | None = None
     base_licence: str | None = None
     command: str | None = None
@@ -210,8 +212,33 @@ def _base(addition: Addition, checkpoint: Checkpoint) -> dict[str, Any]:
         "licence": licence,
         "accuracy": measured["full"]["accuracy"],
         "measured_on": f"{measured['dataset']['images']} test images",
+        "split": "test",
+        "images": measured["dataset"]["images"],
     }
+    origin = _origin(addition, checkpoint, measured["checkpoint_sha256"])
+    base |= {} if origin is None else {"origin": origin}
     return base | ({"limit": known["limit"]} if "limit" in known else {})
+
+
+def _origin(addition: Addition, checkpoint: Checkpoint, base_sha256: str) -> dict[str, Any] | None:
+    """The network that the base itself was trained from: as it was measured, or as the base's own card has it.
+
+    A base that finetuning has lowered is no measure of what the model has lost. None where the base goes back to none.
+    """
+    if addition.origin_evaluation is not None:
+        found = _evaluation(addition.origin_evaluation, checkpoint, checkpoint.training["dataset"]["name"])
+        return {
+            "name": Path(found["checkpoint"]).name,
+            "sha256": found["checkpoint_sha256"],
+            "accuracy": found["full"]["accuracy"],
+            "split": found["dataset"]["split"],
+            "images": found["dataset"]["images"],
+        }
+    cards = [zoo_card(name) for name in zoo_names()]
+    base = next((card["base"] for card in cards if card["sha256"] == base_sha256), None)
+    if base is None:
+        return None
+    return base.get("origin") or {name: base[name] for name in ("name", "sha256", "accuracy", "split", "images")}
 
 
 def _own_base(addition: Addition, training: dict[str, Any]) -> dict[str, Any]:
@@ -229,6 +256,8 @@ def _own_base(addition: Addition, training: dict[str, Any]) -> dict[str, Any]:
         "licence": addition.licence,
         "accuracy": last["validation"]["accuracy"],
         "measured_on": f"{training['dataset']['validation']} validation images, end of pretraining",
+        "split": "validation",
+        "images": training["dataset"]["validation"],
     }
 
 
@@ -248,10 +277,13 @@ def training_command(checkpoint: Checkpoint) -> str:
     words += ["--dataset", training["dataset"]["name"]]
     if needs_folder(training["dataset"]["name"]):
         words += ["--data", "DIR"]
+    if training["dataset"].get("limit") is not None:
+        words += ["--images", str(training["dataset"]["limit"])]
     words += ["--preset", recorded["preset"]]
     num_blocks, with_base = checkpoint.network.num_blocks, training["base"] is not None
     changed = [
-        (name, "none" if value is None else str(value)) for name, value in changed_settings(recorded, num_blocks)
+        (name, "none" if value is None else str(value))
+        for name, value in changed_settings(recorded, num_blocks, training["dataset"]["train"])
     ]
     config = with_assignments(preset(recorded["preset"], num_blocks), [f"{name}={value}" for name, value in changed])
     for name, value in changed:
@@ -262,8 +294,10 @@ def training_command(checkpoint: Checkpoint) -> str:
     return shlex.join([*words, "--out", "RUN"])
 
 
-def changed_settings(recorded: dict[str, Any], num_blocks: int) -> Iterator[tuple[str, Any]]:
+def changed_settings(recorded: dict[str, Any], num_blocks: int, images: int = AS_THEY_ARE) -> Iterator[tuple[str, Any]]:
     """Dotted names and values of the recorded settings that are not those of the preset.
+
+    Of a run on so few ``images`` that settings follow their number, also all that do: whatever is given stays.
 
     A setting that the record does not have is younger than the run and was what it is by default: switched off.
     """
@@ -274,8 +308,9 @@ def changed_settings(recorded: dict[str, Any], num_blocks: int) -> Iterator[tupl
             "recorded settings that this version does not have", got=", ".join(sorted(unknown)), remedy="pass --command"
         )
     usual = _flat(preset(recorded["preset"], num_blocks).to_json())
+    fitted = set(following_settings()) if follows(recorded["preset"], images) else set()
     for name, value in (effective | _flat(recorded)).items():
-        if value != usual[name]:
+        if value != usual[name] or name in fitted:
             yield name, value
 
 
@@ -331,6 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help="its name in the zoo, e.g. resnet32-cifar10")
     parser.add_argument("--evaluation", type=Path, required=True, help="JSON of bdexport evaluate RUN, whole test set")
     parser.add_argument("--base-evaluation", type=Path, help="JSON of bdexport evaluate BASE, if the run had a --base")
+    parser.add_argument("--origin-evaluation", type=Path, help="the same of what the base itself was trained from")
     parser.add_argument("--base-source", help="where the base comes from, if it is not a known one")
     parser.add_argument("--base-licence", help="the licence of the base, if it is not a known one")
     parser.add_argument("--command", help="default: made from the settings that the run recorded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bdexport.base_figures import figures_of_card, points
 from bdexport.zoo import PREFIX
 
 
@@ -36,9 +37,13 @@ def _results(card: dict[str, Any]) -> list[str]:
     """A table: the base, the model undropped, the model under its policy, fixed masks where they were measured."""
     result, base = card["result"], card["base"]
     blocks = card["num_blocks"]
-    full = result["full"]
+    full, origin = result["full"], base.get("origin")
+    first = (
+        [] if origin is None else [_plain(f"the base's own base, {origin['name']} ({_images(origin)})", origin, card)]
+    )
     rows = [
-        f"| base ({base['measured_on']}) | {base['accuracy']:.2f} % | {blocks} | {full['flops']:.4g} | 1 |",
+        *first,
+        _plain(f"base ({base['measured_on']})", base, card),
         f"| every block kept | {full['accuracy']:.2f} % | {blocks} | {full['flops']:.4g} | 1 |",
         _row("**policy**", result["policy"]),
         *(_row(f"fixed mask, {name}", row) for name, row in result.get("fixed", {}).items()),
@@ -48,9 +53,29 @@ def _results(card: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         "",
+        *_against_base(card),
         "FLOPs per image: 2 x multiply-accumulates of convolutions and linear layers; for the policy, "
         "its network's included.",
     ]
+
+
+def _plain(title: str, measured: dict[str, Any], card: dict[str, Any]) -> str:
+    """A network without a policy; it has the undropped network's FLOPs."""
+    flops = card["result"]["full"]["flops"]
+    return f"| {title} | {measured['accuracy']:.2f} % | {card['num_blocks']} | {flops:.4g} | 1 |"
+
+
+def _images(measured: dict[str, Any]) -> str:
+    return f"{measured['images']} {measured['split']} images"
+
+
+def _against_base(card: dict[str, Any]) -> list[str]:
+    """What the model has lost, where base and model were measured on the same images."""
+    base = figures_of_card(card)
+    if base is None or base.full is None or base.dynamic is None:
+        return []
+    every, policy = points(base.full, base.accuracy), points(base.dynamic, base.accuracy)
+    return [f"Against {base.name} ({base.accuracy:.2f} %): policy {policy}, every block kept {every}.", ""]
 
 
 def _row(title: str, row: dict[str, Any]) -> str:

@@ -11,11 +11,22 @@ import numpy as np
 import pytest
 import torch
 from bundles import assert_close, pixels, rows, some_masks, torch_logits
-from gpu_cases import CALIBRATED_CASES, CASES, EXECUTORS, GPU_BACKENDS, SHARES, bundle_of, network, opened
+from gpu_cases import (
+    CALIBRATED_CASES,
+    CASES,
+    DEVICE,
+    DRY_RUN,
+    EXECUTORS,
+    GPU_BACKENDS,
+    SHARES,
+    Known,
+    bundle_of,
+    network,
+    opened,
+)
 from torch.utils.dlpack import from_dlpack
 
 import bdexport
-from bdexport.bundle import Bundle
 from bdexport.cuda import open_cuda
 from bdexport.errors import BdexportError, InputError, UsageError
 from bdexport.partition import part_module
@@ -23,8 +34,11 @@ from bdexport.parts import FULL, POLICY, STEM
 from bdexport.verify import require, verify_against_model
 from bdexport.verify_comparison import kept_samples
 
-Known = dict[tuple[str, str, str], Bundle]
 BATCH = 7
+# Loads of a bundle that are made to fail, before and while memory is watched. torch keeps a workspace of cuBLAS, 32 MiB
+# on Hopper, for each of the 32 streams that it hands out in turn; ONNX Runtime takes a second for each load.
+LOADS = {"onnxruntime": (3, 20)}
+USUAL_LOADS = (40, 200)
 pytestmark = pytest.mark.gpu
 
 
@@ -92,7 +106,7 @@ def test_calibrated_precisions_are_verified(
     """Oracle: torch, on the images that the scales come from and the policy's own masks, by the rule of ``verify``."""
     bundle = bundle_of(bundles, tmp_path, backend, name, precision)
     opened(bundle).close()
-    report = verify_against_model(bundle, network(name), device="cuda")
+    report = verify_against_model(bundle, network(name), device=DEVICE)
     require(report)
     assert report["precision"] == precision
     assert {entry["held"] for entry in (*report["parts"], *report["paths"])} == {"mean_abs"}
@@ -121,6 +135,8 @@ def test_executors_agree_in_calibrated_precisions(
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_rows_are_numpys(bundles: Known, tmp_path: Path, backend: str) -> None:
     """Oracle: numpy indexing."""
+    if DRY_RUN and backend == "onnxruntime":
+        pytest.skip("a dry run: on the CPU its tensors have a layout of their own")
     with opened(bundle_of(bundles, tmp_path, backend)) as orchestrator:
         session = orchestrator.session
         shape = orchestrator.manifest.parts[STEM].input.shape
@@ -226,8 +242,10 @@ def test_wrong_arrays_are_refused(bundles: Known, tmp_path: Path, backend: str) 
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_failing_200_times_leaks_nothing(bundles: Known, tmp_path: Path, backend: str) -> None:
+def test_failing_again_and_again_leaks_nothing(bundles: Known, tmp_path: Path, backend: str) -> None:
     """Oracle: the GPU's free memory before and after."""
+    if DRY_RUN:
+        pytest.skip("a dry run: there is no GPU memory to watch")
     bundle = bundle_of(bundles, tmp_path, backend)
     cuda = open_cuda("cuda-python")
 
@@ -244,11 +262,11 @@ def test_failing_200_times_leaks_nothing(bundles: Known, tmp_path: Path, backend
             with pytest.raises((BdexportError, KeyError)):
                 orchestrator.session.run("block_99", orchestrator.session.put(POLICY, inputs))
 
-    # torch keeps a workspace of cuBLAS, 32 MiB on Hopper, for each of the 32 streams that it hands out in turn.
-    for _ in range(40):
+    warmup, watched = LOADS.get(backend, USUAL_LOADS)
+    for _ in range(warmup):
         fail()
     before = free()
-    for _ in range(200):
+    for _ in range(watched):
         fail()
     lost = before - free()
     assert lost < 16 << 20, f"{lost / 2**20:.1f} MiB"

@@ -25,7 +25,7 @@ from tiny import SIZE, tiny_checkpoint, tiny_checkpoint_file, tiny_model
 import bdexport
 from bdexport.backends import backend_class, get_backend, get_builder, tensorrt_common
 from bdexport.backends import tensorrt as tensorrt_module
-from bdexport.backends.base import BuildOptions
+from bdexport.backends.base import BuildOptions, RunOptions
 from bdexport.backends.tensorrt import Gpu, TensorRTBackend, TensorRTForRTXBackend
 from bdexport.backends.tensorrt_build import _apply, _keep_timings, _monitor, _use_timing_cache, compute_capabilities
 from bdexport.backends.tensorrt_common import (
@@ -644,14 +644,27 @@ def test_engines_for_another_gpu_are_built_and_not_verified(
     backend: TensorRTForRTXBackend, cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the note names both sides; a machine whose GPU is no target builds what one without any GPU builds."""
-    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA L4", "8.9"))
     built = build(tmp_path / "other", cache)
-    reason = "they are for compute capability 8.0, 12.0; NVIDIA H200 has 9.0"
+    reason = "they are for compute capability 8.0, 12.0; NVIDIA L4 has 8.9"
     assert any("not verified" in note and reason in note for note in built.notes)
     assert built.manifest.verification is None
-    targets = BuildOptions(tensorrt=replace(TARGETS, compute_capabilities=("8.0", "9.0")))
+    targets = BuildOptions(tensorrt=replace(TARGETS, compute_capabilities=("8.0", "8.9")))
     assert backend.can_run(targets).ok
     assert backend.can_run(BuildOptions()).ok
+
+
+def test_a_gpu_that_it_does_not_know_runs_nothing(
+    backend: TensorRTForRTXBackend, bundle: BuiltBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the enumeration of this TensorRT for RTX has no 9.0; the reason names the GPU and what is known."""
+    monkeypatch.setattr(tensorrt_module, "_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+    for targets in (BuildOptions(), BuildOptions(tensorrt=replace(TARGETS, compute_capabilities=("8.0",)))):
+        found = backend.can_run(targets)
+        assert not found.ok
+        assert "has no compute capability 9.0, which NVIDIA H200 has; it knows 7.5, 8.0" in found.reason
+    with pytest.raises(BackendError, match=r"no compute capability 9\.0, which NVIDIA H200 has.*--backend tensorrt"):
+        backend.open(Bundle(bundle.path, bundle.manifest), RunOptions("cuda"))
 
 
 def test_without_a_gpu_it_does_not_run_and_says_why(bundle: BuiltBundle) -> None:

@@ -91,6 +91,25 @@ def test_run_folder_and_default_place(tmp_path: Path, monkeypatch: pytest.Monkey
     assert default_bundle_path(Path("x/resnet32-d5.th")) == Path("engines/resnet32-d5")
     monkeypatch.chdir(run)
     assert default_bundle_path(Path(".")) == Path("engines/r20")
+    assert default_bundle_path(Path("../r20/../r20")) == Path("engines/r20")
+
+
+def test_a_link_gives_its_own_name(tmp_path: Path) -> None:
+    """Oracle: the name that a person sees: the link's, or the repository's, where a cache names by hashes."""
+    cache = tmp_path / "hub" / "models--somebody--resnet32-cifar"
+    blob = cache / "blobs" / "3f9ac0de"
+    tiny_checkpoint_file(tmp_path / "m.safetensors")
+    blob.parent.mkdir(parents=True)
+    (tmp_path / "m.safetensors").rename(blob)
+    snapshot = cache / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    for name in ("model.safetensors", "resnet20.pth"):
+        (snapshot / name).symlink_to(blob)
+    (tmp_path / "latest").symlink_to(snapshot)
+    assert default_bundle_path(snapshot / "resnet20.pth") == Path("engines/resnet20")
+    assert default_bundle_path(snapshot / "model.safetensors") == Path("engines/resnet32-cifar")
+    assert default_bundle_path(snapshot) == Path("engines/resnet32-cifar")
+    assert default_bundle_path(tmp_path / "latest") == Path("engines/latest")
 
 
 def test_several_jobs_build_the_same(checkpoint: Path, tmp_path: Path) -> None:

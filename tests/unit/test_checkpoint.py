@@ -322,7 +322,7 @@ def take(*place: str) -> Callable[[dict[str, Any]], None]:
         (put("preprocess", "resampling", value="nearest"), r"preprocess\.resampling"),
         (put("preprocess", "resize_short", value=-1), r"preprocess\.resize_short: got -1"),
         (put("class_names", value=["a", "b"]), "class_names: got 2 names, expected 3"),
-        (put("class_names", 1, value="a\x1b[2Jb"), r"class_names\[1\]: got .*u001b.*expected printable text"),
+        (put("class_names", 1, value="a\x1b[2Jb"), r"class_names\[1\]: got .*u001b.*expected ordinary text"),
         (put("class_names", 1, value=7), r"class_names\[1\]: got 7"),
         (put("training", value=[]), r"header\.training: got \[\], expected an object"),
         (put("training", "policy_statistics", "images", value=0), r"policy_statistics\.images: got 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tiny import SIZE, tiny_checkpoint_file, tiny_model
 
 import bdexport
 from bdexport.cli.main import main
-from bdexport.errors import BdexportError
+from bdexport.errors import BdexportError, OutputError
 from bdexport.models.flops import count_flops
 from bdexport.partition import model_parts
 
@@ -192,3 +193,36 @@ def test_inspect_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture
     """Oracle: exit code 1 and one line that names the path."""
     assert main(["inspect", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_names_that_are_no_utf8(
+    checkpoint: Path, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: checkpoint and bundle in folders whose names hold the byte FF work as any; their JSON is UTF-8."""
+    strange = tmp_path / os.fsdecode(b"r\xff")
+    strange.mkdir()
+    shutil.copy(checkpoint, strange / checkpoint.name)
+    out, result = strange / os.fsdecode(b"b\xff"), strange / "result.json"
+    line = ["build", str(strange / checkpoint.name), "--out", str(out), "--backend", backend, "--json", str(result)]
+    assert main(line) == 0
+    assert json.loads(result.read_text())["bundle"].endswith("r\\udcff/b\\udcff")
+    assert main(["inspect", str(out)]) == 0
+    assert "here: runs" in capsys.readouterr().out
+
+
+def test_build_without_a_home_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the bundle is there, nothing came from a cache, and a note says why, in the JSON too."""
+
+    def homeless() -> Path:
+        raise OutputError("no folder for a cache", remedy="set one")
+
+    monkeypatch.setattr("bdexport.build.default_cache_folder", homeless)
+    assert main(["build", str(checkpoint), "--out", str(tmp_path / "b"), "--json", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["engines"]["reused"] == 0
+    note = "engine cache: no folder for a cache; set one; engines are not kept for a later build"
+    assert note in result["notes"]
+    assert note in " ".join(capsys.readouterr().err.split())

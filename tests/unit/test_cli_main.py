@@ -119,7 +119,9 @@ def test_no_command_shows_help_and_is_wrong_usage() -> None:
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "f"), 1, "f: No such file or directory"),
         (MemoryError("Unable to allocate 9 GiB"), 1, "out of memory (MemoryError: Unable to allocate 9 GiB)"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "this needs torch, which is not installed"),
-        (ModuleNotFoundError("no", name="onnxruntime.capi"), 1, 'pip install "onnxruntime>='),
+        (ModuleNotFoundError("no", name="onnxruntime"), 1, 'pip install "onnxruntime>='),
+        (ModuleNotFoundError("no", name="onnxruntime.capi"), 1, "is installed, but cannot be used (no); pip install"),
+        (UsageError("name\x1b[31m\x7f"), 2, "name\\x1b[31m\\x7f"),
         (ZeroDivisionError("division\nby zero"), 1, "internal error (ZeroDivisionError: division by zero); run again"),
     ],
 )
@@ -245,3 +247,69 @@ def test_usage_errors_name_the_command(capsys: pytest.CaptureFixture[str], monke
     shown = capsys.readouterr().err
     assert "(see 'bdexport doctor --help')" in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(tmp_path: Path, closed: str) -> None:
+    """Oracle: exit codes and files are those of a command whose streams are open; no traceback."""
+    line = f'"{sys.executable}" -m bdexport zoo --json "{tmp_path / "zoo.json"}" {closed}'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "zoo.json").stat().st_size > 1000
+    line = line.replace("zoo ", "nonsense ", 1)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_json_to_a_closed_stdout_is_refused(tmp_path: Path) -> None:
+    """Oracle: the result would be lost, so that exit code and line say so before the work."""
+    line = f'"{sys.executable}" -m bdexport zoo --json - >&-'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "stdout is closed; name a file" in done.stderr
+
+
+def test_an_ascii_terminal_prints_any_name(tmp_path: Path) -> None:
+    """Oracle: the error line's escape, in the POSIX locale without Python's help and with PYTHONIOENCODING=ascii."""
+    posix = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for environment in (posix, {"PYTHONIOENCODING": "ascii"}):
+        done = call("inspect", str(tmp_path / "gr\u00fcn"), **environment)
+        assert done.returncode == 1
+        assert "no such bundle" in done.stderr
+        assert "\\" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("1.0.0", "onnx 1.0.0 is too old, 1.18 or newer is needed; pip install --upgrade"),
+        ("999.0", "onnx 999.0 is installed, but cannot be used (cannot import name"),
+    ],
+)
+def test_a_package_that_is_there_is_not_called_missing(tmp_path: Path, version: str, said: str) -> None:
+    """Oracle: the version in the package's metadata against the bound in ours."""
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "__init__.py").write_text("")
+    information = tmp_path / f"onnx-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: onnx\nVersion: {version}\n")
+    (information / "top_level.txt").write_text("onnx\n")
+    search = os.pathsep.join([str(tmp_path), str(Path(bdexport.__file__).parents[1])])
+    done = call("export", "zoo:resnet20-digits", "--out", str(tmp_path / "graphs"), PYTHONPATH=search)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "not installed" not in done.stderr
+
+
+def test_warnings_name_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the file that the thread is decoding; the text stays one line, without control characters."""
+    from bdexport import preprocess
+
+    preprocess._reading.path = tmp_path / "odd.tif"
+    try:
+        cli._show_warning("Metadata\nis \x1b bad", UserWarning, "TiffImagePlugin.py", 5)
+    finally:
+        preprocess._reading.path = None
+    said = capsys.readouterr().err
+    assert said == f"bdexport: warning: {tmp_path / 'odd.tif'}: Metadata is \\x1b bad (UserWarning)\n"

@@ -11,13 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driver_without_gpu import VERSION, DriverWithoutGpu
+from driver_without_gpu import VERSION, DriverWithoutGpu, standing_in
 
-import bdexport.cuda.driver_api
-import bdexport.cuda.graphs
-import bdexport.cuda.through_bindings as through_bindings
 from bdexport.cuda import why_no_cuda
-from bdexport.cuda.driver_api import driver_api
 from bdexport.cuda.through_bindings import BindingsCuda
 from bdexport.errors import BackendError
 
@@ -26,15 +22,12 @@ pytestmark = pytest.mark.skipif(not has_bindings, reason="cuda-python is not ins
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> DriverWithoutGpu:
+def driver() -> Iterator[DriverWithoutGpu]:
     error = why_no_cuda()
     if error is None or "no NVIDIA driver" not in error.what:
         pytest.skip("this machine has an NVIDIA driver: tests/gpu call it")
-    double = DriverWithoutGpu(driver_api())
-    for module in (through_bindings, bdexport.cuda.graphs):
-        monkeypatch.setattr(module, "driver_api", lambda: double)
-    monkeypatch.setattr(through_bindings, "_contexts", {})
-    return double
+    with standing_in() as double:
+        yield double
 
 
 @pytest.fixture

@@ -440,7 +440,7 @@ def test_all_empty_and_unknown_classes_are_named(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda root: None, "too few classes: got 0 sub-folders"),
-        (lambda root: (root / "only").mkdir(), "too few classes: got 1 sub-folders"),
+        (lambda root: (root / "only").mkdir(), "too few classes: got 1 sub-folder, 'only'"),
         (lambda root: [(root / name).mkdir() for name in "ab"], "no image files in it"),
         (lambda root: [(root / split / "a").mkdir(parents=True) for split in ("val", "valid")], "two folders for"),
     ],
@@ -599,3 +599,54 @@ def test_load_images_errors(tmp_path: Path) -> None:
         with pytest.raises(BdexportError, match=message) as caught:
             load_images(path, Preprocess())
         assert str(path) in str(caught.value)
+
+
+def _picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(path)
+
+
+def test_folders_that_are_links_are_read_once(tmp_path: Path) -> None:
+    """Oracle: the images by hand: those behind a link count, a link in a circle ends, none counts twice."""
+    _picture(tmp_path / "store" / "1.png")
+    _picture(tmp_path / "data" / "a" / "inner" / "2.png")
+    (tmp_path / "data" / "a" / "linked").symlink_to(tmp_path / "store")
+    (tmp_path / "data" / "a" / "again").symlink_to(tmp_path / "data" / "a" / "inner")
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data")
+    found = image_files(tmp_path / "data" / "a", recursive=True)
+    inside = [path.relative_to(tmp_path / "data" / "a").as_posix() for path in found]
+    assert inside == ["inner/2.png", "linked/1.png"]
+
+
+def test_folders_one_level_too_deep_say_what_was_found(tmp_path: Path) -> None:
+    """Oracle: the folder to name instead stands in the message."""
+    for name in "ab":
+        _picture(tmp_path / "data" / "unpacked" / name / "1.png")
+    with pytest.raises(DatasetError, match=r"1 sub-folder, 'unpacked'.*pass .*data/unpacked, which has 2"):
+        load_dataset("folder", tmp_path / "data", "train")
+    with pytest.raises(DatasetError, match="no image files directly in it: got 2 images in its 2 sub-folders"):
+        image_files(tmp_path / "data" / "unpacked")
+
+
+def test_damaged_images_are_skipped_and_listed_when_asked(tmp_path: Path) -> None:
+    """Oracle: the same split without the damaged ones; each of them is named; off by default, and never all of them."""
+    for name in "ab":
+        for number in range(10):
+            _picture(tmp_path / name / f"{number}.png")
+    whole = load_dataset("folder", tmp_path, "train")
+    assert isinstance(whole.source, tuple)
+    bad = whole.source[3]
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(ImageError, match=bad.name):
+        load_dataset("folder", tmp_path, "train").arrays(Preprocess())
+    skipping = load_dataset("folder", tmp_path, "train", skip_damaged=True)
+    assert skipping.source == whole.source[:3] + whole.source[4:]
+    assert len(skipping.skipped) == 1
+    assert str(bad) in skipping.skipped[0]
+    assert len(skipping.arrays(Preprocess())) == len(skipping.labels) == len(whole) - 1
+    for path in whole.source:
+        path.write_bytes(b"")
+    with pytest.raises(DatasetError, match="every image of the train split is damaged"):
+        load_dataset("folder", tmp_path, "train", skip_damaged=True)
+    with pytest.raises(UsageError, match="--skip-damaged has no effect with data set digits"):
+        load_dataset("digits", skip_damaged=True)

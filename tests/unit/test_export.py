@@ -28,7 +28,7 @@ from bdexport.tensors import TensorSpec
 
 FAMILIES: tuple[Family, ...] = ("cifar", "imagenet")
 BLOCKS: tuple[BlockKind, ...] = ("basic", "bottleneck")
-SHORTCUTS: tuple[Shortcut, ...] = ("avgpool", "option_a", "conv")
+SHORTCUTS: tuple[Shortcut, ...] = ("avgpool", "option_a", "zeros_last", "conv")
 RULES: tuple[DroppedTransition, ...] = ("shortcut", "shortcut_relu")
 PREPROCESS = Preprocess(size=SIZE)
 TOLERANCE = 1e-5  # of the largest output: float32 in another order of summation

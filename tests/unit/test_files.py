@@ -237,3 +237,36 @@ def test_a_folder_is_held_against_another_process_until_that_ends(tmp_path: Path
         (folder / "file").write_text("kept")
     with holding(folder):
         assert content(folder) == {"file": "kept"}
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the variables that name a cache folder still count; without any, the error says which one to set."""
+    monkeypatch.delenv(files.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(OutputError, match=f"no home folder; set {files.CACHE_VARIABLE}"):
+        files.default_cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert files.default_cache_folder() == Path("/elsewhere/bdexport")
+
+
+def test_a_file_whose_name_is_no_utf8_is_opened_by_another_name(tmp_path: Path) -> None:
+    """Oracle: the file's bytes, read through the name that a library would be given; nothing of it stays."""
+    strange, plain = tmp_path / os.fsdecode(b"r\xff.bin"), tmp_path / "gr\u00fcn.bin"
+    for path in (strange, plain):
+        path.write_bytes(path.name.encode(errors="surrogateescape"))
+        with files.native_path(path) as name:
+            assert Path(name).read_bytes() == path.read_bytes()
+            assert name.encode().endswith(b".bin")
+            assert (name == str(path)) == (path == plain)
+        assert path == plain or not os.path.lexists(name)
+
+
+def test_names_on_one_line() -> None:
+    """Oracle: Python's escapes for control characters; letters of any script stay."""
+    assert files.shown(Path("a\nb\x1b[31m\u7530\x85")) == "a\\nb\\x1b[31m\u7530\\x85"
+    assert files.utf8_text(os.fsdecode(b"a\xff")) == "a\\udcff"

@@ -37,7 +37,7 @@ def one_by_one(network: ResNet, images: torch.Tensor, masks: torch.Tensor) -> to
     return torch.cat(logits)
 
 
-@pytest.mark.parametrize("shortcut", ["avgpool", "option_a", "conv"])
+@pytest.mark.parametrize("shortcut", ["avgpool", "option_a", "zeros_last", "conv"])
 @pytest.mark.parametrize("rule", ["shortcut", "shortcut_relu"])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 def test_masked_batch_equals_the_definition(shortcut: str, rule: str, kind: str) -> None:

@@ -16,7 +16,7 @@ from bdexport.partition import model_parts, part_module, part_specs, transitions
 from bdexport.parts import path_parts
 from bdexport.preprocess import Preprocess
 
-SHORTCUTS: tuple[Shortcut, ...] = ("avgpool", "option_a", "conv")
+SHORTCUTS: tuple[Shortcut, ...] = ("avgpool", "option_a", "zeros_last", "conv")
 RULES: tuple[DroppedTransition, ...] = ("shortcut", "shortcut_relu")
 
 

@@ -333,3 +333,11 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> No
     """Oracle: the documented exceptions of the reader, one wrong value at a time."""
     with pytest.raises((InputError, ValueError, TypeError)):
         preprocess_from_json(Preprocess().to_json() | wrong)
+
+
+def test_transparency_of_deep_grey_shows_white(tmp_path: Path) -> None:
+    """Oracle: the rule for 8 bits: the level that a PNG calls transparent is white, its neighbours stay."""
+    levels = np.array([[1000, 1001], [30000, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png", transparency=1000)
+    grey = Preprocess((2, 2)).fit_image(read_image(tmp_path / "deep.png"))
+    assert (grey == np.array([[255, 4], [117, 255]])[..., None]).all()
