@@ -17,6 +17,7 @@ import typer
 
 from bdexport.errors import BdexportError
 from bdexport.files import is_control
+from bdexport.packages import install_line
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
 

@@ -180,5 +180,5 @@ def test_droppings_are_named_with_the_line_that_removes_them(bundle_path: Path, 
     (copy / ".cache/huggingface").mkdir(parents=True)
     with pytest.raises(BundleError, match=r"\.DS_Store.*\[R14\]; remove it: rm -r ") as caught:
         open_bundle(copy)
-    subprocess.run(caught.value.remedy.partition(": ")[2], shell=True, check=True)
+    subprocess.run(str(caught.value.remedy).partition(": ")[2], shell=True, check=True)
     open_bundle(copy)

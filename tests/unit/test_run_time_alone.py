@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,15 +36,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arrays() -> dict[str, NDArray[np.generic]]:
+def arrays() -> dict[str, NDArray[Any]]:
     with np.load(DATA / "portable.npz") as file:
         return dict(file)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_rebuilt_bundle_gives_torchs_logits(
-    bundle: Path, arrays: dict[str, NDArray[np.generic]], threads: int
-) -> None:
+def test_a_rebuilt_bundle_gives_torchs_logits(bundle: Path, arrays: dict[str, NDArray[Any]], threads: int) -> None:
     """Oracle: the logits that torch computed when the graphs were exported."""
     with pytest.raises(BackendError, match="another processor"):
         bdexport.load(bundle)
@@ -54,7 +53,7 @@ def test_a_rebuilt_bundle_gives_torchs_logits(
 
 
 def test_the_commands_of_a_production_machine(
-    bundle: Path, arrays: dict[str, NDArray[np.generic]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, arrays: dict[str, NDArray[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Oracle: exit code 0 of every command, and what run prints as JSON."""
     image = tmp_path / "image.png"
