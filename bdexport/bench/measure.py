@@ -9,9 +9,10 @@ find the other's weights in the processor's caches, which whoever deploys one of
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from time import perf_counter_ns
 
 import numpy as np
@@ -89,14 +90,20 @@ def measure_all(
     warmup_batches: int = 10,
     turn: int = 1,
     progress: Progress | None = None,
+    seconds: float | None = None,
+    estimated: Callable[[float, int], None] | None = None,
 ) -> dict[str, Measurement]:
     """Run and time ``images`` (uint8 (N, H, W, 3), fitted) in batches, ``turn`` calls of one side at a time.
 
     The sides are the first orchestrator's full network, which all measurements share, and every orchestrator.
+    ``seconds``: as many rounds as fit into them by the warm-up's times, at least one, in place of ``rounds``.
+    ``estimated(seconds, rounds)`` is told before the timed calls what they will take.
     Garbage is not collected meanwhile. Raises :class:`UsageError` for numbers below 1 or a batch larger than N, and
     whatever an orchestrator raises.
     """
     _check(batch, rounds, turn, len(images))
+    if seconds is not None and not 0 < seconds < inf:
+        raise UsageError("seconds", got=seconds, expected="a positive number")
     starts = range(0, len(images) - batch + 1, batch)
     full = _Recorder(next(iter(orchestrators.values())).full)
     dynamic = {name: _Recorder(orchestrator) for name, orchestrator in orchestrators.items()}
@@ -104,11 +111,12 @@ def measure_all(
     for orchestrator in orchestrators.values():
         _prepare(orchestrator, batch)
     with without_garbage_collection():
-        for number in range(warmup_batches):
-            start = starts[number % len(starts)]
-            for side in sides:
-                side.call(images[start : start + batch])
+        fastest = _warm_up(sides, [images[start : start + batch] for start in starts], warmup_batches)
+        if seconds is not None:
+            rounds = max(1, int(seconds / (fastest * len(starts)))) if fastest < inf else 1
         calls = rounds * len(starts)
+        if estimated is not None and fastest < inf:
+            estimated(calls * fastest, rounds)
         for number, begin in enumerate(range(0, calls, turn)):
             if progress is not None:
                 progress(begin, calls)
@@ -126,6 +134,17 @@ def measure_all(
         name: Measurement(reference, side.series(labels), batch, rounds, warmup_batches, turn, left)
         for name, side in dynamic.items()
     }
+
+
+def _warm_up(sides: Sequence[_Recorder], batches: Sequence[NDArray[np.uint8]], calls: int) -> float:
+    """Call every side ``calls`` times; returns the seconds of the fastest round of all sides, infinite without any."""
+    fastest = inf
+    for number in range(calls):
+        began = perf_counter_ns()
+        for side in sides:
+            side.call(batches[number % len(batches)])
+        fastest = min(fastest, (perf_counter_ns() - began) / 1e9)
+    return fastest
 
 
 def _prepare(orchestrator: Orchestrator, batch: int) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdexport.cli.console import FittedTable, table_console, write_json_result
-from bdexport.cli.options import refuse_threads, writable
+from bdexport.cli.console import FittedTable, err_console, table_console, write_json_result
+from bdexport.cli.options import refuse, refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, show_skipped, updates
 from bdexport.config import BenchConfig
 
@@ -38,6 +38,10 @@ def bench(
         str, typer.Option(help="How paths are run; auto: as measured at build time; all: each in turn.")
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls per batch.")] = DEFAULT.rounds,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Time for the timed calls: as many rounds as fit, at least one. Instead of --rounds."),
+    ] = None,
     turn: Annotated[
         int, typer.Option(min=1, help="Timed calls of one side before it is the other's turn.")
     ] = DEFAULT.turn,
@@ -51,6 +55,8 @@ def bench(
     from bdexport.runtime import load
     from bdexport.runtime.orchestrator import executors_of
 
+    if seconds is not None:
+        refuse(context, ("rounds",), "with --seconds, which sets them")
     check_folder(dataset, data)  # before a bundle is loaded
     every = executor == ALL
     opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
@@ -68,6 +74,8 @@ def bench(
             rounds=rounds,
             warmup_batches=DEFAULT.warmup_batches,
             turn=turn,
+            seconds=seconds,
+            estimated=_announce,
             progress=updates(bar, "measuring, dynamic and full in turn"),
         )
         result = executors_result(sides, chosen, measurements, orchestrator.executor)
@@ -101,6 +109,12 @@ def _against_base(result: dict[str, Any], training: dict[str, Any]) -> list[str]
         for side in ("full", "dynamic")
     )
     return [f"your base ({base.name}): {base.accuracy:.2f} % of these images, {base.how}; {sides}"]
+
+
+def _announce(seconds: float, rounds: int) -> None:
+    """Say what the timed calls will take, before they begin."""
+    passes = f"{rounds} round{'s' * (rounds != 1)} over the images"
+    err_console.print(f"measuring takes about {max(1, round(seconds))} s: {passes}")
 
 
 def _table(result: dict[str, Any]) -> Table:

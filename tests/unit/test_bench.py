@@ -15,6 +15,7 @@ from tiny import tiny_model
 import bdexport
 from bdexport.backends.null import NullBackend
 from bdexport.bench import Measurement, bench_result, measure
+from bdexport.bench.measure import measure_all
 from bdexport.bench.results import latency_summary, path_flops, path_share
 from bdexport.bundle import Bundle
 from bdexport.cli.console import to_plain
@@ -178,3 +179,33 @@ def test_an_interrupted_measurement_collects_garbage_again() -> None:
     with pytest.raises(KeyboardInterrupt):
         measure(stand_in, np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int64))
     assert gc.isenabled()
+
+
+def test_seconds_bound_the_rounds_and_the_time_is_said_beforehand(bundle: Bundle) -> None:
+    """Oracle: the declaration: 9 ms for a call of both sides, so that 12 images fit into 0.5 s four times at most."""
+    told: list[tuple[float, int]] = []
+    data = dataset(12)
+    images = data.source
+    assert isinstance(images, np.ndarray)
+    with bdexport.load(bundle) as orchestrator:
+
+        def measured(seconds: float) -> Measurement:
+            (only,) = measure_all(
+                {"": orchestrator},
+                images,
+                data.labels,
+                warmup_batches=3,
+                seconds=seconds,
+                estimated=lambda *said: told.append(said),
+            ).values()
+            return only
+
+        several, one = measured(0.5), measured(0.001)
+    call = (FULL_MS + POLICY_MS + 2 * BLOCK_MS) / 1e3
+    assert 1 < several.rounds <= 0.5 / (12 * call)
+    assert len(several.full.latency_ms) == 12 * several.rounds
+    assert one.rounds == 1  # every image counts for accuracy
+    assert [rounds for _, rounds in told] == [several.rounds, 1]
+    assert all(seconds >= 12 * rounds * call for seconds, rounds in told)
+    with pytest.raises(UsageError, match="seconds"), bdexport.load(bundle) as orchestrator:
+        measured(0)
