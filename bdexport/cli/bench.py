@@ -15,6 +15,8 @@ from bdexport.config import BenchConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from bdexport.bundle import Manifest
+
 DEFAULT = BenchConfig()
 ALL = "all"  # for --executor
 
@@ -22,7 +24,10 @@ ALL = "all"  # for --executor
 def bench(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
-    dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples.")] = DEFAULT.dataset,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples. Default: what it was trained on."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
     images: Annotated[int, typer.Option(min=1, help="The first N images, or all if there are fewer.")] = DEFAULT.images,
@@ -51,19 +56,22 @@ def bench(
 ) -> None:
     """Latency, throughput, accuracy and block usage of dynamic inference against the full network, in turn."""
     from bdexport.bench import executors_result, measure_all
-    from bdexport.dataset import check_classes, check_folder, load_dataset
+    from bdexport.bundle import read_manifest
+    from bdexport.dataset import check_classes, check_folder, load_dataset, with_classes_of
     from bdexport.runtime import load
     from bdexport.runtime.orchestrator import executors_of
 
     if seconds is not None:
         refuse(context, ("rounds",), "with --seconds, which sets them")
-    check_folder(dataset, data)  # before a bundle is loaded
+    name = dataset or known_dataset(read_manifest(bundle))
+    check_folder(name, data)  # before a bundle is loaded
     every = executor == ALL
     opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
     with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
-        chosen = load_dataset(dataset, data, split, limit=images, skip_damaged=skip_damaged)
+        chosen = load_dataset(name, data, split, limit=images, skip_damaged=skip_damaged)
         show_skipped(chosen)
+        chosen = with_classes_of(chosen, orchestrator.class_names)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
         sides = executors_of(orchestrator) if every else {orchestrator.executor: orchestrator}
         measurements = measure_all(
@@ -109,6 +117,15 @@ def _against_base(result: dict[str, Any], training: dict[str, Any]) -> list[str]
         for side in ("full", "dynamic")
     )
     return [f"your base ({base.name}): {base.accuracy:.2f} % of these images, {base.how}; {sides}"]
+
+
+def known_dataset(manifest: Manifest) -> str:
+    """The data set that the network was trained on, where its training says so; otherwise the usual one."""
+    from bdexport.dataset import DATASETS
+
+    recorded = manifest.training.get("dataset")
+    name = recorded.get("name") if isinstance(recorded, dict) else None
+    return str(name) if name in DATASETS else DEFAULT.dataset
 
 
 def _announce(seconds: float, rounds: int) -> None:

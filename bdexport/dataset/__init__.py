@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bdexport.config import DatasetConfig
-from bdexport.dataset.base import SPLITS, Dataset, check_classes, is_numbered, unnamed_classes
+from bdexport.dataset.base import SPLITS, Dataset, check_classes, is_numbered, unnamed_classes, with_classes_of
 from bdexport.dataset.cifar import CIFAR10, CIFAR100, load_cifar
 from bdexport.dataset.digits import load_digits
 from bdexport.dataset.folder import image_files, load_folder, load_images
@@ -45,6 +45,7 @@ __all__ = [
     "load_images",
     "needs_folder",
     "unnamed_classes",
+    "with_classes_of",
 ]
 
 

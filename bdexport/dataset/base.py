@@ -185,6 +185,15 @@ def check_classes(dataset: Dataset, num_classes: int, class_names: Sequence[str]
             )
 
 
+def with_classes_of(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """``dataset`` with a model's labels where its classes are some of the model's, by name; otherwise as it is."""
+    theirs = dataset.class_names
+    if is_numbered(class_names) or not set(theirs) < set(class_names):
+        return dataset
+    label_of = np.array([list(class_names).index(name) for name in theirs], np.int64)
+    return replace(dataset, class_names=tuple(class_names), labels=label_of[dataset.labels])
+
+
 def is_numbered(class_names: Sequence[str]) -> bool:
     """Whether classes are called "0", "1", ..: names that say nothing."""
     return list(class_names) == [str(label) for label in range(len(class_names))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from bdexport.bench import Measurement, bench_result, measure
 from bdexport.bench.measure import measure_all
 from bdexport.bench.results import latency_summary, path_flops, path_share
 from bdexport.bundle import Bundle
+from bdexport.cli.bench import known_dataset
 from bdexport.cli.console import to_plain
-from bdexport.dataset import Dataset
+from bdexport.dataset import Dataset, with_classes_of
 from bdexport.errors import UsageError
 from bdexport.models.flops import count_flops
 from bdexport.runtime import Orchestrator, Result
@@ -209,3 +211,22 @@ def test_seconds_bound_the_rounds_and_the_time_is_said_beforehand(bundle: Bundle
     assert all(seconds >= 12 * rounds * call for seconds, rounds in told)
     with pytest.raises(UsageError, match="seconds"), bdexport.load(bundle) as orchestrator:
         measured(0)
+
+
+def test_some_of_a_models_classes_are_enough() -> None:
+    """Oracle: the names: each image keeps its class, under the model's number; other names stay for the check."""
+    few = Dataset("folder", "test", ("dog", "newt"), np.array([0, 1, 1], np.int64), pixels(3))
+    fitted = with_classes_of(few, ("newt", "cat", "dog"))
+    assert [fitted.class_names[label] for label in fitted.labels] == ["dog", "newt", "newt"]
+    assert fitted.class_names == ("newt", "cat", "dog")
+    for other in (("newt", "cat", "horse"), ("0", "1", "2"), ("dog", "newt")):
+        assert with_classes_of(few, other) is few
+
+
+def test_the_data_set_of_the_training_is_the_default(bundle: Bundle) -> None:
+    """Oracle: the training's record; without one that is known, the usual data set."""
+    trained = replace(bundle.manifest, training={"dataset": {"name": "digits"}})
+    assert known_dataset(trained) == "digits"
+    records: list[dict[str, Any]] = [{}, {"dataset": "digits"}, {"dataset": {"name": "mine"}}]
+    for training in records:
+        assert known_dataset(replace(bundle.manifest, training=training)) == "cifar10"
