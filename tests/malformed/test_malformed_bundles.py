@@ -296,6 +296,12 @@ breaks("R14", "a name that is no UTF-8")(
     lambda bundle: Path(os.fsdecode(os.fsencode(bundle) + b"/\xff")).write_bytes(b"")
 )
 breaks_manifest("R14", "a graph that is not listed any more", in_part(STEM, graph=None))
+breaks_manifest(
+    "R12",
+    "a source that is missing",
+    in_part(STEM, source={"path": "sources/stem.onnx", "sha256": "0" * 64, "bytes": 1}),
+)
+breaks_manifest("R4", "a source that is null", in_part(STEM, source=None))
 
 # ---- R15 policy statistics
 breaks_manifest("R15", "no number of images", lambda manifest: manifest["policy_statistics"].update(images=None))

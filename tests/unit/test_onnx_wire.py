@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bdexport.backends import onnx_wire as wire
+from bdexport.backends.onnx_model import Model
 
 
 def model() -> onnx.ModelProto:
@@ -74,3 +75,26 @@ def test_a_missing_field_is_refused() -> None:
     """Oracle: the contract."""
     with pytest.raises(ValueError, match="expected 1"):
         wire.only([], wire.MODEL_GRAPH)
+
+
+def test_a_model_taken_apart_and_put_together_is_the_same() -> None:
+    """Oracle: onnx's parser, on a model with attributes, properties, inner types and an operator domain of its own."""
+    whole = model()
+    helper.set_model_props(whole, {"bdexport.part": "stem"})
+    whole.graph.node[1].attribute.append(helper.make_attribute("sizes", [1, 300, 2**40]))
+    whole.graph.value_info.append(helper.make_tensor_value_info("t", TensorProto.FLOAT, ["N", 2]))
+    taken_apart = Model(whole.SerializeToString())
+    assert onnx.load_from_string(taken_apart.to_bytes()) == whole
+    assert taken_apart.nodes[1].sizes() == {"sizes": [1, 300, 2**40]}
+    assert (taken_apart.inputs[0].channels, taken_apart.dims("w")) == (300, [300, 2])
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_integers_of_a_constant_are_what_onnx_reads(raw: bool) -> None:
+    """Oracle: the numbers that onnx.helper wrote, as raw bytes and as varints, negative ones among them."""
+    values = [0, -1, 2**63 - 1, -(2**63), 300]
+    data = np.array(values, np.int64).tobytes() if raw else values
+    whole = model()
+    whole.graph.initializer.append(helper.make_tensor("pads", TensorProto.INT64, [5], data, raw=raw))
+    assert Model(whole.SerializeToString()).integers("pads") == values
+    assert Model(whole.SerializeToString()).integers("w") is None
