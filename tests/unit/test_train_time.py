@@ -129,7 +129,8 @@ def test_images_limits_the_training_images_and_is_part_of_the_command(tmp_path: 
     line += ["--images", "200", "--pretrain-epochs", "1", "--adapt-epochs", "0", "--curriculum-epochs", "1"]
     assert main([*line, "--finetune-epochs", "0", "--out", str(tmp_path / "run")]) == 0
     found = load_checkpoint(tmp_path / "run")
-    assert found.training["dataset"] == {"name": "digits", "train": 200, "validation": 50, "limit": 200}
+    expected = {"name": "digits", "train": 200, "validation": 50, "skipped": 0, "limit": 200}
+    assert found.training["dataset"] == expected
     words = training_command(found).split()
     assert words[words.index("--images") + 1] == "200"
     description = json.loads((tmp_path / "run" / "run.json").read_text())
