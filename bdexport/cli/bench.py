@@ -87,6 +87,8 @@ def bench(
             progress=updates(bar, "measuring, dynamic and full in turn"),
         )
         result = executors_result(sides, chosen, measurements, orchestrator.executor)
+    if json is not None:  # before the tables, whose reader may have gone
+        write_json_result(json, result)
     out = table_console(json)
     for line in _against_base(result, opened.manifest.training):
         out.print(line, soft_wrap=True)
@@ -95,8 +97,6 @@ def bench(
         out.print(_executors(result))
     for line in _remarks(result, batch):
         out.print(line, soft_wrap=True)
-    if json is not None:
-        write_json_result(json, result)
 
 
 def _against_base(result: dict[str, Any], training: dict[str, Any]) -> list[str]:

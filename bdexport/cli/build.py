@@ -193,14 +193,14 @@ def build(
             note=lambda text: err_console.print(text, soft_wrap=True),
         )
     result = _result(bundle, time.perf_counter() - started)
+    if json is not None:  # before the tables, whose reader may have gone
+        write_json_result(json, result)
     for note in bundle.notes:
         err_console.print(note)
     shown = table_console(json)
     if bundle.quantisation:
         shown.print(_quantisation(bundle))
     shown.print(_summary(bundle, result), soft_wrap=True)
-    if json is not None:
-        write_json_result(json, result)
 
 
 def _refuse_without_effect(

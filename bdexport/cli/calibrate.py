@@ -93,11 +93,11 @@ def calibrate(
         written = out or folder / f"{chosen.dataset}.json"
         write_list(written, chosen)
     result = _result(checkpoint, scales, chosen, written) | {"loading": loading_record(found)}
+    if json is not None:  # before the tables, whose reader may have gone
+        write_json_result(json, result)
     for note in scales.notes:
         err_console.print(note, soft_wrap=True)
     table_console(json).print(_table(result))
-    if json is not None:
-        write_json_result(json, result)
 
 
 def _gather(checkpoint: Checkpoint, request: Any) -> tuple[Scales, CalibrationList | None]:

@@ -126,12 +126,12 @@ def evaluate(
         figures = base_figures(checkpoint, found, base, chosen, result, batch=batch, tracked=tracked)
     result = _described(checkpoint, found, chosen) | checked | result
     result |= {"base": None if figures is None else figures.to_json()}
+    if json is not None:  # before the tables, whose reader may have gone
+        write_json_result(json, result)
     _print_table(result, json)
     _print_base(figures, found.training, json)
     for note in unnamed_classes(chosen, found.class_names):
         table_console(json).print(note, soft_wrap=True)
-    if json is not None:
-        write_json_result(json, result)
 
 
 def _checked(

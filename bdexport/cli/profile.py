@@ -76,6 +76,8 @@ def profile(
     if trace is not None:
         kept = ("schema", "architecture", "backend", "precision", "executor", "device", "threads", "batch")
         write_trace(trace, measured, {key: result[key] for key in kept})
+    if json is not None:  # before the tables, whose reader may have gone
+        write_json_result(json, result)
     out = table_console(json)
     out.print(_parts_table(result))
     out.print(_stages_table(result))
@@ -83,8 +85,6 @@ def profile(
         out.print(_fused_table(result))
     for line in _remarks(result, batch, trace):
         out.print(line, soft_wrap=True)
-    if json is not None:
-        write_json_result(json, result)
 
 
 def _images(

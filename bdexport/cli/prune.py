@@ -72,9 +72,9 @@ def prune(
         "before": _size(before),
         "after": _size(after),
     }
-    _print(result, before.network, after.network, json)
-    if json is not None:
+    if json is not None:  # before the tables, whose reader may have gone
         write_json_result(json, result)
+    _print(result, before.network, after.network, json)
 
 
 def _ratios(ratio: float | None, per_stage: str | None, stages: int) -> list[float]:

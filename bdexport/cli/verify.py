@@ -91,6 +91,8 @@ def verify(
                 opened, reference_model, config=config, threads=threads, device=device, progress=report, judged=judged
             )
     result = {"schema": result["schema"], "bundle": bundle} | result
+    if json is not None:  # before the tables, whose reader may have gone
+        write_json_result(json, result)
     out = table_console(json)
     out.print(_parts_table(result))
     out.print(_paths_table(result))
@@ -106,8 +108,6 @@ def verify(
     )
     if result["accuracy"] is not None:
         out.print(accuracy_text(result["accuracy"]), soft_wrap=True)
-    if json is not None:
-        write_json_result(json, result)
     require(result)
     if result["accuracy"] is not None:
         require_accuracy(result["accuracy"], f"{result['backend']} {result['precision']}")

@@ -15,17 +15,19 @@ EVENTS_FOLDER = "tensorboard"
 class EventLog:
     """Writes each epoch's row under ``RUN/tensorboard``; does nothing without the ``tensorboard`` package.
 
-    Nothing is written either where the folder's name is no UTF-8, which that package cannot open.
+    Nothing is written either where the folder's name is no UTF-8, which that package cannot open: ``note`` says so.
 
     ``writes``: of several processes, only one does. ``done`` epochs are in the log already; what a cut-off epoch may
     have left behind them is purged.
     """
 
     def __init__(self, run: Path, done: int, writes: bool = True) -> None:
-        # tensorboard cannot open a file whose name is no UTF-8.
-        self.installed = writes and importlib.util.find_spec("tensorboard") is not None and is_utf8(run.absolute())
+        here = writes and importlib.util.find_spec("tensorboard") is not None
+        readable = is_utf8(run.absolute())
+        # What is left out although it could be expected, for a person.
+        self.note = None if readable or not here else "no figures for TensorBoard: it opens no folder that is not UTF-8"
         self._writer: Any = None
-        if self.installed:
+        if here and readable:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(run / EVENTS_FOLDER), purge_step=done + 1)

@@ -40,6 +40,8 @@ def run_phases(
     ``clock`` estimates what is left.
     """
     events = EventLog(run, len(state.history), writes=setting.world.leads)
+    if events.note is not None:
+        reporter.note(events.note)
     try:
         _run_phases(setting, data, state, run, reporter, events, before_learning, clock)
     finally:

@@ -223,6 +223,23 @@ def test_a_drop_of_accuracy_fails(data: Path, tmp_path: Path) -> None:
         require_accuracy(other, "onnxruntime int8")
 
 
+def test_one_image_is_no_drop_that_is_too_large(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: of 24 images one is 4.2 points: within a limit of 1 point, not of 0; two images are beyond both."""
+    from bdexport import verify_accuracy
+
+    judged = load_dataset("folder", data, "train", limit=24)
+    built = build_bundle(tiny_checkpoint_file(tmp_path / "a.safetensors"), tmp_path / "bundle")
+    masks = np.ones((len(judged), 3), bool)
+    for wrong, limit, ok in ((1, 1.0, True), (1, 0.0, False), (2, 1.0, False)):
+        got = judged.labels.copy()
+        got[:wrong] = (got[:wrong] + 1) % 3
+        sides = iter([(got, got, masks), (judged.labels, judged.labels, masks)])
+        monkeypatch.setattr(verify_accuracy, "_classified", lambda *_, sides=sides: next(sides))
+        with bdexport.load(built) as orchestrator:
+            session, manifest = orchestrator.session, orchestrator.manifest
+            assert verify_accuracy.accuracy_report(session, session, manifest, judged, limit)["ok"] == ok
+
+
 FILES = ("a/1.png", "a/2.png", "b/1.png")
 LISTED = CalibrationList("folder", "train", None, (3, 5, 8), FILES, "0" * 64)
 OTHERS = {
