@@ -47,7 +47,7 @@ def test_no_driver_is_said_with_the_remedy() -> None:
 def test_no_binding_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the install line."""
     monkeypatch.setattr(bdexport.cuda, "_installed", lambda module: False)
-    with pytest.raises(BackendError, match="neither PyCUDA nor cuda-python.*pip install .cuda-python>="):
+    with pytest.raises(BackendError, match=r"neither PyCUDA nor cuda-python.*pip install .cuda-python>="):
         open_cuda()
 
 
