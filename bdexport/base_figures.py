@@ -43,7 +43,7 @@ class BaseFigures:
         text = f"your base ({self.name}): {self.accuracy:.2f} % of {self.images} {self.split} images, {self.how}"
         sides = (("every block kept", self.full), ("with blocks dropped", self.dynamic))
         known = [f"{what} {value:.2f} % ({points(value, self.accuracy)})" for what, value in sides if value is not None]
-        return f"{text}; on these images {', '.join(known)}" if known else text
+        return f"{text}; there {', '.join(known)}" if known else text
 
 
 def points(accuracy: float, base: float) -> str:
