@@ -59,13 +59,13 @@ def _first_call(dry_run: bool) -> list[Step]:
 def _second_call(dry_run: bool) -> list[Step]:
     backends = {BACKENDS: "onnxruntime"}
     trained = tuple(f"tests/gpu/test_gpu_training.py::{name}" for name in TRAINING_TESTS[-1 if dry_run else 0 :])
-    speed = ("--steps", "20", "--rounds", "3", "--warmup", "60")
+    speed = ("--steps", "20", "--rounds", "3", "--warmup")
     return [
         Step("tests-onnxruntime", 90, (*TESTS, "tests/gpu/test_gpu_backends.py"), True, backends),
         Step("latency-onnxruntime", 90, _latency("onnxruntime", dry_run), True),
         Step("probe-onnxruntime", 30, ("benchmarks/gpu_probe.py", "--only", "onnxruntime"), True),
-        Step("training-resnet32", 45, _training("resnet32", dry_run, *speed)),
-        Step("training-resnet110", 60, _training("resnet20" if dry_run else "resnet110", dry_run, *speed)),
+        Step("training-resnet32", 45, _training("resnet32", dry_run, *speed, "60")),
+        Step("training-resnet110", 60, _training("resnet20" if dry_run else "resnet110", dry_run, *speed, "30")),
         Step("tests-training", 60, (*TESTS, *trained)),
     ]
 

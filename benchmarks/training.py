@@ -40,6 +40,7 @@ from bdexport.train.methods import METHODS
 from bdexport.train.phases import Phase, Setting
 from bdexport.train.state import generator_for
 
+COUNTED_STEPS = 4  # whose FLOPs are counted
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices that the peak is measured with
 
 
@@ -140,7 +141,8 @@ def peak_flops(device: str, precision: str, rounds: int = 7) -> float:
 def measure(arguments: argparse.Namespace, report: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
     """Images/s, FLOPs/s and share of peak, by phase; the phases take turns. ``report`` gets the rows of each round."""
     ready = turns(arguments)
-    flops = {name: turn.flops(arguments.steps) for name, turn in ready.items()}  # the first turn is a warm-up
+    # The first turn is a warm-up. Counting makes a step several times as slow, so that only a few are counted.
+    flops = {name: turn.flops(min(arguments.steps, COUNTED_STEPS)) for name, turn in ready.items()}
     for turn in ready.values():
         turn.seconds(arguments.warmup)
     times: dict[str, list[float]] = {name: [] for name in ready}
