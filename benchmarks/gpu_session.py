@@ -83,7 +83,9 @@ def main() -> None:
             sys.exit(f"gpu_session.sh: {out}: {free >> 20} MiB are free; {LEAST_FREE >> 20} are needed")
         with (out / f"session-{call}.log").open("w") as file:
             code = _Session(call, out, arguments.dry_run, arguments.fresh, started, Log(file)).run()
-    except (OSError, BdexportError) as error:
+    except OSError as error:
+        sys.exit(f"gpu_session.sh: {error.filename or out}: cannot be written ({error.strerror})")
+    except BdexportError as error:
         sys.exit(f"gpu_session.sh: {error}")
     sys.exit(code)
 
