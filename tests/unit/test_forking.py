@@ -41,7 +41,9 @@ if before == "called":
 child = os.fork()
 if child == 0:
     try:
-        if after == "called":
+        if after == "loaded anew":
+            orchestrator = bdexport.load(bundle, threads=int(threads), fused=True)
+        if after in ("called", "loaded anew"):
             np.save(os.path.join(folder, "child.npy"), answer())
         elif after == "closed":
             orchestrator.close()
@@ -102,6 +104,28 @@ def test_torch_with_threads_refuses_and_says_what_to_do(bundles: Path) -> None:
     assert done.returncode == 3, done.stdout + done.stderr
     assert "forked" in done.stdout
     assert "load the bundle in each worker" in done.stdout
+
+
+def test_torch_refuses_threads_to_a_bundle_that_is_loaded_after_the_fork(bundles: Path) -> None:
+    """Oracle: the refusal in the child, where torch would wait for threads for ever; one thread: the same answers."""
+    done = serve(bundles, "torch", 2, "called", "loaded anew")
+    assert done.returncode == 3, done.stderr
+    assert "pool of 2 threads torch cannot make anew" in done.stdout
+    done = serve(bundles, "torch", 1, "called", "loaded anew")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert np.array_equal(np.load(bundles / "parent.npy"), np.load(bundles / "child.npy"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_bundle_that_is_loaded_after_the_fork_answers(bundles: Path, backend: str, threads: int) -> None:
+    """Oracle: the parent's logits; or a refusal, but an end in any case."""
+    done = serve(bundles, backend, threads, "called", "loaded anew")
+    if done.returncode == 3:
+        assert "load the bundle in each worker" in done.stdout
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert np.allclose(np.load(bundles / "parent.npy"), np.load(bundles / "child.npy"), atol=1e-5)
 
 
 def test_a_bundle_that_was_replaced_meanwhile_is_not_taken(tmp_path: Path) -> None:
