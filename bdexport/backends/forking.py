@@ -44,3 +44,24 @@ def forked_error(what: str, why: str, *, more: str = "") -> UsageError:
     """What is raised for a session that a forked process cannot use."""
     said = f"{what}: used in a process forked from the one that loaded it, {why}"
     return UsageError(said, remedy=LOAD_IN_WORKERS + more)
+
+
+_pools: dict[str, tuple[int, int]] = {}  # by library: the process that began its threads, and how many
+
+
+def note_pool(library: str, threads: int, *, one_waits_too: bool = False) -> None:
+    """To be called before a library is used with so many threads, for which it makes one pool per process.
+
+    Raises UsageError in a process forked from one where there is such a pool: the library would wait for ever for
+    threads that a fork does not copy. ``one_waits_too``: even where one thread is asked for.
+    """
+    process, begun = _pools.get(library, (os.getpid(), threads))
+    if process != os.getpid() and (threads > 1 or one_waits_too):
+        raise UsageError(
+            f"{library}: no bundle can be loaded with threads={threads} in a process forked from one that used "
+            f"{begun}: its pool of {begun} threads is not copied, and {library} would wait for it",
+            remedy=f"{LOAD_IN_WORKERS}, before one is loaded in the parent; or start workers by 'spawn'"
+            + ("" if one_waits_too else "; or pass threads=1"),
+        )
+    if threads > 1:
+        _pools[library] = (os.getpid(), threads)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from bdexport.backends.arrays import chosen_threads, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, Misfit, RunOptions
+from bdexport.backends.forking import note_pool
 from bdexport.backends.onnx_model import Model
 from bdexport.backends.onnx_rewrite import conv_from_pad
 from bdexport.backends.openvino_common import (
@@ -117,6 +118,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
         if manifest.precision == BF16 and (reason := no_bf16_reason()):
             raise BackendError(f"{bundle.path} [openvino]: bf16 is not available here ({reason})", remedy=FP32_REMEDY)
         threads, note = chosen_threads(options.threads, manifest.parts[FULL].flops)
+        note_pool("OpenVINO", threads, one_waits_too=True)  # measured: even an import for one thread never ends
         files = {part: bundle.engine(part) for part in manifest.parts}
         return OpenVinoSession(manifest, files, threads, note, options.fused)
 

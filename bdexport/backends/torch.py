@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
-from bdexport.backends.forking import forked_error
+from bdexport.backends.forking import forked_error, note_pool
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
@@ -34,24 +33,6 @@ if TYPE_CHECKING:
 
 HEADER = "bdexport"  # the key of the specs in the engine's header
 Array = NDArray[Any]
-
-_pool_of: int | None = None  # the process in which a session has begun torch's pool of threads; a fork inherits this
-
-
-def _note_pool(threads: int) -> None:
-    """Called before anything is computed with ``threads``: raises UsageError where torch would wait for ever."""
-    global _pool_of
-    if threads == 1:
-        return
-    if _pool_of is not None and _pool_of != os.getpid():
-        raise _no_pool_error(threads)
-    _pool_of = os.getpid()
-
-
-def _no_pool_error(threads: int) -> UsageError:
-    why = f"whose pool of {threads} threads torch cannot make anew in this one"
-    more = ", before torch computes anything in the parent; or start workers by 'spawn'; or pass threads=1"
-    return forked_error("session [torch]", why, more=more)
 
 
 class TorchBackend(BuildsWhereItRuns):
@@ -123,7 +104,7 @@ class TorchSession(ArrayRows):
     def __init__(self, manifest: Manifest, modules: Mapping[str, nn.Module], threads: int | None = None) -> None:
         import torch
 
-        _note_pool(torch.get_num_threads() if threads is None else threads)
+        note_pool("torch", torch.get_num_threads() if threads is None else threads)
         notes = ["torch: the reference, not made for speed"]
         if threads is not None and threads != torch.get_num_threads():
             # torch has one pool per process; there is no pool per session to set.
@@ -162,7 +143,9 @@ class TorchSession(ArrayRows):
 
         threads = torch.get_num_threads()  # of the whole process, whatever this session was opened with
         if threads > 1:
-            raise _no_pool_error(threads)
+            why = f"whose pool of {threads} threads torch cannot make anew in this one"
+            more = ", before torch computes anything in the parent; or start workers by 'spawn'; or pass threads=1"
+            raise forked_error("session [torch]", why, more=more)
         return self
 
     def close(self) -> None:

@@ -110,22 +110,25 @@ def test_torch_refuses_threads_to_a_bundle_that_is_loaded_after_the_fork(bundles
     """Oracle: the refusal in the child, where torch would wait for threads for ever; one thread: the same answers."""
     done = serve(bundles, "torch", 2, "called", "loaded anew")
     assert done.returncode == 3, done.stderr
-    assert "pool of 2 threads torch cannot make anew" in done.stdout
+    assert "its pool of 2 threads is not copied" in done.stdout
     done = serve(bundles, "torch", 1, "called", "loaded anew")
     assert done.returncode == 0, done.stdout + done.stderr
     assert np.array_equal(np.load(bundles / "parent.npy"), np.load(bundles / "child.npy"))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("backend", "threads"), [("onnxruntime", 1), ("onnxruntime", 2), ("openvino", 1)])
 def test_a_bundle_that_is_loaded_after_the_fork_answers(bundles: Path, backend: str, threads: int) -> None:
-    """Oracle: the parent's logits; or a refusal, but an end in any case."""
+    """Oracle: the parent's logits."""
     done = serve(bundles, backend, threads, "called", "loaded anew")
-    if done.returncode == 3:
-        assert "load the bundle in each worker" in done.stdout
-        return
     assert done.returncode == 0, done.stdout + done.stderr
     assert np.allclose(np.load(bundles / "parent.npy"), np.load(bundles / "child.npy"), atol=1e-5)
+
+
+def test_openvino_refuses_to_load_after_a_fork_of_threads(bundles: Path) -> None:
+    """Oracle: the refusal with the way out; OpenVINO itself would wait for ever."""
+    done = serve(bundles, "openvino", 2, "called", "loaded anew")
+    assert done.returncode == 3, done.stderr
+    assert "load the bundle in each worker, after the fork, before one is loaded in the parent" in done.stdout
 
 
 def test_a_bundle_that_was_replaced_meanwhile_is_not_taken(tmp_path: Path) -> None:
