@@ -44,7 +44,7 @@ PACKAGES = (
 )
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-MEASURED_CODE = ("bdexport/**/*.py", "benchmarks/*.py", "tests/gpu/*.py", "tests/gpu_*.py")
+MEASURED_CODE = ("bdexport/**/*.py", "benchmarks/*.py", "tests/gpu/*.py", "tests/*.py")
 COMMIT, DRY_RUN_VARIABLE = "BDEXPORT_COMMIT", "BDEXPORT_GPU_DRY_RUN"
 DRY_RUN = os.environ.get(DRY_RUN_VARIABLE) == "1"
 DEVICE = "cpu" if DRY_RUN else "cuda"

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def main() -> None:
     skipped, rows = Skipped(), []
     rounds = 2 if DRY_RUN else arguments.rounds
     file = ResultFile(arguments.json, PROBE, {"rounds": rounds, "only": arguments.only})
-    probes: dict[str, Callable[[int], list[Row]]] = {
+    probes: dict[str, Callable[[int], Iterable[Row]]] = {
         "driver": driver_probes,
         "conditionals": conditional_probe,
         "torch": _torch_probe,
@@ -67,7 +67,8 @@ def main() -> None:
     for name in arguments.only:
         print(f"gpu_probe.py: {name} ...", file=sys.stderr)
         with skipped.unless_it_fails(name):
-            rows += probes[name](rounds)
+            for row in probes[name](rounds):
+                rows.append(row)  # noqa: PERF402 (what comes before a failure stays)
         file.write(rows, skipped.reasons)
     file.write(rows, skipped.reasons, complete=True)
     _print(rows, skipped, arguments.json)
@@ -75,7 +76,7 @@ def main() -> None:
         sys.exit("gpu_probe.py: nothing could be measured; the reasons are above")
 
 
-def with_stand_in(probe: Callable[[int], list[Row]]) -> Callable[[int], list[Row]]:
+def with_stand_in(probe: Callable[[int], Iterable[Row]]) -> Callable[[int], list[Row]]:
     """The probe on a stand-in for the driver, which takes every call and measures nothing: for a dry run."""
 
     def call(rounds: int) -> list[Row]:
@@ -84,7 +85,7 @@ def with_stand_in(probe: Callable[[int], list[Row]]) -> Callable[[int], list[Row
         from driver_without_gpu import standing_in
 
         with standing_in():
-            return probe(rounds)
+            return list(probe(rounds))
 
     return call
 

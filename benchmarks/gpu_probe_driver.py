@@ -61,12 +61,13 @@ def _cuda() -> Iterator[tuple[BindingsCuda, Stream]]:
         yield cuda, stream
 
 
-def driver_probes(rounds: int) -> list[Row]:
+def driver_probes(rounds: int) -> Iterator[Row]:
+    """One by one: what was measured before a failure counts. Mapped memory is last: not every machine has it."""
     with _cuda() as (cuda, stream):
         _, kernels = cuda.load(compiled(KERNELS, cuda.compute_capability()), ("tiny", "write_mask"))
-        rows = _launches(cuda, stream, kernels["tiny"], rounds)
-        rows += _mask_to_host(cuda, stream, kernels["write_mask"], rounds)
-        return rows + _new_graphs(cuda, stream, kernels["tiny"], rounds)
+        yield from _launches(cuda, stream, kernels["tiny"], rounds)
+        yield from _new_graphs(cuda, stream, kernels["tiny"], rounds)
+        yield from _mask_to_host(cuda, stream, kernels["write_mask"], rounds)
 
 
 def _launches(cuda: BindingsCuda, stream: Stream, tiny: Any, rounds: int) -> list[Row]:

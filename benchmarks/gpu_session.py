@@ -11,6 +11,7 @@ session (``session-1.json``) and everything that was printed (``session-1.log``)
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_common import COMMIT, RESULTS, ROOT, ResultFile, code_digest
+from gpu_common import COMMIT, RESULTS, ROOT, ResultFile, code_digest, gpus_now
 from gpu_session_parts import PartsError, checked_parts, default_store, installed, keep_parts, unpacked
 from gpu_session_plan import CALL_SECONDS, Step, steps_of
 
@@ -33,9 +34,11 @@ from bdexport.errors import BdexportError
 from bdexport.report.benchmarks import SESSION, headline_of
 
 STATE = ROOT / "build" / "gpu-session"  # complete results of earlier calls on this machine
+DRY_OUT = ROOT / "build" / "gpu-dry-run"  # of a dry run that is told no folder: it must not replace results
 PACKAGES = ("numpy", "PIL", "rich", "typer", "torch", "onnx", "onnxruntime", "safetensors", "sklearn")
 TEST_PACKAGES = ("pytest", "pytest_timeout")
 DONE, FAILED, CUT, SKIPPED = "done", "failed", "cut off", "not run"
+CUT_CODES = (124, 137, -9)  # of `timeout`; where it has to kill a step, it dies of the same signal
 GRACE_S = 8  # after Ctrl-C, until a step is killed
 RESERVE_S = 5  # of a call, for its own last words
 LEAST_S = 15  # a step that has less left is not begun
@@ -81,8 +84,11 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(out).free) < LEAST_FREE:
             sys.exit(f"gpu_session.sh: {out}: {free >> 20} MiB are free; {LEAST_FREE >> 20} are needed")
-        with (out / f"session-{call}.log").open("w") as file:
+        with (out / f"session-{call}.log").open("a") as file:
+            _claim(file, out)
             code = _Session(call, out, arguments.dry_run, arguments.fresh, started, Log(file)).run()
+    except KeyboardInterrupt:
+        sys.exit("gpu_session.sh: stopped from outside")
     except OSError as error:
         sys.exit(f"gpu_session.sh: {error.filename or out}: cannot be written ({error.strerror})")
     except BdexportError as error:
@@ -97,6 +103,8 @@ class _Session:
         self.started = started
         self.store = default_store()
         self.outcomes: list[Outcome] = []
+        self.gpus = [] if dry_run else [gpu["name"] for gpu in gpus_now()]
+        self.interrupted = False
 
     def run(self) -> int:
         """The exit code: 0 where every step is done and no test failed."""
@@ -107,18 +115,20 @@ class _Session:
         file = ResultFile(self.out / name, SESSION, {"call": self.call}, device, self.dry_run)
         self._say_what_is_here()
         with_cuda, reasons = self._needs()
-        interrupted = False
         try:
             for step in steps_of(self.call, self.dry_run):
                 self.outcomes.append(self._step(step, reasons, with_cuda))
                 file.write([asdict(outcome) for outcome in self.outcomes])
+                if self.interrupted:
+                    break
         except KeyboardInterrupt:
+            self.interrupted = True
+        if self.interrupted:
             self.log.say("stopped from outside")
-            interrupted = True
-        file.write([asdict(outcome) for outcome in self.outcomes], complete=not interrupted)
+        file.write([asdict(outcome) for outcome in self.outcomes], complete=not self.interrupted)
         self._table()
         good = all(outcome.outcome == DONE for outcome in self.outcomes)
-        return 0 if good and not interrupted else 1
+        return 0 if good and not self.interrupted else 1
 
     # ---- what is needed -------------------------------------------------------------------------------------------
 
@@ -166,8 +176,11 @@ class _Session:
     def _say_what_is_here(self) -> None:
         for command in (["nvidia-smi"], ["nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,POWER"], ["uname", "-a"]):
             if shutil.which(command[0]) is not None:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-                self.log.note(done.stdout + done.stderr)
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+                    self.log.note(done.stdout + done.stderr)
+                except subprocess.TimeoutExpired as error:
+                    self.log.note(str(error))
         self.log.note(f"python {sys.version}")
 
     # ---- one step -------------------------------------------------------------------------------------------------
@@ -224,43 +237,73 @@ class _Session:
                     self.log.note(line.rstrip("\n"))
                     tail.append(line.rstrip("\n"))
                 return process.wait()
+            except KeyboardInterrupt:
+                self.interrupted = True
+                process.send_signal(signal.SIGINT)  # timeout passes it on, and kills the step that stays
+                return process.wait()
             except BaseException:
-                process.send_signal(signal.SIGINT)  # timeout passes it on
+                process.send_signal(signal.SIGINT)
                 raise
             finally:
                 for line in tail:
                     print(f"   {line[:160]}", flush=True)
 
     def _is_done(self, result: Path) -> bool:
-        """Whether a complete result of this code is here, or is kept from an earlier call; then it is brought here."""
+        """Whether a complete result of this code and GPU is here, or kept from an earlier call; it is brought here."""
         for place in (result, STATE / result.name, RESULTS / result.name):
             data = _read(place)
             same = data.get("code") == code_digest() and bool(data.get("dry_run")) == self.dry_run
-            if data.get("complete") and same:
+            if data.get("complete") and same and _gave_something(data) and _gpu_names(data) == self.gpus:
                 if place != result:
                     shutil.copyfile(place, result)
                 return True
         return False
 
     def _finished(self, step: Step, result: Path, seconds: float, note: str, code: int = 0) -> Outcome:
-        """From the result file, whole or cut; a whole one is kept for the next call."""
+        """From the result file, whole or cut; a whole one that has something is kept for the next call."""
         data = _read(result)
         headline = headline_of(data) if data else "a result that cannot be read"
         if data.get("complete"):
+            failed = step.is_tests and any(row["outcome"] == "failed" for row in data["results"])
+            outcome = DONE if _gave_something(data) and not failed else FAILED
+            if _gave_something(data):
+                self._keep(result)
+        else:
+            outcome = CUT if code in CUT_CODES or self.interrupted else FAILED
+        return Outcome(step.name, outcome, seconds, f"{headline}{f' ({note})' if note else ''}")
+
+    def _keep(self, result: Path) -> None:
+        try:
             STATE.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(result, STATE / result.name)
-            failed = step.is_tests and any(row["outcome"] == "failed" for row in data["results"])
-            empty = not data["results"]
-            outcome = FAILED if failed or empty else DONE
-        else:
-            outcome = CUT if code in (124, 137) else FAILED
-        return Outcome(step.name, outcome, seconds, f"{headline}{f' ({note})' if note else ''}")
+        except OSError as error:  # it is in --out all the same
+            self.log.say(f"{STATE}: {result.name} cannot be kept there ({error.strerror})")
 
     def _table(self) -> None:
         width = max(len(outcome.step) for outcome in self.outcomes) if self.outcomes else 0
         self.log.say(f"\ncall {self.call}: {time.monotonic() - self.started:.0f} s")
         for found in self.outcomes:
             self.log.say(f"{found.step:{width}}  {found.outcome:8} {found.seconds:5.0f} s  {found.text}")
+
+
+def _claim(file: IO[str], out: Path) -> None:
+    """Empty the log, unless another session writes to it. Raises SystemExit."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"gpu_session.sh: another session writes to {out}")
+    except OSError:
+        pass  # a file system without locks
+    file.truncate(0)
+
+
+def _gave_something(data: Mapping[str, Any]) -> bool:
+    """Whether a result has figures; of tests, one that was not skipped."""
+    return any(not isinstance(row, dict) or row.get("outcome") != "skipped" for row in data["results"])
+
+
+def _gpu_names(data: Mapping[str, Any]) -> list[str]:
+    return [gpu["name"] for gpu in data.get("gpus") or []]
 
 
 def _why_no_gpu() -> str | None:
@@ -285,7 +328,14 @@ def _read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return data if isinstance(data, dict) and "results" in data and "skipped" in data else {}
+    if not isinstance(data, dict):
+        return {}
+    try:
+        headline_of(data)
+        _gpu_names(data)
+        return data if isinstance(data["results"], list) else {}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return {}
 
 
 def _arguments() -> argparse.Namespace:
@@ -293,12 +343,15 @@ def _arguments() -> argparse.Namespace:
         prog="gpu_session.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("call", type=int, choices=sorted(CALL_SECONDS), help="which of the two calls")
-    default = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
-    parser.add_argument("--out", type=Path, default=default, help="default: $OUT, or benchmarks/results/gpu")
+    where = "default: $OUT where it is set, else benchmarks/results/gpu (--dry-run: build/gpu-dry-run)"
+    parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--dry-run", action="store_true", help="the CPU in the GPU's place: shows that every step runs")
     parser.add_argument("--fresh", action="store_true", help="run steps again that are complete")
     parser.add_argument("--commit", help="recorded with the results where there is no .git; default: what git says")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.out is None:
+        arguments.out = Path(os.environ.get("OUT") or (DRY_OUT if arguments.dry_run else RESULTS))
+    return arguments
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ docs/gpu.md says how they are made.
 
 from __future__ import annotations
 
+import filecmp
 import importlib.metadata
+import os
+import re
 import shutil
 import sys
 import tarfile
@@ -31,13 +34,15 @@ class PartsError(Exception):
 def keep_parts(checkout: Path, store: Path) -> None:
     """Copy the parts that came with this checkout to ``store``, where the next transfer does not replace them.
 
-    Raises PartsError where they cannot be written.
+    Raises PartsError where they cannot be written, or where the folder is another user's.
     """
     try:
+        if store.exists() and store.stat().st_uid != os.getuid():
+            raise PartsError(f"{store}: another user's folder; code is run from there")
         for part in sorted(checkout.glob(f".gpu/{CARRIED}/ort.*")):
-            store.mkdir(parents=True, exist_ok=True)
+            store.mkdir(mode=0o700, parents=True, exist_ok=True)
             target = store / part.name
-            if not target.exists() or target.stat().st_size != part.stat().st_size:
+            if not target.exists() or not filecmp.cmp(part, target, shallow=False):
                 shutil.copyfile(part, target)
     except OSError as error:
         raise PartsError(f"{store}: a part cannot be kept there ({error.strerror})") from error
@@ -57,7 +62,8 @@ def unpacked(store: Path) -> Path:
     Raises PartsError: a part is missing or damaged, it is for another Python, or the disk is full.
     """
     site = store / "site"
-    if (site / ".complete").exists():
+    complete = site / ".complete"  # with the digests of the parts that it came from
+    if complete.exists() and (store / SUMS).is_file() and complete.read_bytes() == (store / SUMS).read_bytes():
         return site
     parts = checked_parts(store)
     shutil.rmtree(site, ignore_errors=True)
@@ -70,7 +76,7 @@ def unpacked(store: Path) -> Path:
     except (OSError, EOFError, tarfile.TarError) as error:
         raise PartsError(f"{store}: the parts cannot be unpacked ({error})") from error
     _check_python(site)
-    (site / ".complete").touch()
+    shutil.copyfile(store / SUMS, complete)
     return site
 
 
@@ -82,9 +88,13 @@ def checked_parts(store: Path) -> list[Path]:
             f"{PACKAGE} is not installed, and no parts of it have come: {SUMS} is in none of .gpu/{CARRIED}"
         )
     parts = []
-    for line in sums.read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        path = store / Path(name).name
+    for line in sums.read_text(errors="replace").splitlines():
+        known = re.fullmatch(r"([0-9a-f]{64})  (ort\.part\.[0-9]+)", line)
+        if known is None:
+            sums.unlink()  # so that the next transfer's is kept
+            raise PartsError(f"{PACKAGE}: {SUMS} is damaged; carry the folder .gpu/ort-0 again")
+        digest, name = known.groups()
+        path = store / name
         if not path.is_file():
             raise PartsError(
                 f"{PACKAGE}: part {path.name} has not come; carry its folder .gpu/ort-{int(path.suffix[1:])}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -199,6 +201,118 @@ def test_the_shell_script_names_a_python_that_is_too_old(repository: Path, tmp_p
         assert expected in done.stderr
 
 
+def test_a_step_that_gave_nothing_is_no_success_and_runs_again(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: "failed", although the file is complete: tests that were all skipped, and a script without a figure."""
+    out = tmp_path / "out"
+    skipped = {"test": "a::b", "outcome": "skipped", "reason": "no provider"}
+    programs = {"tests": f"file.write([{skipped!r}], complete=True)\n", "script": "file.write([], complete=True)\n"}
+    steps(modules, monkeypatch, **programs)
+    for _ in range(2):
+        assert run(modules, monkeypatch, "1", "--out", str(out), "--dry-run") == 1
+        assert {row["outcome"] for row in rows(out).values()} == {"failed"}
+        assert not any("done before" in row["text"] for row in rows(out).values())
+
+
+def test_a_step_that_has_to_be_killed_is_cut_off(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: `timeout` itself dies of SIGKILL with a step that ignores Ctrl-C; what the step had stays."""
+    monkeypatch.setattr(modules.session, "GRACE_S", 1)
+    steps(modules, monkeypatch, slow="import signal; signal.signal(2, signal.SIG_IGN); time.sleep(60)\n")
+    assert run(modules, monkeypatch, "1", "--out", str(tmp_path / "out"), "--dry-run") == 1
+    assert rows(tmp_path / "out")["slow"]["outcome"] == "cut off"
+
+
+def test_results_of_another_gpu_are_not_taken(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: a checkout comes with results of the same code; on a machine without that GPU they are not its own."""
+    results = tmp_path / "results"
+    steps(modules, monkeypatch, good=COMPLETE)
+    assert run(modules, monkeypatch, "1", "--out", str(results), "--dry-run") == 0
+    data = json.loads((results / "good.json").read_text())
+    other = json.dumps(data | {"gpus": [{"name": "NVIDIA Another"}]})
+    for folder in (results, tmp_path / "state"):
+        (folder / "good.json").write_text(other)
+    assert run(modules, monkeypatch, "1", "--out", str(tmp_path / "out"), "--dry-run") == 0
+    assert "done before" not in rows(tmp_path / "out")["good"]["text"]
+
+
+def test_a_dry_run_replaces_no_results(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: without --out and $OUT, its files are not where results are."""
+    monkeypatch.setattr(modules.session, "DRY_OUT", tmp_path / "dry")
+    steps(modules, monkeypatch, good=COMPLETE)
+    assert run(modules, monkeypatch, "1", "--dry-run") == 0
+    assert (tmp_path / "dry" / "good.json").exists()
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_cannot_be_kept_stops_nothing(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: every step is done where the state's folder is a file; the line names it."""
+    (tmp_path / "state").touch()
+    steps(modules, monkeypatch, first=COMPLETE, second=COMPLETE)
+    assert run(modules, monkeypatch, "1", "--out", str(tmp_path / "out"), "--dry-run") == 0
+    assert "first.json cannot be kept there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [{"results": 3}, {"results": [1]}, {"kind": 5, "gpus": 7}, None])
+def test_damaged_state_is_not_taken(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: dict[str, Any] | None
+) -> None:
+    """Oracle: the step runs, although the file says that it is complete and of this code."""
+    (tmp_path / "state").mkdir()
+    head = {"complete": True, "code": modules.session.code_digest(), "dry_run": True, "kind": "tests", "skipped": {}}
+    text = "[" if damage is None else json.dumps(head | {"results": [ROW]} | damage)
+    (tmp_path / "state" / "good.json").write_text(text)
+    steps(modules, monkeypatch, good=COMPLETE)
+    assert run(modules, monkeypatch, "1", "--out", str(tmp_path / "out"), "--dry-run") == 0
+    assert "done before" not in rows(tmp_path / "out")["good"]["text"]
+
+
+def test_two_sessions_do_not_write_to_one_folder(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: one line; the first session's log is as it was."""
+    log = tmp_path / "session-1.log"
+    with log.open("w") as file:
+        file.write("the first session's")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        monkeypatch.setattr(sys, "argv", ["gpu_session.sh", "1", "--out", str(tmp_path), "--dry-run"])
+        with pytest.raises(SystemExit, match="another session writes to"):
+            modules.session.main()
+    assert log.read_text() == "the first session's"
+
+
+def test_a_session_that_is_stopped_leaves_its_table(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: SIGTERM in a step: the step has ended and is in the table, later ones have not begun; exit code 1."""
+    out = tmp_path / "out"
+    steps(
+        modules,
+        monkeypatch,
+        first=f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM); time.sleep(60)\n",
+        second=COMPLETE,
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(modules, monkeypatch, "1", "--out", str(out), "--dry-run") == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    data = json.loads((out / "session-1.json").read_text())
+    assert ([row["step"] for row in data["results"]], data["complete"]) == (["first"], False)
+    assert data["results"][0]["outcome"] == "cut off"
+    assert "stopped from outside" in capsys.readouterr().out
+    assert not (out / "second.json").exists()
+
+
 # ---- the parts of ONNX Runtime ------------------------------------------------------------------------------------
 
 
@@ -260,6 +374,46 @@ def test_parts_that_are_damaged_or_for_another_python_are_named(modules: SimpleN
         modules.parts.unpacked(tmp_path / "store-2")
 
 
+def test_parts_of_another_build_replace_the_old_ones(modules: SimpleNamespace, tmp_path: Path) -> None:
+    """Oracle: the new archive's file, although parts and digests have the sizes of the old ones."""
+    checkout, store = tmp_path / "checkout", tmp_path / "store"
+    carried(checkout)
+    modules.parts.keep_parts(checkout, store)
+    site = modules.parts.unpacked(store)
+    (site / "onnxruntime" / "__init__.py").write_text("of the build before")
+    sums = store / modules.parts.SUMS
+    for folder in (store, site):  # as if another build had been kept and unpacked
+        name = modules.parts.SUMS if folder == store else ".complete"
+        (folder / name).write_text(sums.read_text().translate(str.maketrans("0123456789abcdef", "123456789abcdef0")))
+    for part in store.glob("ort.part.*"):
+        part.write_bytes(bytes(part.stat().st_size))
+    modules.parts.keep_parts(checkout, store)
+    assert (modules.parts.unpacked(store) / "onnxruntime" / "__init__.py").read_text() == "onnxruntime/__init__.py"
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"no digest\n", b"0  ort\n"])
+def test_damaged_digests_are_named(modules: SimpleNamespace, tmp_path: Path, damage: bytes) -> None:
+    """Oracle: the file's name; the next transfer's is kept."""
+    checkout, store = tmp_path / "checkout", tmp_path / "store"
+    carried(checkout)
+    modules.parts.keep_parts(checkout, store)
+    (store / modules.parts.SUMS).write_bytes(damage)
+    with pytest.raises(modules.parts.PartsError, match="SHA256SUMS is damaged"):
+        modules.parts.unpacked(store)
+    modules.parts.keep_parts(checkout, store)
+    modules.parts.unpacked(store)
+
+
+def test_another_users_folder_is_not_taken(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: the folder's name stands where everybody can write, and what is in it is run."""
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(modules.parts.os, "getuid", lambda: (tmp_path / "store").stat().st_uid + 1)
+    with pytest.raises(modules.parts.PartsError, match="another user's folder"):
+        modules.parts.keep_parts(tmp_path, tmp_path / "store")
+
+
 def test_a_disk_without_room_for_the_package_is_named(
     modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -269,6 +423,26 @@ def test_a_disk_without_room_for_the_package_is_named(
     monkeypatch.setattr(modules.parts.shutil, "disk_usage", lambda path: SimpleNamespace(free=9 << 20))
     with pytest.raises(modules.parts.PartsError, match="9 MiB are free, and onnxruntime-gpu takes 400"):
         modules.parts.unpacked(tmp_path / "store")
+
+
+def test_a_probe_that_fails_leaves_what_came_before(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: the rows before the failure, and its reason."""
+
+    def rows_then_failure(rounds: int) -> Iterator[dict[str, Any]]:
+        yield {"what": "a launch", "us": {"p50": 1.0, "p99": 2.0}, "us_each": 1.0}
+        raise RuntimeError("no mapped memory")
+
+    probe = import_module("gpu_probe")
+    monkeypatch.setattr(probe, "driver_probes", rows_then_failure)
+    monkeypatch.setattr(probe, "what_is_missing", lambda: None)
+    result = tmp_path / "probe.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_probe.py", "--only", "driver", "--json", str(result)])
+    probe.main()
+    data = json.loads(result.read_text())
+    assert [row["what"] for row in data["results"]] == ["a launch"]
+    assert data["skipped"] == {"driver": "RuntimeError: no mapped memory"}
 
 
 # ---- the real steps ------------------------------------------------------------------------------------------------
