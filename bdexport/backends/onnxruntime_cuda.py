@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,16 @@ def nvidia_library_folders() -> list[Path]:
 
 
 def _provider_error(part: str) -> BackendError | None:
-    """Why the provider's library cannot be loaded, in the linker's words; None where it can.
+    """Why the provider's library cannot be loaded, in the linker's words; None where it can."""
+    said = _linkers_words()
+    if said is None:
+        return None
+    return BackendError(f"{part} [onnxruntime]: the CUDA provider cannot be loaded ({said})", remedy=LIBRARIES)
+
+
+@lru_cache(maxsize=1)
+def _linkers_words() -> str | None:
+    """What the linker says of the provider's libraries; None where it has nothing to say. Asked once per process.
 
     ONNX Runtime writes these words to stderr alone and goes on without the provider. Asked in a process of its own:
     a provider that is loaded by hand before ONNX Runtime has introduced itself cannot be used afterwards.
@@ -183,9 +193,7 @@ def _provider_error(part: str) -> BackendError | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     said = done.stdout.strip().splitlines()
-    if not said:
-        return None
-    return BackendError(f"{part} [onnxruntime]: the CUDA provider cannot be loaded ({said[-1]})", remedy=LIBRARIES)
+    return said[-1] if said else None
 
 
 def load_provider_by_hand() -> None:

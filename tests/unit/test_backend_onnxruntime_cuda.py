@@ -15,6 +15,7 @@ import bdexport
 from bdexport.backends.onnxruntime import OnnxRuntimeBackend
 from bdexport.backends.onnxruntime_cuda import (
     PROVIDER_LIBRARIES,
+    _linkers_words,
     _provider_error,
     nvidia_library_folders,
     preload_cuda_libraries,
@@ -67,7 +68,9 @@ def test_a_provider_that_cannot_be_loaded_is_named_in_the_linkers_words(
     for name in PROVIDER_LIBRARIES:
         (capi / name).write_bytes(b"no library")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(repository)]))
+    _linkers_words.cache_clear()
     error = _provider_error("stem")
+    _linkers_words.cache_clear()
     assert error is not None
     assert str(error).startswith(
         f"stem [onnxruntime]: the CUDA provider cannot be loaded ({capi}/{PROVIDER_LIBRARIES[0]}"
