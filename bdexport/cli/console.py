@@ -69,8 +69,9 @@ class FittedTable(Table):
     """A table that fits the terminal by showing fewer columns, never by cutting what stands in one.
 
     The columns named in ``expendable`` go first, in that order, then those at the end; a line below names them. The
-    first column, which says what a row is about, always stays. Numbers (columns that are justified to the right) keep
-    to one line; text is wrapped between words.
+    first column, which says what a row is about, always stays, and so does every column of a table without header,
+    which could not be named. Numbers (columns that are justified to the right) keep to one line; text is wrapped
+    between words, and within a word (a hash, a path) that would take more than a third of the terminal.
     """
 
     def __init__(self, *headers: Column | str, expendable: Sequence[str] = (), **settings: Any) -> None:
@@ -99,6 +100,8 @@ class FittedTable(Table):
     def _kept(self, least: list[int], width: int) -> list[int]:
         """The columns that are shown in ``width``, by index."""
         indices = range(1, len(self.columns))
+        if not self.show_header:
+            return [0, *indices]
         named = [index for name in self.expendable for index in indices if self.columns[index].header == name]
         order = [index for index in indices if index not in named] + named[::-1]  # the last one is the next to go
         while order and _table_width([least[0], *(least[index] for index in order)]) > width:
@@ -113,6 +116,8 @@ class FittedTable(Table):
         natural = max((cell.maximum for cell in cells), default=0)
         header = Measurement.get(console, options, column.header) if self.show_header else Measurement(0, 0)
         whole = column.justify == "right" or (index == 0 and natural <= options.max_width // 2)
+        if index > 0:
+            words = min(words, options.max_width // 3 if self.show_header else 1)
         least = max(natural if whole else words, header.minimum, 1)
         fits = options.max_width - _table_width([0])  # a single column can be no wider: what is longer is folded
         return min(least, fits), min(max(natural, header.maximum, least), fits)

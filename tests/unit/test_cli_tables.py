@@ -114,3 +114,20 @@ def test_no_character_is_lost_at_any_width(width: int) -> None:
     assert max(map(len, lines)) <= width
     if width == 60:
         assert columns[1:] == [cells[1], cells[3]]
+
+
+@pytest.mark.parametrize("width", [80, 40, 24])
+@pytest.mark.parametrize("header", [True, False])
+def test_a_long_word_costs_no_column(width: int, header: bool) -> None:
+    """Oracle: the cells, put together again from their lines: a hash without a blank is folded, not left out."""
+    table = FittedTable("what", "value", show_header=header)
+    cells = ("base", "0123456789abcdef" * 8)
+    table.add_row(*cells)
+    printed = rendered(table, width)
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    assert (
+        tuple("".join(parts) for parts in zip(*([cell.strip() for cell in line] for line in lines), strict=True))
+        == cells
+    )
+    assert "left out" not in printed
+    assert max(map(len, printed.splitlines())) <= width
