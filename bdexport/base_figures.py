@@ -52,14 +52,17 @@ def points(accuracy: float, base: float) -> str:
 
 
 def known_base(
-    training: Mapping[str, Any], sha256: str | None, dataset: str, split: str, images: int
+    training: Mapping[str, Any], sha256: str | None, dataset: str, split: str, images: int, mask: str | None = None
 ) -> BaseFigures | None:
     """What is on record about the base of a trained network, best of the very images that a result is of.
 
-    ``training``: the checkpoint's record; ``sha256``: of its file, which a card of the zoo may be about. None where
-    nothing is known: an older version's run, or a network that was not trained from a base.
+    ``training``: the checkpoint's record; ``sha256``: of its file, which a card of the zoo may be about; ``mask``: the
+    one that a bundle runs for every image, about which a record of a policy, or of another mask, says nothing.
+    None where nothing is known: an older version's run, or a network that was not trained from a base.
     """
     found = [one for one in (_of_card(sha256), _of_record(training)) if one is not None]
+    if mask is not None and mask != _trained_mask(training):
+        found = [BaseFigures(**(asdict(one) | {"dynamic": None})) for one in found]
     for one in found:
         if (one.dataset, one.split, one.images) == (dataset, split, images):
             return BaseFigures(**(asdict(one) | {"here": True}))
@@ -87,6 +90,11 @@ def _of_record(training: Mapping[str, Any]) -> BaseFigures | None:
         full=validation.get("full_accuracy"),
         dynamic=dynamic.get("accuracy") if isinstance(dynamic, dict) else None,
     )
+
+
+def _trained_mask(training: Mapping[str, Any]) -> str | None:
+    trained = training.get("fixed_mask")
+    return str(trained.get("mask")) if isinstance(trained, dict) else None
 
 
 def _fixed(validation: Mapping[str, Any]) -> list[Any]:

@@ -38,7 +38,8 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
     full_latency, dynamic_latency = latency_summary(full.latency_ms), latency_summary(dynamic.latency_ms)
     full_rate, dynamic_rate = (_throughput(side, measurement.batch) for side in (full, dynamic))
     sha256, images = manifest.checkpoint["sha256"], len(dynamic.correct)
-    base = known_base(manifest.training, sha256, dataset.name, dataset.split, images)
+    fixed = manifest.extra.get("fixed_mask")
+    base = known_base(manifest.training, sha256, dataset.name, dataset.split, images, fixed)
     return {
         "schema": SCHEMA,
         "bundle": orchestrator.bundle.path,
@@ -85,7 +86,7 @@ def bench_result(orchestrator: Orchestrator, dataset: Dataset, measurement: Meas
         "dataset": {"name": dataset.name, "split": dataset.split, "skipped": dataset.skipped},
         "architecture": manifest.architecture,
         "num_blocks": manifest.num_blocks,
-        "fixed_mask": manifest.extra.get("fixed_mask"),
+        "fixed_mask": fixed,
         "measured": {
             "input": INPUT,
             "rounds": measurement.rounds,

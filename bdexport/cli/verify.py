@@ -97,10 +97,10 @@ def verify(
     out.print(_parts_table(result))
     out.print(_paths_table(result))
     policy = result["policy"]
-    out.print(
-        f"policy: the same mask for {policy['masks_equal']} of {policy['images']} images "
-        f"(the closest probability is {policy['smallest_margin']:.1e} from the threshold)"
-    )
+    fixed = opened.manifest.extra.get("fixed_mask")
+    margin = f" (the closest probability is {policy['smallest_margin']:.1e} from the threshold)"
+    decides, remark = ("policy", margin) if fixed is None else ("fixed mask", "")
+    out.print(f"{decides}: the same mask for {policy['masks_equal']} of {policy['images']} images{remark}")
     verdict = "holds" if result["ok"] else "DIFFERS"
     out.print(
         f"{verdict}: largest logit difference {result['max_logit_difference']:.2e} from {result['reference']}; "

@@ -8,6 +8,7 @@ any of them, which ``train --method fixed --mask M`` would do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,9 +101,14 @@ def _searched(setting: Setting, data: TrainingData, ever: Masks, flops: FlopsTab
     return mask
 
 
+def _standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy, in points; one image at least, since 100 % of a few images are not certain."""
+    return max(math.sqrt(accuracy * (100 - accuracy) / images), 100 / images + 1e-9)
+
+
 def static_text(static: dict[str, Any], policy_accuracy: float, num_blocks: int, run: object) -> str:
     """One line for a person: what a static mask of the policy's cost gives, and what follows."""
-    error = (static["accuracy"] * (100 - static["accuracy"]) / static["images"]) ** 0.5  # of a share, in points
+    error = max(_standard_error(share, static["images"]) for share in (static["accuracy"], policy_accuracy))
     ahead = policy_accuracy - static["accuracy"]
     if ahead > error:
         verdict = f"the policy is {ahead:.2f} points better"

@@ -160,3 +160,21 @@ def test_bench_says_first_what_the_base_had(run: Path, tmp_path: Path, capsys: p
     assert found["base"]["accuracy"] == measured["accuracy"]
     assert np.isclose(found["full"]["accuracy"], found["base"]["full"], atol=100 / 180 + 0.01)
     assert BaseFigures(**found["base"]).how == "recorded by train"
+
+
+def test_what_a_policy_reached_is_not_said_of_a_fixed_mask() -> None:
+    """Oracle: the record by hand: it knows the policy's accuracy, or that of the one mask it was trained under."""
+    validation = {"full_accuracy": 88.0, "policy": {"accuracy": 87.0}}
+    training = {"base_measured": {"accuracy": 90.0, "images": 5}, "validation": validation}
+    of_policy = known_base(training, None, "digits", "test", 5)
+    of_mask = known_base(training, None, "digits", "test", 5, "101")
+    assert of_policy is not None
+    assert of_mask is not None
+    assert (of_policy.full, of_policy.dynamic) == (88.0, 87.0)
+    assert (of_mask.full, of_mask.dynamic) == (88.0, None)
+    fixed = {"full_accuracy": 88.0, "fixed": {"mask 101": {"accuracy": 86.0}}}
+    trained = training | {"validation": fixed, "fixed_mask": {"mask": "101", "kept": None}}
+    for mask, expected in (("101", 86.0), ("110", None)):
+        base = known_base(trained, None, "digits", "test", 5, mask)
+        assert base is not None
+        assert base.dynamic == expected

@@ -72,7 +72,11 @@ def test_it_needs_no_policy_and_bench_compares_it(
     assert result["dynamic"]["flops"]["mean"] == own + 2 * 3 * 3  # a layer from 3 channels to 3 blocks
     assert main(["inspect", str(bundle)]) == 0
     assert "101" in capsys.readouterr().out
+    capsys.readouterr()
     assert main(["verify", str(bundle), "--reference", str(tmp_path / "base.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    assert "fixed mask: the same mask for " in printed
+    assert "threshold" not in printed
 
 
 def test_int8_quantises_a_bundle_of_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +185,13 @@ def test_the_line_says_which_is_better_and_how_to_build_it() -> None:
     assert "bdexport build runs/mine --mask 101" in as_good
     assert "the policy is 5.00 points better" in static_text(static, 95.0, 3, "runs/mine")
     assert "it is better and needs no policy" in static_text(static, 80.0, 3, "runs/mine")
+
+
+@pytest.mark.parametrize(("static_accuracy", "policy_accuracy"), [(100.0, 600 / 7), (600 / 7, 100.0)])
+def test_one_image_of_few_makes_nothing_better(static_accuracy: float, policy_accuracy: float) -> None:
+    """Oracle: one of seven images is what they differ by; the formula gives 100 % no error at all."""
+    static = {"mask": "101", "blocks": 2, "flops": 1e6, "accuracy": static_accuracy, "images": 7, "tried": 3}
+    assert "it is as good" in static_text(static, policy_accuracy, 3, "runs/mine")
 
 
 def test_it_can_be_switched_off(tmp_path: Path, digits_base: Checkpoint) -> None:
