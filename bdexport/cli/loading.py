@@ -150,8 +150,11 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(f"--class-names {path}: cannot be read ({reason})", remedy="check the path") from error
+        if isinstance(error, OSError):
+            reason, remedy = error.strerror, "check the path"
+        else:
+            reason, remedy = "not UTF-8", "save it as text in UTF-8"
+        raise UsageError(f"--class-names {path}: cannot be read ({reason})", remedy=remedy) from error
     names = tuple(line.strip() for line in lines)
     if not names or "" in names:
         where = f"line {names.index('') + 1} is empty" if names else "an empty file"
@@ -169,7 +172,7 @@ def _triple(option: str, text: str, lowest: float) -> tuple[float, float, float]
         raise UsageError(
             option,
             got=repr(text),
-            expected="three numbers with commas, or one, for pixels in 0..1",
+            expected=f"three numbers of {lowest:g} to 1 with commas, or one, for pixels in 0..1",
             remedy="divide by 255 if they are for pixels in 0..255" if any(value > 1 for value in values) else None,
         )
     return values[0], values[1], values[2]

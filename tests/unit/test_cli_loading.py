@@ -348,3 +348,14 @@ def test_a_foreign_reference_of_verify(with_policy: Path, tmp_path: Path, capsys
     assert main(["verify", str(bundle), "--masks", "2", "--reference", str(with_policy)]) == 1
     assert main(["verify", str(bundle), "--shortcut", "option_a"]) == 2
     assert "--shortcut has no effect without a checkpoint" in capsys.readouterr().err
+
+
+def test_refused_options_say_what_would_be_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: no deviation is zero, so the least one is named; what is no UTF-8 is not mended by another path."""
+    names = tmp_path / "names.txt"
+    names.write_bytes(b"\xff\xfea")
+    for options, said in ((["--std", "0"], "1e-06 to 1"), (["--class-names", str(names)], "UTF-8")):
+        assert main(["evaluate", "zoo:resnet20-digits", "--dataset", "digits", *options]) == 2
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert "check the path" not in printed
