@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bdexport.train.request import TrainRequest
 
 PRESET_HELP = "Settings to start from: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()) + "."
+SMOKE_NOTE = "preset smoke only shows that training runs; --preset cpu trains long enough for its accuracy to count"
 
 
 def train(
@@ -223,6 +224,8 @@ def _run(request: TrainRequest, config: TrainConfig, world: World, json: str | N
     path = run_training(request, config, ConsoleReporter(shown), world)
     training = load_checkpoint(path).training
     shown.print(f"{path}: {summary(training)}")
+    if config.preset == "smoke":
+        shown.print(SMOKE_NOTE, soft_wrap=True)
     static = training["validation"].get("static")
     if static is not None:
         accuracy = training["validation"]["policy"]["accuracy"]

@@ -123,11 +123,14 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 # ---- fewer images --------------------------------------------------------------------------------------------------
 
 
-def test_images_limits_the_training_images_and_is_part_of_the_command(tmp_path: Path) -> None:
-    """Oracle: the record, and the command that is made from it."""
+def test_images_limits_the_training_images_and_is_part_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the record, and the command that is made from it; smoke says what it is for."""
     line = ["train", "--arch", "resnet8", "--dataset", "digits", "--preset", "smoke", "--device", "cpu"]
     line += ["--images", "200", "--pretrain-epochs", "1", "--adapt-epochs", "0", "--curriculum-epochs", "1"]
     assert main([*line, "--finetune-epochs", "0", "--out", str(tmp_path / "run")]) == 0
+    assert "preset smoke only shows that training runs" in " ".join(capsys.readouterr().out.split())
     found = load_checkpoint(tmp_path / "run")
     expected = {"name": "digits", "train": 200, "validation": 50, "skipped": 0, "limit": 200}
     assert found.training["dataset"] == expected
