@@ -61,7 +61,8 @@ def part_module(model: BlockDropNet, part: str) -> nn.Module:
 def part_specs(model: BlockDropNet, preprocess: Preprocess) -> dict[str, tuple[TensorSpec, TensorSpec]]:
     """Input and output of every part, found by running a blank batch of 2 of the preprocessing's size.
 
-    Raises :class:`ExportError` where a part does not fit the one before it or loses the batch dimension.
+    Raises :class:`ExportError` where a part does not fit the one before it, loses the batch dimension, or gets inputs
+    of two shapes.
     """
     dtype, device = dtype_device(model)
     image = torch.zeros(PROBE_BATCH, 3, *preprocess.size, dtype=dtype, device=device)
@@ -72,7 +73,15 @@ def part_specs(model: BlockDropNet, preprocess: Preprocess) -> dict[str, tuple[T
         for path in ((POLICY,), (FULL,), path_parts(keep_all, ()), path_parts(drop_all, transitions(model))):
             x = image
             for part in path:
-                specs[part], x = _probe(model, part, x)
+                found, x = _probe(model, part, x)
+                before = specs.setdefault(part, found)
+                if before != found:  # PyTorch would add a shortcut of another size to its branch by broadcasting
+                    raise ExportError(
+                        f"{part}: its input has another shape after a dropped block than after a kept one",
+                        got=f"{found[0].shape} and {before[0].shape}",
+                        expected="one shape",
+                        remedy="choose a --size that every stage can halve: this network's shortcuts round down",
+                    )
     return {part: specs[part] for part in model_parts(model)}
 
 

@@ -30,7 +30,11 @@ def tiny_model(
     pooled = family == "imagenet"
     policy = PolicySpec(family, (1, 1), (4, 8), network.num_blocks, "conv" if pooled else "avgpool", 2 if pooled else 1)
     torch.manual_seed(seed)
-    model = BlockDropNet(network, policy).eval()
+    return with_statistics(BlockDropNet(network, policy).eval())
+
+
+def with_statistics(model: BlockDropNet) -> BlockDropNet:
+    """``model`` with batch-norm statistics and scales as a trained one may have them, drawn from torch's generator."""
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):

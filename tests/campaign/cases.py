@@ -1,0 +1,81 @@
+"""What a case is, what may come of it, and what a kind of case must provide."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
+
+from bdexport.errors import BdexportError
+from bdexport.files import is_control
+
+
+@dataclass
+class Tally:
+    """What one case found. ``refused``: refused with a clean error; ``right``: accepted, and the result is right."""
+
+    refused: int = 0
+    right: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def tried(self) -> int:
+        """Number of things that were tried."""
+        return self.refused + self.right + len(self.failures)
+
+    def check(self, holds: bool, what: str) -> None:
+        """Count one result that is right, or the failure ``what``."""
+        if holds:
+            self.right += 1
+        else:
+            self.failures.append(what)
+
+
+class Kind(ABC):
+    """One kind of case. A worker makes it once, on a folder that outlives the worker; cases must not change it."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]  # for the table
+    share: ClassVar[float]  # of the campaign's time
+    limit_s: ClassVar[float] = 30.0  # for one case: longer is a hang
+    memory_mb: ClassVar[int | None] = None  # what one case may add to the process's memory
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @abstractmethod
+    def case(self, random: Random, scratch: Path) -> Tally:
+        """Run one case, drawn from ``random``, in the empty folder ``scratch``."""
+
+
+@contextmanager
+def once(folder: Path) -> Iterator[Path | None]:
+    """Give a folder to fill if an earlier worker has not filled ``folder`` already, otherwise None."""
+    if folder.exists():
+        yield None
+        return
+    making = folder.with_name(f"{folder.name}.making-{time.monotonic_ns()}")
+    making.mkdir(parents=True)
+    yield making
+    making.rename(folder)
+
+
+def attempt(tally: Tally, what: str, call: Callable[[], Any]) -> Any:
+    """The call's result; None where it was refused, which is counted here. Any other exception goes on to the worker.
+
+    A refusal must be one clean line: without control characters, not empty, and not longer than a screen.
+    """
+    try:
+        return call()
+    except BdexportError as error:
+        text = str(error)
+        if not text.strip() or len(text) > 6000 or any(is_control(character) for character in text):
+            tally.failures.append(f"{what}: refused with an unclean text {text[:200]!r} ({len(text)} characters)")
+        else:
+            tally.refused += 1
+        return None
