@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # -qq: errors of pip's only, not its warnings.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install quickstart test lint test-lowest test-long test-gpu clean
+.PHONY: help install quickstart test lint test-lowest test-long test-gpu campaign clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make lint        ruff and mypy only"
 	@echo "make test-lowest the run-time half with the lowest versions that are allowed, without torch and onnx (a minute)"
 	@echo "make test-long   the tests that take minutes (BDEXPORT_CIFAR10=DIR: CIFAR-10, python version)"
+	@echo "make campaign    hostile files, kills, races and long use (MINUTES=20 SEED=1; REPLAY='KIND SEED NUMBER': one case)"
 	@echo "make test-gpu    the tests that need an NVIDIA GPU"
 	@echo "make clean       remove .venv and caches"
 
@@ -58,6 +59,13 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 
 test-long: $(STAMP)
 	@$(BIN)/pytest -q -m long
+
+# It writes its figures, and what runs each failure again, to campaign.json.
+MINUTES ?= 20
+SEED ?= 1
+campaign: $(STAMP)
+	@PYTHONPATH=tests $(BIN)/python -m campaign $(if $(REPLAY),--replay $(REPLAY),--minutes $(MINUTES) --seed $(SEED) \
+	  --json $(or $(JSON),campaign.json))
 
 # With GPU_PYTHON=python3 the tests run in that Python as it is: where torch for CUDA is installed already. Its packages
 # are of whatever versions, so their warnings are no failures, and only the folders with GPU tests are imported.

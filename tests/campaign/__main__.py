@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bdexport.files import write_json
 from bdexport.hardware import machine, package_versions
-from campaign.kinds import KINDS, kind_of
+from campaign.kinds import KINDS, SELF_TEST, kind_of
 from campaign.runner import Findings, Worker, collect, run_kinds
 
 SCHEMA = "bdexport.campaign/1"
@@ -31,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="bdexport-campaign-") as scratch:
         folder = Path(wanted.keep or scratch)
-        if wanted.replay:
-            found = [_replayed(wanted.replay, folder)]
-        else:
-            found = _run(wanted, folder, console)
+        found = [_replayed(wanted.replay, folder)] if wanted.replay else _run(wanted, folder, console)
     Console().print(table_of(found))
     for each in found:
         for failure in each.failures[:5]:
@@ -100,7 +97,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else list(argv)
     wanted = parser.parse_args(words)
     wanted.words = words
-    if wanted.replay and wanted.replay[0] not in KINDS:
+    if wanted.replay and wanted.replay[0] not in (*KINDS, SELF_TEST):
         parser.error(f"kind {wanted.replay[0]!r}: expected one of {', '.join(KINDS)}")
     return wanted
 

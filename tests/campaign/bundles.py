@@ -76,11 +76,17 @@ def files_of(bundle: Path) -> list[Path]:
 def damage(bundle: Path, random: Random) -> str:
     """Damage one file, or change one value of the manifest; returns what was done."""
     files = files_of(bundle)
-    match random.randrange(4):
+    manifest = bundle / MANIFEST
+    match random.randrange(5):
         case 0:
-            manifest = bundle / MANIFEST
             manifest.write_bytes(odd_text(json.loads(manifest.read_text()), random))
             return "manifest"
+        case 4:  # one digit of a number: what is left is good JSON
+            text = bytearray(manifest.read_bytes())
+            digits = [at for at, value in enumerate(text) if 0x30 < value < 0x39]
+            text[random.choice(digits)] += 1
+            manifest.write_bytes(text)
+            return "digit of the manifest"
         case 1:
             one, other = random.sample(files, 2)
             shutil.copyfile(one, other)

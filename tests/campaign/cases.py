@@ -11,8 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
+from bdexport.cli.failures import explain
 from bdexport.errors import BdexportError
 from bdexport.files import is_control
+
+LONGEST_LINE = 6000  # characters of an error: more fills a screen
 
 
 @dataclass
@@ -68,14 +71,15 @@ def once(folder: Path) -> Iterator[Path | None]:
 def attempt(tally: Tally, what: str, call: Callable[[], Any]) -> Any:
     """The call's result; None where it was refused, which is counted here. Any other exception goes on to the worker.
 
-    A refusal must be one clean line: without control characters, not empty, and not longer than a screen.
+    A refusal, as ``bdexport`` prints it, must be one clean line: no control characters, not empty, no screenful.
     """
     try:
         return call()
     except BdexportError as error:
-        text = str(error)
-        if not text.strip() or len(text) > 6000 or any(is_control(character) for character in text):
-            tally.failures.append(f"{what}: refused with an unclean text {text[:200]!r} ({len(text)} characters)")
+        text, _ = explain(error)
+        if not text or len(text) > LONGEST_LINE or any(is_control(character) for character in text):
+            shown = f"{(text or '')[:200]!r} ({len(text or '')} characters)"
+            tally.failures.append(f"{what}: refused with an unclean text {shown}")
         else:
             tally.refused += 1
         return None

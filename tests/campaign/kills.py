@@ -1,4 +1,4 @@
-"""Kills at random moments. A killed training resumes to the same weights; a killed writer leaves the whole or nothing."""
+"""Kills at random moments. A killed training resumes to the same weights; a killed build leaves a whole bundle or none."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -92,7 +93,7 @@ def odd_value(random: Random, old: Any) -> Any:
     elif isinstance(old, int):
         near = [old + 1, old - 1, -old, old * 1000 + 7, float(old), old + 0.5]
     elif isinstance(old, float):
-        near = [old * 1.05, -old, old + 1e-6, old * 1e300, int(old)]
+        near = [old * 1.05, -old, old + 1e-6, old * 1e300, round(old) if isfinite(old) else 0]
     elif isinstance(old, str):
         near = [old + "x", old[:-1], old.upper(), "../" + old, old * 2000, old + "\x1b[31m\u202e", "/" + old]
     elif isinstance(old, list):
@@ -101,7 +102,23 @@ def odd_value(random: Random, old: Any) -> Any:
         near = [dict(list(old.items())[:-1]), {**old, "added": 1}, list(old), {str(key) + "_": old[key] for key in old}]
     else:
         near = []
-    odd: list[Any] = [None, True, 0, -1, HUGE, -HUGE, 10**380, 1e308, -0.0, "", "nan", "\0", "a" * 5000, "é\ud800", "[red]"]
+    odd: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        HUGE,
+        -HUGE,
+        10**380,
+        1e308,
+        -0.0,
+        "",
+        "nan",
+        "\0",
+        "a" * 5000,
+        "é\ud800",
+        "[red]",
+    ]
     odd += [[], {}, [[[]]], {"": None}, float("nan"), float("inf"), [0] * 1000]
     return random.choice(near) if near and random.random() < 0.5 else random.choice(odd)
 

@@ -9,6 +9,7 @@ from typing import ClassVar, get_args
 import numpy as np
 import torch
 from bundles import torch_logits
+from tiny import with_statistics
 
 import bdexport
 from bdexport.architecture import DroppedTransition, PolicySpec, ResNetSpec, Shortcut
@@ -17,7 +18,6 @@ from bdexport.models.pair import BlockDropNet
 from bdexport.runtime.orchestrator import executors_of
 from campaign.cases import Kind, Tally, attempt
 from campaign.networks import backends, build, random_images, random_masks
-from tiny import with_statistics
 
 TOLERANCE = 1e-4  # of the largest logit, or absolute where logits are below 1
 BATCHES = (1, 1, 2, 7, 33, 84)
