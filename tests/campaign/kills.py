@@ -1,4 +1,4 @@
-"""Kills at random moments. A killed training resumes to the same weights; a killed build leaves a whole bundle or none."""
+"""Kills at random moments. A killed training resumes to the same weights; a killed build leaves a whole one or none."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from bundles import torch_logits
 from tiny import with_statistics
 
 import bdexport
-from bdexport.architecture import DroppedTransition, PolicySpec, ResNetSpec, Shortcut
+from bdexport.architecture import BlockKind, DroppedTransition, Family, PolicySpec, ResNetSpec, Shortcut
 from bdexport.errors import UsageError
 from bdexport.models.pair import BlockDropNet
 from bdexport.runtime.orchestrator import executors_of
@@ -20,6 +20,8 @@ from campaign.cases import Kind, Tally, attempt
 from campaign.networks import backends, build, random_images, random_masks
 
 TOLERANCE = 1e-4  # of the largest logit, or absolute where logits are below 1
+FAMILIES: tuple[Family, ...] = get_args(Family)
+KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
 BATCHES = (1, 1, 2, 7, 33, 84)
 
 
@@ -63,13 +65,13 @@ class Parity(Kind):
 def random_model(random: Random) -> BlockDropNet:
     """A network of any family, kind of block, shortcut and rule that bdexport knows, with random statistics."""
     while True:
-        family = random.choice(("cifar", "imagenet"))
+        family = random.choice(FAMILIES)
         stages = tuple(random.choice((1, 1, 2, 3)) for _ in range(random.choice((1, 2, 3, 4))))
         width = random.choice((4, 8, 16))
         try:
             network = ResNetSpec(
                 family,
-                random.choice(("basic", "bottleneck")),
+                random.choice(KINDS),
                 stages,
                 tuple(width * (index + 1) for index in range(len(stages))),
                 random.choice(get_args(Shortcut)),

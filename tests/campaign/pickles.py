@@ -59,10 +59,8 @@ def _call(random: Random) -> bytes:
         "write_text": canary,
     }.get(name, f"touch {canary}")
     arguments = _text(command) + (_text("w") if name in ("open", "write_text") else b"")
-    if random.random() < 0.5:
-        called = f"c{module}\n{name}\n".encode()
-    else:
-        called = _text(module) + _text(name) + b"\x93"  # STACK_GLOBAL
+    by_line, by_stack = f"c{module}\n{name}\n".encode(), _text(module) + _text(name) + b"\x93"
+    called = random.choice((by_line, by_stack))
     return b"\x80\x04" + called + b"(" + arguments + b"tR."
 
 

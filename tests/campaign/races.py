@@ -1,4 +1,4 @@
-"""Things that happen at the same time: a bundle is replaced while it is opened, closed while it is called, and so on."""
+"""What happens at the same time: a bundle is replaced while it is opened, closed while it is called, and so on."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -42,7 +43,7 @@ class Soak(Kind):
                     build(making / backend, model_of(3), backend, paths=2)
         ends = np.cumsum([0, *(BATCHES[number % len(BATCHES)] for number in range(400))])
         images = pixels(int(ends[-1]), seed=3)
-        self.calls = [images[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        self.calls = [images[begin:end] for begin, end in pairwise(ends)]
         self.loaded: list[tuple[str, Orchestrator, list[Result]]] = []
         for backend in backends():
             orchestrator = bdexport.load(folder / "good" / backend, threads=1, fused=True)
@@ -65,7 +66,7 @@ class Soak(Kind):
         if random.random() < 0.1:
             backend = random.choice(backends())
             with bdexport.load(self.folder / "good" / backend, threads=1) as other:
-                tally.check(np.isfinite(other(self.calls[0]).logits).all(), f"{backend}: logits are not finite")
+                tally.check(bool(np.isfinite(other(self.calls[0]).logits).all()), f"{backend}: logits are not finite")
         self._check_memory(tally)
         return tally
 

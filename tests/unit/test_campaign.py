@@ -74,9 +74,10 @@ def test_the_same_seed_draws_the_same() -> None:
 def test_hostile_pickles_ask_for_code_and_for_memory() -> None:
     """Oracle: Python's own disassembler: among them are calls, and memo numbers and lengths without content."""
     names = set()
-    for number in range(200):
+    drawn = (hostile_pickle(Random(number)) for number in range(200))
+    for content in (content for content in drawn if len(content) < 1000):  # the long ones repeat one opcode
         try:
-            names |= {opcode.name for opcode, _, _ in pickletools.genops(hostile_pickle(Random(number)))}
+            names |= {opcode.name for opcode, _, _ in pickletools.genops(content)}
         except (ValueError, EOFError):
             continue
     assert {"REDUCE", "GLOBAL", "STACK_GLOBAL", "LONG_BINPUT", "BUILD"} <= names
