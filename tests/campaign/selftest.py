@@ -21,8 +21,8 @@ class SelfTest(Kind):
     name: ClassVar[str] = "selftest"
     about: ClassVar[str] = "every way to fail"
     share: ClassVar[float] = 1
-    limit_s: ClassVar[float] = 1.0
-    memory_mb: ClassVar[int | None] = 100
+    limit_s: ClassVar[float] = 2.0
+    memory_mb: ClassVar[int | None] = 60
 
     def case(self, random: Random, scratch: Path) -> Tally:
         """Do what is drawn."""
@@ -43,7 +43,7 @@ class SelfTest(Kind):
             case "death":
                 os.abort()
             case "memory":
-                tally.right += len(bytearray(os.urandom(1) * (200 << 20))) > 0
+                tally.right += len(bytearray(os.urandom(1) * (120 << 20))) > 0
             case "code":
                 Path(os.environ[CANARY]).touch()
         return tally

@@ -19,9 +19,9 @@ SIGNS = {  # what the campaign says of each way to fail
     "wrong": "other logits",
     "unclean": "unclean text",
     "traceback": "ValueError: traceback",
-    "hang": "no answer within 1 s",
+    "hang": "no answer within 2 s",
     "death": "the process died",
-    "memory": "at most 100 MB",
+    "memory": "at most 60 MB",
     "code": "foreign code ran",
 }
 
