@@ -84,3 +84,11 @@ def test_unknown_part() -> None:
     """Oracle: a block that is no transition has no shortcut part."""
     with pytest.raises(UsageError, match="shortcut_00"):
         part_module(tiny_model(), "shortcut_00")
+
+
+def test_shortcuts_that_round_down_are_refused() -> None:
+    """Oracle: average pooling makes 1 row of 3, a strided convolution 2: PyTorch would add them by broadcasting."""
+    model = tiny_model("imagenet", shortcut="avgpool", stages=(1, 1, 1))
+    with pytest.raises(ExportError, match=r"another shape after a dropped block .*--size"):
+        part_specs(model, Preprocess(size=(24, 32)))
+    part_specs(model, Preprocess(size=(32, 32)))
