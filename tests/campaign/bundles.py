@@ -23,7 +23,7 @@ from campaign.mutations import damage_file, damaged, odd_document, odd_text
 from campaign.networks import backends, build, model_of
 
 Json = dict[str, Any]
-MANIFEST = "manifest.json"
+MANIFEST, DIGEST = "manifest.json", "manifest_sha256"
 
 
 class Bundles(Kind):
@@ -146,4 +146,11 @@ def entries_of(value: Any) -> list[Json]:
 
 
 def sign(manifest: Json) -> None:
-    """Make the manifest's own digest fit."""
+    """Make the manifest's own digest fit, as docs/bundle-format.md defines it (R18)."""
+    rest = {key: value for key, value in manifest.items() if key != DIGEST}
+    try:
+        canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # a number that JSON does not have: the manifest is refused for it
+        return
+    if DIGEST in manifest:
+        manifest[DIGEST] = hashlib.sha256(canonical.encode("ascii")).hexdigest()
