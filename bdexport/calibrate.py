@@ -68,12 +68,16 @@ class Scales:
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """Where scales may come from. ``list_file``: a committed list; ``dataset`` and ``data``: the images themselves."""
+    """Where scales may come from. ``list_file``: a committed list; ``dataset`` and ``data``: the images themselves.
+
+    ``max_pixels``: image files that have more are refused (None: ``bdexport.limits.MAX_PIXELS``).
+    """
 
     config: CalibrationConfig = field(default_factory=CalibrationConfig)
     dataset: str | None = None
     data: Path | None = None
     list_file: Path | None = None
+    max_pixels: int | None = None
 
 
 def scales_for(
@@ -114,7 +118,7 @@ def scales_for(
     # A build's --data may be the folder of its --dataset alone.
     other = request.dataset not in (None, chosen.dataset) and not needs_folder(chosen.dataset)
     data = None if other else request.data
-    images = list_images(chosen, data, preprocess, class_names, where=request.list_file)
+    images = list_images(chosen, data, preprocess, class_names, where=request.list_file, max_pixels=request.max_pixels)
     scales = calibrated(model, graphs, preprocess, images, request.config, progress)
     source = {"dataset": chosen.dataset, "split": chosen.split, "images": len(images), "method": METHOD}
     scales = Scales(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bdexport.errors import OutputError, UsageError
 
@@ -60,14 +61,18 @@ def _reported(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path}: no space left; nothing was written", remedy="free some space") from error
+            raise OutputError(f"{shown(path)}: no space left; nothing was written", remedy="free some space") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another place") from error
+            raise OutputError(
+                f"{shown(path)}: cannot be written ({error.strerror})", remedy="choose another place"
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another name") from error
+            raise OutputError(
+                f"{shown(path)}: cannot be written ({error.strerror})", remedy="choose another name"
+            ) from error
         if error.errno == errno.ENOENT:  # of the kernel's own file systems, say
             cause = "no file can be made there" if path.parent.is_dir() else "its folder cannot be made"
-            what = f"{path}: {cause} ({error.strerror})"
+            what = f"{shown(path)}: {cause} ({error.strerror})"
             raise OutputError(what, remedy="choose another place") from error
         raise
 
@@ -297,7 +302,7 @@ def usable_path(path: str | Path) -> Path:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[io.BufferedReader]:
     """A regular file, open for reading bytes. It never waits, as opening a FIFO would.
 
     Raises OSError, whose ``strerror`` says so, for everything else: a folder, a FIFO, a socket, a device; also for a
@@ -330,7 +335,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     return data
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
     """A file's name on one line, with an escape for what a terminal would obey instead of printing it.
 
     A name that is longer than any file's is cut in the middle.

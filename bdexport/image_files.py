@@ -64,9 +64,9 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image
         raise _named(error, name) from error
 
 
-def open_package_image(file: BinaryIO) -> Image.Image:
+def open_package_image(data: bytes) -> Image.Image:
     """An image that ships with this package, decoded: the samples' sheet. Raises OSError or ValueError."""
-    with _header(io.BytesIO(file.read()), MAX_PIXELS) as image:
+    with _header(io.BytesIO(data), MAX_PIXELS) as image:
         image.load()
         return image.copy()
 
@@ -116,7 +116,11 @@ def _check_scans(image: Image.Image, file: BinaryIO) -> None:
         return
     file.seek(0)
     if jpeg_scans(file.read()) > MAX_JPEG_SCANS:
-        raise ImageError("refused, each scan of a JPEG takes the time of a whole image", got=f"more than {MAX_JPEG_SCANS} scans", expected="about 10")
+        raise ImageError(
+            "refused, each scan of a JPEG takes the time of a whole image",
+            got=f"more than {MAX_JPEG_SCANS} scans",
+            expected="about 10",
+        )
 
 
 def jpeg_scans(data: bytes) -> int:

@@ -224,10 +224,10 @@ def _check_images(images: NDArray[np.uint8]) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image (greyscale, palette, CMYK, alpha..) as RGB; the image itself when it is RGB without transparency.
+    """Any Pillow image (greyscale, palette, CMYK, alpha..) as RGB: the image itself when it is that, all of it opaque.
 
-    Raises :class:`ImageError` where none is defined. Large images are converted band by band: it takes the memory of
-    the two images.
+    Raises :class:`ImageError` where no colours are defined. Large images are converted band by band, so that it takes
+    the memory of the two images.
     """
     if image.mode.startswith(("I", "F")):
         return _deep_grey_to_rgb(image)

@@ -52,8 +52,7 @@ def load_samples(split: str) -> Dataset:
 
 
 def _images(sheet: Traversable) -> NDArray[np.uint8]:
-    with sheet.open("rb") as file:
-        return tiles_of(np.asarray(open_package_image(file).convert("RGB")))
+    return tiles_of(np.asarray(open_package_image(sheet.read_bytes()).convert("RGB")))
 
 
 def sheet_of(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
