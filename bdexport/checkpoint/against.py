@@ -23,7 +23,7 @@ from bdexport.checkpoint.data import Checkpoint
 from bdexport.checkpoint.lookalikes import lookalikes, other_normalisations
 from bdexport.dataset import Dataset
 from bdexport.errors import CheckpointError, VerificationError
-from bdexport.files import open_regular
+from bdexport.files import open_regular, usable_path
 from bdexport.limits import MAX_INPUT_BYTES
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
@@ -134,7 +134,7 @@ def _candidates(
 
 def _reference(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Reference:
     try:
-        with open_regular(path) as file:
+        with open_regular(usable_path(path)) as file:
             start = file.read(4)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})", remedy="check the path") from error

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from bdexport.checkpoint.beside import known_beside_weights
 from bdexport.errors import CheckpointError
-from bdexport.files import native_path
+from bdexport.files import native_path, usable_path
 from bdexport.zoo import zoo_model, zoo_name
 
 RUN_FILE = "model.safetensors"  # what a training run leaves in its folder
@@ -53,12 +53,13 @@ def read_raw(path: Path) -> RawFile:
 def checkpoint_file(path: Path) -> Path:
     """The file behind what a caller names: ``zoo:NAME``, a run folder, or the file itself (which may not exist).
 
-    Raises UsageError for a name that the zoo does not have, :class:`CheckpointError` for another kind of folder.
+    Raises UsageError for a name that the zoo does not have or that no file can have, :class:`CheckpointError` for
+    another kind of folder.
     """
     name = zoo_name(path)
     if name is not None:
         return zoo_model(name)
-    if not path.is_dir():
+    if not usable_path(path).is_dir():
         return path
     if (path / RUN_FILE).exists():
         return path / RUN_FILE

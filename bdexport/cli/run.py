@@ -11,7 +11,7 @@ import typer
 from bdexport.cli.console import err_console, table_console, write_json_result
 from bdexport.cli.options import MaxPixels, refuse_threads, writable
 from bdexport.config import RunConfig
-from bdexport.files import shown
+from bdexport.files import shown, usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +78,9 @@ def run(
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     from bdexport.dataset import image_files
 
-    return [file for path in paths for file in (image_files(path, recursive=True) if path.is_dir() else [path])]
+    return [
+        file for path in paths for file in (image_files(path, recursive=True) if usable_path(path).is_dir() else [path])
+    ]
 
 
 def _run_image(orchestrator: Orchestrator, path: Path, max_pixels: int | None) -> tuple[dict[str, Any], Masks]:

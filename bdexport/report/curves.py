@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bdexport.errors import ReportError
+from bdexport.files import read_bytes
 from bdexport.json_text import MalformedError, why
+from bdexport.limits import MAX_RESULT_BYTES
 
 Series = tuple[float | None, ...]
 
@@ -65,7 +67,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``. Raises ReportError naming the line that is damaged."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path, MAX_RESULT_BYTES).decode().splitlines()
+    except OSError as error:
+        raise ReportError(f"{path}: {error.strerror}", remedy="check the path") from error
     except UnicodeDecodeError as error:
         raise ReportError(f"{path}: not text ({why(error)})", remedy=MENDED) from error
     for number, line in enumerate(lines, start=1):
