@@ -196,7 +196,7 @@ def decoded_image(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Im
     _reading.path = path
     try:
         with open_image(path, max_pixels) as image:
-            yield _upright(to_rgb(image), image.getexif().get(EXIF_ORIENTATION, 1))
+            yield _upright(image)
     finally:
         _reading.path = None
 
@@ -206,12 +206,15 @@ def image_being_read() -> Path | None:
     return getattr(_reading, "path", None)
 
 
-def _upright(image: Image.Image, orientation: Any) -> Image.Image:
-    """A copy that no longer needs the file, turned as its EXIF orientation says."""
+def _upright(image: Image.Image) -> Image.Image:
+    """An RGB image that no longer needs the file, turned as its EXIF orientation says."""
     from PIL.Image import Transpose
 
-    method = UPRIGHT.get(orientation)
-    return image.copy() if method is None else image.transpose(Transpose[method])
+    method = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    rgb = to_rgb(image)
+    if method is not None:
+        return rgb.transpose(Transpose[method])
+    return rgb.copy() if rgb is image else rgb
 
 
 def _check_images(images: NDArray[np.uint8]) -> None:

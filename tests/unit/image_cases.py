@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -87,3 +88,21 @@ def png(width: int, height: int, depth: int = 8, colour: int = 0, rows: bool = T
 def chunk(kind: bytes, content: bytes) -> bytes:
     """A PNG chunk."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A grey progressive JPEG that names the same empty scan again and again: ten bytes each."""
+    buffer = io.BytesIO()
+    Image.new("L", (16, 16), 128).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    header = data.index(b"\xff\xc2") + 5
+    data = data[:header] + struct.pack(">HH", side, side) + data[header + 4 :]
+    return data[: data.rindex(b"\xff\xd9")] + b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" * scans + b"\xff\xd9"
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+showpage
+%%EOF
+"""
