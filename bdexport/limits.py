@@ -9,19 +9,19 @@ from __future__ import annotations
 MIB = 1 << 20
 
 # ---- pickles: torch's checkpoints and CIFAR's batches --------------------------------------------------------------
-PICKLE_OPERATIONS = 2_000_000  # a ResNet-1202 with Adam's state and an averaged copy has about 800,000
+PICKLE_VALUES = 2_000_000  # operations, and values in the content; a ResNet-1202 with Adam and an average: 0.8 million
 PICKLE_NESTING = 100  # of lists, dicts and tuples in each other
-PICKLE_VALUES = 4_000_000  # what is met on a walk through the content, shared values once for each place
-PICKLE_TEXT = 4096  # characters of a name, bytes of a number
+PICKLE_NAME = 1000  # characters
+PICKLE_INTEGER = 64  # bytes of one integer
+GROWTH = 8  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
+GROWTH_FLOOR = 16 * MIB  # .. times the file, and this
+REPEATED_TENSOR = MIB  # a tensor of more elements than are stored for it (stride 0) may be this large
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
-CHECKPOINT_FILE = 8 << 30
-CHECKPOINT_DIRECTORY = 8 * MIB  # of the zip archive: the list of its members, about 60,000 of torch's
+CHECKPOINT_FILE = 8192 * MIB
+CHECKPOINT_DIRECTORY = 8 * MIB  # the zip archive's list of its members; torch's takes about 130 bytes for each
 SAFETENSORS_HEADER = 8 * MIB
-REPEATED_TENSOR = MIB  # of a tensor that has more elements than are stored for it (stride 0)
-GROWTH = 8  # all tensors as float32, counted at each place where they stand, are at most so many times the file ..
-GROWTH_FLOOR = 16 * MIB  # .. or this
-REFERENCE_ARRAYS = 1 << 30  # the arrays of an .npz with logits, unpacked
+REFERENCE_ARRAYS = 1024 * MIB  # the arrays of an .npz with logits, unpacked
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
-CIFAR_FILE = 1 << 30
+CIFAR_FILE = 1024 * MIB
