@@ -81,13 +81,21 @@ _TEXTS = (
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
+ALL_OPERATIONS = frozenset(  # of data without persistent identities; nothing that jumps back on the stack
+    {
+        *(*_NUMBERS, *_TEXTS, "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
+        *("PROTO", "FRAME", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"),
+        *("MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "DICT", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
+        *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+    }
+)
 
 
 def scan(file: BinaryIO, length: int, rules: Rules) -> Any:
     """The one value of the pickle that begins at the position of ``file``, which then stands behind it.
 
     ``length``: bytes of the whole file, to which the limits are in proportion. A number, None, a short text or a
-    :class:`Value`. Raises pickle.UnpicklingError for what is not allowed, and ValueError for what is no pickle.
+    :class:`Value`. Raises pickle.UnpicklingError for what is not allowed, and EOFError or ValueError for what is no pickle.
     """
     machine = _Machine(rules, GROWTH * length + GROWTH_FLOOR)
     reader = _Reader(file, length)
@@ -95,7 +103,7 @@ def scan(file: BinaryIO, length: int, rules: Rules) -> Any:
         if operation.name not in rules.operations:
             raise UnpicklingError(f"unexpected operation {operation.name}")
         if operation.name == "FRAME" and argument > length:
-            raise UnpicklingError(f"a frame of {argument:,} bytes in a file of {length:,}")
+            raise EOFError(f"a frame of {argument:,} bytes in a file of {length:,}")
         machine.step(operation.name, argument)
     return machine.result()
 
@@ -110,7 +118,7 @@ class _Reader:
 
     def read(self, count: int) -> bytes:
         if count > io.DEFAULT_BUFFER_SIZE and count > self._length - self._file.tell():
-            raise UnpicklingError(f"a length of {count:,} bytes, more than the file has left")
+            raise EOFError(f"a length of {count:,} bytes, more than the file has left")
         return self._file.read(count)
 
 

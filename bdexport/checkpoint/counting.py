@@ -180,7 +180,7 @@ class _TorchRules:
             raise UnpicklingError(f"it sets a state on what {name} has made")
 
     def storage(self, identity: Any) -> Value:
-        """A storage with its bytes in ``size`` (which nothing counts: the tensors on it are counted)."""
+        """A storage whose bytes are its one item (its size is not counted: that of the tensors on it is)."""
         items = identity.items if isinstance(identity, Value) else ()
         if _at(items, 0) == "module" and isinstance(_at(items, 1), Value):
             raise UnpicklingError(f"Unsupported global: GLOBAL {items[1].name}")
@@ -207,7 +207,7 @@ class _TorchRules:
             if self._stored is None:
                 self._left -= size
             if self._left < 0 or (self._stored is not None and self._stored(key) != size):
-                raise UnpicklingError(f"storage {key[:20]!r} claims {size:,} bytes, which the file does not have")
+                raise ValueError(f"storage {key[:20]!r} claims {size:,} bytes, which the file does not have")
             self._sizes[key] = size
         elif self._sizes[key] != size:
             raise UnpicklingError(f"storage {key[:20]!r} has two sizes")
