@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from bdexport.files import open_regular
-from bdexport.limits import MAX_NPZ_BYTES, MAX_NPZ_TABLE_BYTES, MIB
+from bdexport.limits import MAX_NPZ_TABLE_BYTES, MIB, REFERENCE_ARRAYS
 
 NUMBERS = "biuf"  # kinds of dtype: truth values, integers, floats; no objects, records, texts, times
 MAX_DIMENSIONS = 8
@@ -34,7 +34,7 @@ _DAMAGES = (
 )
 
 
-def read_npz(path: Path, names: Collection[str], most: int = MAX_NPZ_BYTES) -> dict[str, NDArray[Any]]:
+def read_npz(path: Path, names: Collection[str], most: int = REFERENCE_ARRAYS) -> dict[str, NDArray[Any]]:
     """The arrays of the given names that are in the file, read-only; others are not looked at.
 
     All of them together may have ``most`` bytes, inflated. Raises ValueError with the reason for a file that is

@@ -1,12 +1,30 @@
-"""How much of somebody else's file is read at most: every limit is here, with its reason.
+"""How much a file from elsewhere may ask for. ``docs/limits.md`` has these numbers as a table, and a test compares them.
 
-A file that exceeds one is refused with a sentence that names the file and the limit. ``docs/limits.md`` says how much
-memory and time reading may take within them, and tests hold that in a process of limited memory.
+Every limit is checked before the work that it bounds: what a file would take is counted first, from its own structure.
+Sizes are bytes.
 """
 
 from __future__ import annotations
 
-MIB = 2**20
+MIB = 1 << 20
+
+# ---- pickles: torch's checkpoints and CIFAR's batches --------------------------------------------------------------
+PICKLE_VALUES = 2_000_000  # operations, and values in the content; a ResNet-1202 with Adam and an average: 0.8 million
+PICKLE_NESTING = 100  # of lists, dicts and tuples in each other
+PICKLE_NAME = 1000  # characters
+PICKLE_INTEGER = 64  # bytes of one integer
+GROWTH = 8  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
+GROWTH_FLOOR = 16 * MIB  # .. times the file, and this
+REPEATED_TENSOR = MIB  # a tensor of more elements than are stored for it (stride 0) may be this large
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+CHECKPOINT_FILE = 8192 * MIB
+CHECKPOINT_DIRECTORY = 8 * MIB  # the zip archive's list of its members; torch's takes about 130 bytes for each
+SAFETENSORS_HEADER = 8 * MIB
+REFERENCE_ARRAYS = 1024 * MIB  # the arrays of an .npz with logits, unpacked
+
+# ---- data sets -----------------------------------------------------------------------------------------------------
+CIFAR_FILE = 1024 * MIB
 
 # ---- images ---------------------------------------------------------------------------------------------------------
 
@@ -27,12 +45,9 @@ BAND_PIXELS = 1_000_000
 
 # ---- arrays, lists and folders --------------------------------------------------------------------------------------
 
-# 5,000 images of 256x256 have 983 MB. Deflated members count with their size after inflating.
-MAX_NPZ_BYTES = 1024 * MIB
-# numpy.savez writes one member for each array, and this table has about 60 bytes for each.
+# REFERENCE_ARRAYS above is the limit of an .npz: 5,000 images of 256x256 have 983 MB. numpy.savez writes one member for each
+# array, and the archive's table has about 60 bytes for each.
 MAX_NPZ_TABLE_BYTES = MIB // 4
-# Images of a reference at the network's size, as float32: 10,000 of 32x32 have 123 MB, 3,500 of 224x224 have 2.1 GB.
-MAX_INPUT_BYTES = 2048 * MIB
 # A list of 50,000 file names of 60 characters has 3 MB; reading JSON takes about 30 times its size.
 MAX_LIST_BYTES = 4 * MIB
 MAX_LIST_ENTRIES = 100_000

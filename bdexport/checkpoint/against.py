@@ -24,7 +24,7 @@ from bdexport.checkpoint.lookalikes import lookalikes, other_normalisations
 from bdexport.dataset import Dataset
 from bdexport.errors import CheckpointError, VerificationError
 from bdexport.files import open_regular, usable_path
-from bdexport.limits import MAX_INPUT_BYTES
+from bdexport.limits import REFERENCE_ARRAYS
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
 
@@ -206,7 +206,7 @@ def _from_graph(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Refere
 def _check_count(count: int, ckpt: Checkpoint, path: Path) -> None:
     """Raise where so many images at the network's size take too much memory: tiny ones may be many in a small file."""
     height, width = ckpt.preprocess.size
-    most = MAX_INPUT_BYTES // (height * width * 3 * 4)
+    most = REFERENCE_ARRAYS // (height * width * 3 * 4)
     if count > most:
         what, remedy = f"{path}: too many images for one comparison", "save the first of them; 100 show as much"
         raise CheckpointError(what, got=count, expected=f"at most {most} at {height}x{width}", remedy=remedy)
