@@ -180,15 +180,17 @@ def _names_below(top: Path, recursive: bool) -> Iterator[str]:
     Folders that are links are followed. Every folder is read once, wherever links lead: none can go round in a circle.
     Raises :class:`DatasetError` for a folder that cannot be read, and for more than ``MAX_FOLDER_ENTRIES`` entries.
     """
-    waiting, seen, entries = [str(top)], set(), 0
+    waiting, entries = [str(top)], 0
+    seen: set[tuple[int, int] | str] = set()
     while waiting:
         place = waiting.pop()
-        identity = os.path.realpath(place)
-        if identity in seen:
-            continue
-        seen.add(identity)
         folders: list[tuple[bool, str]] = []
         try:
+            about = os.stat(place)  # realpath asks for every folder above, again for each of a thousand in each other
+            identity = (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(place)
+            if identity in seen:
+                continue
+            seen.add(identity)
             with os.scandir(place) as listing:
                 for entry in listing:
                     entries += 1
@@ -227,5 +229,5 @@ def _no_images(folder: Path) -> DatasetError:
 
 def _unreadable(error: OSError) -> NoReturn:
     raise DatasetError(
-        f"{error.filename}: cannot be read ({error.strerror})", remedy="check its permissions"
+        f"{shown(error.filename)}: cannot be read ({error.strerror})", remedy="check its permissions"
     ) from error
