@@ -21,7 +21,7 @@ REPEATED_TENSOR = MIB  # a tensor of more elements than are stored for it (strid
 CHECKPOINT_FILE = 8192 * MIB
 CHECKPOINT_DIRECTORY = 8 * MIB  # the zip archive's list of its members; torch's takes about 130 bytes for each
 SAFETENSORS_HEADER = 8 * MIB
-REFERENCE_ARRAYS = 1024 * MIB  # the arrays of an .npz with logits, unpacked
+REFERENCE_ARRAYS = 2048 * MIB  # the arrays of an .npz with logits, unpacked; and its images, preprocessed
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
 CIFAR_FILE = 1024 * MIB

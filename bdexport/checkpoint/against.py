@@ -7,6 +7,7 @@ which is run by ONNX Runtime on inputs that both read.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bdexport.backends.onnxruntime_common import import_onnxruntime
+from bdexport.checkpoint.counting import check_directory
 from bdexport.checkpoint.data import Checkpoint
 from bdexport.checkpoint.lookalikes import lookalikes, other_normalisations
 from bdexport.dataset import Dataset
 from bdexport.errors import CheckpointError, VerificationError
+from bdexport.limits import REFERENCE_ARRAYS
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
 
@@ -145,9 +148,13 @@ def _reference(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Referen
 
 def _from_arrays(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Reference:
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("logits", "images", "inputs")}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as stream:
+            check_directory(stream, path.stat().st_size)
+            file = np.load(stream, allow_pickle=False)
+            names = [name for name in file.files if name in ("logits", "images", "inputs")]
+            _check_sizes(file.zip, [f"{name}.npy" for name in names])
+            arrays = {name: file[name] for name in names}
+    except Exception as error:  # whatever class the broken bytes happen to hit
         raise CheckpointError(f"{path}: damaged, or no .npz of numbers ({error})", remedy=f"make one: {HOW}") from error
     if "logits" not in arrays:
         raise CheckpointError(f"{path}: no logits", got=", ".join(arrays) or "no array of a known name", remedy=HOW)
@@ -156,6 +163,10 @@ def _from_arrays(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Refer
         images = arrays["images"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(logits):
             raise _other_shape(path, "images", images, f"uint8 ({len(logits)}, height, width, 3)")
+        height, width = ckpt.preprocess.size
+        if len(images) * 3 * height * width * 4 > REFERENCE_ARRAYS:
+            most = REFERENCE_ARRAYS // (3 * height * width * 4)
+            raise CheckpointError(f"{path}: too many images", got=len(images), expected=f"at most {most}")
         return Reference(logits, images, ckpt.preprocess(images), f"{len(images)} images, preprocessing included")
     if "inputs" in arrays:
         inputs = arrays["inputs"]
@@ -168,6 +179,23 @@ def _from_arrays(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Refer
     images = dataset.first(len(logits)).arrays(ckpt.preprocess)
     where = f"the first {len(images)} images of {dataset.name} {dataset.split}, preprocessing included"
     return Reference(logits, images, ckpt.preprocess(images), where)
+
+
+def _check_sizes(archive: zipfile.ZipFile, members: list[str]) -> None:
+    """The arrays are not too large, and each is as long as its shape says. Raises ValueError, before any is read."""
+    total = sum(archive.getinfo(member).file_size for member in members)
+    if total > REFERENCE_ARRAYS:
+        raise ValueError(f"{total:,} bytes of arrays, more than {REFERENCE_ARRAYS:,}")
+    for member in members:
+        with archive.open(member) as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(stream)
+            claimed = stream.tell() + math.prod(shape) * dtype.itemsize
+        if claimed != archive.getinfo(member).file_size:
+            raise ValueError(f"{member} is not as long as its shape {shape} says")
 
 
 def _from_graph(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Reference:
