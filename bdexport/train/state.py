@@ -111,7 +111,8 @@ def load_state(run: Path) -> RunState | None:
             raise ValueError("its precisions are none")
         return RunState(**blob)
     except (CheckpointError, RuntimeError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = error.reason.removeprefix(f"{path}: ") if isinstance(error, CheckpointError) else str(error)
+        first = text.splitlines()[0] if text else type(error).__name__
         raise TrainingError(
             f"{path}: the run's state cannot be read ({first})", remedy="train into another folder, or delete this one"
         ) from error
