@@ -6,6 +6,8 @@ Sizes are bytes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 MIB = 1 << 20
 
 # ---- pickles: torch's checkpoints and CIFAR's batches --------------------------------------------------------------
@@ -13,7 +15,7 @@ PICKLE_VALUES = 2_000_000  # operations, and values in the content; a ResNet-120
 PICKLE_NESTING = 100  # of lists, dicts and tuples in each other
 PICKLE_NAME = 1000  # characters
 PICKLE_INTEGER = 64  # bytes of one integer
-GROWTH = 8  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
+GROWTH = 4  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
 GROWTH_FLOOR = 16 * MIB  # .. times the file, and this
 REPEATED_TENSOR = MIB  # a tensor of more elements than are stored for it (stride 0) may be this large
 
@@ -25,3 +27,22 @@ REFERENCE_ARRAYS = 2048 * MIB  # the arrays of an .npz with logits, unpacked; an
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
 CIFAR_FILE = 1024 * MIB
+
+
+# ---- what reading may cost -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Cost:
+    """The most that reading one file may take: ``memory`` and ``times`` its size in bytes, ``seconds`` on one core.
+
+    Files of more than a hundred MiB may take ten seconds more for each GiB.
+    """
+
+    memory: int
+    times: int
+    seconds: int
+
+
+TORCH_COST = Cost(512 * MIB, 10, 30)
+SAFETENSORS_COST = Cost(256 * MIB, 6, 30)
+REFERENCE_COST = Cost(5120 * MIB, 1, 60)
+CIFAR_COST = Cost(512 * MIB, 8, 30)
