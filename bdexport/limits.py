@@ -1,4 +1,4 @@
-"""How much a file from elsewhere may ask for. ``docs/limits.md`` has these numbers as a table, and a test compares them.
+"""How much a file from elsewhere may ask for. ``docs/limits.md`` has these numbers, and a test compares them.
 
 Every limit is checked before the work that it bounds: what a file would take is counted first, from its own structure.
 Sizes are bytes.

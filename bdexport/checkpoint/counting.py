@@ -1,4 +1,4 @@
-"""What a torch file would take, and whether it fits itself: counted before torch reads it (:mod:`bdexport.pickle_scan`).
+"""What a torch file would take, and whether it fits itself: counted before torch reads it.
 
 torch's own reader trusts the numbers in a file: a tensor may claim more elements than are stored (with a stride of 0 it
 repeats them), a storage more bytes than the archive has, a compressed member unpacks to a thousand times its size.
@@ -37,7 +37,9 @@ AROUND_TENSORS = {f"torch._utils._rebuild_{name}" for name in ("parameter", "par
 OF_NO_SIZE = {"torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout", "torch.device"}
 ANY_TYPE = "torch._tensor._rebuild_from_type_v2"  # makes a tensor by another of these, then sets attributes
 TEXT_CODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
-OF_TORCH_OR_PYTHON = re.compile(r"torch\.(\w+|_utils\.\w+|_tensor\.\w+|storage\.\w+)|(builtins|collections|_codecs)\.\w+")
+OF_TORCH_OR_PYTHON = re.compile(
+    r"torch\.(\w+|_utils\.\w+|_tensor\.\w+|storage\.\w+)|(builtins|collections|_codecs)\.\w+"
+)
 STORED_ELEMENT = {  # bytes of one element, by the name of a kind of storage
     **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
     **dict.fromkeys(("Float", "Int", "QInt32"), 4),
@@ -228,7 +230,7 @@ def is_text(value: Any) -> bool:
 
 
 def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
-    """Bytes of a tensor, four at least for each element. Raises where it does not fit the storage that it is a view of."""
+    """Bytes of a tensor, four at least for each element. Raises where it does not fit the storage that it views."""
     storage, offset, shape, strides = (_at(arguments, index) for index in range(4))
     sizes, steps = (value.items if isinstance(value, Value) else (None,) for value in (shape, strides))
     stands = f"tensor {place[:80]!r}" if place else "a tensor"
@@ -241,7 +243,7 @@ def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
         if not isinstance(kind, torch.dtype):
             raise UnpicklingError(f"{stands} of an unknown type")
         itemsize = kind.itemsize
-    numel, stored = math.prod(sizes), storage.items[0]
+    numel, stored = math.prod(sizes), int(storage.items[0])
     last = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if numel and (offset + last + 1) * itemsize > stored:
         raise UnpicklingError(f"{stands} reaches beyond its storage of {stored:,} bytes")
@@ -250,7 +252,7 @@ def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
             f"{stands} has {list(sizes)} elements on a storage of {stored // itemsize:,}: it repeats them (stride 0); "
             "call .contiguous() on it before saving"
         )
-    return numel * max(itemsize, 4)
+    return int(numel) * max(itemsize, 4)
 
 
 def _at(items: tuple[Any, ...], index: int) -> Any:

@@ -35,7 +35,9 @@ def teacher_logits(setting: Setting, images: DeviceImages, run: Path, mirrored: 
     logits = _computed(setting, images, mirrored, reporter)
     if logits.nbytes <= LARGEST:
         held = logits.cpu().contiguous()
-        setting.world.once(lambda: write_bytes(path, safetensors.torch.save({LOGITS: held}, {KEY: _with_digest(key, held)})))
+        setting.world.once(
+            lambda: write_bytes(path, safetensors.torch.save({LOGITS: held}, {KEY: _with_digest(key, held)}))
+        )
     return logits
 
 

@@ -23,8 +23,10 @@ from bdexport.limits import MIB, Cost
 
 SLACK = 64 * MIB  # what the allocator takes in advance
 COSTS = {
-    **{"torch": limits.TORCH_COST, "safetensors": limits.SAFETENSORS_COST},
-    **{"reference": limits.REFERENCE_COST, "cifar": limits.CIFAR_COST},
+    "torch": limits.TORCH_COST,
+    "safetensors": limits.SAFETENSORS_COST,
+    "reference": limits.REFERENCE_COST,
+    "cifar": limits.CIFAR_COST,
 }
 
 
@@ -49,7 +51,9 @@ def main(folder: Path) -> None:
     ckpt = load_checkpoint(folder / "MODEL.th")
     model = build_model(ckpt, with_policy=False)
     readers: dict[str, Callable[[Path], Any]] = {
-        **{"torch": load_checkpoint, "safetensors": load_checkpoint, "cifar": read_pickle},
+        "torch": load_checkpoint,
+        "safetensors": load_checkpoint,
+        "cifar": read_pickle,
         "reference": lambda path: check_against(model, ckpt, path),
     }
     for path in sorted(folder.glob("*/*")):
