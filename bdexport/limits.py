@@ -1,10 +1,12 @@
-"""How much a file from elsewhere may ask for. ``docs/limits.md`` has these numbers as a table, and a test compares them.
+"""How much a file from elsewhere may ask for. ``docs/limits.md`` has these numbers, and a test compares them.
 
 Every limit is checked before the work that it bounds: what a file would take is counted first, from its own structure.
 Sizes are bytes.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 MIB = 1 << 20
 
@@ -13,7 +15,7 @@ PICKLE_VALUES = 2_000_000  # operations, and values in the content; a ResNet-120
 PICKLE_NESTING = 100  # of lists, dicts and tuples in each other
 PICKLE_NAME = 1000  # characters
 PICKLE_INTEGER = 64  # bytes of one integer
-GROWTH = 8  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
+GROWTH = 4  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
 GROWTH_FLOOR = 16 * MIB  # .. times the file, and this
 REPEATED_TENSOR = MIB  # a tensor of more elements than are stored for it (stride 0) may be this large
 
@@ -21,7 +23,7 @@ REPEATED_TENSOR = MIB  # a tensor of more elements than are stored for it (strid
 CHECKPOINT_FILE = 8192 * MIB
 CHECKPOINT_DIRECTORY = 8 * MIB  # the zip archive's list of its members; torch's takes about 130 bytes for each
 SAFETENSORS_HEADER = 8 * MIB
-REFERENCE_ARRAYS = 1024 * MIB  # the arrays of an .npz with logits, unpacked
+REFERENCE_ARRAYS = 2048 * MIB  # the arrays of an .npz with logits, unpacked; and its images, preprocessed
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
 CIFAR_FILE = 1024 * MIB
@@ -45,8 +47,8 @@ BAND_PIXELS = 1_000_000
 
 # ---- arrays, lists and folders --------------------------------------------------------------------------------------
 
-# REFERENCE_ARRAYS above is the limit of an .npz: 5,000 images of 256x256 have 983 MB. numpy.savez writes one member for each
-# array, and the archive's table has about 60 bytes for each.
+# REFERENCE_ARRAYS above is the limit of an .npz: 5,000 images of 256x256 have 983 MB. numpy.savez writes one member for
+# each array, and the archive's table has about 60 bytes for each.
 MAX_NPZ_TABLE_BYTES = MIB // 4
 # A list of 50,000 file names of 60 characters has 3 MB; reading JSON takes about 30 times its size.
 MAX_LIST_BYTES = 4 * MIB
@@ -59,3 +61,24 @@ MAX_REPLACED_BYTES = 256 * MIB
 MAX_RESULT_BYTES = 16 * MIB
 # ImageNet has 1.3 million files; an entry takes 0.5 KB while a folder is read.
 MAX_FOLDER_ENTRIES = 5_000_000
+
+
+# ---- what reading may cost -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Cost:
+    """The most that reading one file may take: ``memory`` and ``times`` its size in bytes, ``seconds`` on one core.
+
+    Files of more than a hundred MiB may take ten seconds more for each GiB.
+    """
+
+    memory: int
+    times: int
+    seconds: int
+
+
+TORCH_COST = Cost(512 * MIB, 10, 30)
+SAFETENSORS_COST = Cost(256 * MIB, 6, 30)
+REFERENCE_COST = Cost(5120 * MIB, 1, 60)
+CIFAR_COST = Cost(512 * MIB, 8, 30)
+IMAGE_COST = Cost(1536 * MIB, 3, 30)
+LIST_COST = Cost(256 * MIB, 1, 10)

@@ -1,10 +1,10 @@
 """What loading a pickle would take, counted from its operations before anything is loaded. No torch.
 
 A pickle is a program for a small stack machine. A few of its bytes can ask for gigabytes: a position in the memo, a
-length, a call such as ``bytearray(8_000_000_000)``, or lists that hold each other twice, forty levels deep. :func:`scan`
-runs the program on records that know only how large each value would be, refuses what no honest file does, and takes a
-time and memory in proportion to the number of operations. What a name stands for, and what may be called, is told by
-the caller's :class:`Rules`.
+length, a call such as ``bytearray(8_000_000_000)``, or lists that hold each other twice, forty levels deep.
+:func:`scan` runs the program on records that know only how large each value would be, refuses what no honest file does,
+and takes a time and memory in proportion to the number of operations. What a name stands for, and what may be called,
+is told by the caller's :class:`Rules`.
 
 A container is refused where it is filled after it was used (put into another one, or taken from the memo). Pickles of
 plain data never do that unless a value holds itself, and so the size of a value is final when the value is used.
@@ -16,7 +16,7 @@ import io
 import pickletools
 from collections.abc import Callable, Sequence
 from pickle import UnpicklingError
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 from bdexport.limits import GROWTH, GROWTH_FLOOR, PICKLE_INTEGER, PICKLE_NAME, PICKLE_NESTING, PICKLE_VALUES
 
@@ -94,15 +94,16 @@ ALL_OPERATIONS = frozenset(  # of data without persistent identities; nothing th
 def scan(file: BinaryIO, length: int, rules: Rules) -> Any:
     """The one value of the pickle that begins at the position of ``file``, which then stands behind it.
 
-    ``length``: bytes of the whole file, to which the limits are in proportion. A number, None, a short text or a
-    :class:`Value`. Raises pickle.UnpicklingError for what is not allowed, and EOFError or ValueError for what is no pickle.
+    ``length``: bytes of the whole file, to which the limits are in proportion. The result is a number, None, a
+    short text or a :class:`Value`. Raises pickle.UnpicklingError for what is not allowed, EOFError or ValueError for what
+    is no pickle.
     """
     machine = _Machine(rules, GROWTH * length + GROWTH_FLOOR)
-    reader = _Reader(file, length)
+    reader = cast(BinaryIO, _Reader(file, length))  # it has what pickletools uses
     for operation, argument, _ in pickletools.genops(reader):
         if operation.name not in rules.operations:
             raise UnpicklingError(f"unexpected operation {operation.name}")
-        if operation.name == "FRAME" and argument > length:
+        if operation.name == "FRAME" and int(argument or 0) > length:
             raise EOFError(f"a frame of {argument:,} bytes in a file of {length:,}")
         machine.step(operation.name, argument)
     return machine.result()

@@ -123,7 +123,9 @@ def _is_policy(state: Mapping[str, Any]) -> bool:
 
 def _with_tensors(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Keys as text, numpy's arrays as tensors."""
-    return {str(key): _tensor(value) for key, value in state.items()}
+    arrays = {id(value): value for value in state.values() if isinstance(value, PickledArray)}
+    made = {key: _tensor(value) for key, value in arrays.items()}  # once, in however many places one stands
+    return {str(key): made.get(id(value), value) for key, value in state.items()}
 
 
 def _normalisation(state: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -1,4 +1,4 @@
-"""What a torch file would take, and whether it fits itself: counted before torch reads it (:mod:`bdexport.pickle_scan`).
+"""What a torch file would take, and whether it fits itself: counted before torch reads it.
 
 torch's own reader trusts the numbers in a file: a tensor may claim more elements than are stored (with a stride of 0 it
 repeats them), a storage more bytes than the archive has, a compressed member unpacks to a thousand times its size.
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from bdexport.checkpoint.beside import known_beside_weights
+from bdexport.checkpoint.fitting import shown
 from bdexport.limits import CHECKPOINT_DIRECTORY, MIB, REPEATED_TENSOR
 from bdexport.pickle_scan import Value, is_key, scan
 
@@ -54,7 +55,7 @@ def count_torch_zip(file: BinaryIO, length: int) -> None:
 
     Raises zipfile.BadZipFile and other exceptions for damage, and pickle.UnpicklingError for what is not allowed.
     """
-    _check_directory(file, length)
+    check_directory(file, length)
     with zipfile.ZipFile(file) as archive:
         members = _checked_members(archive, file)
         broken = archive.testzip()  # torch itself does not compare the checksums
@@ -75,7 +76,7 @@ def count_torch_zip(file: BinaryIO, length: int) -> None:
 
 def zip_names(file: BinaryIO, length: int) -> set[str]:
     """The last parts of the members' names."""
-    _check_directory(file, length)
+    check_directory(file, length)
     with zipfile.ZipFile(file) as archive:
         return {name.rpartition("/")[2] for name in archive.namelist()}
 
@@ -101,8 +102,11 @@ def count_torch_pickles(file: BinaryIO, length: int) -> None:
         raise UnpicklingError("no list of its storages")
 
 
-def _check_directory(file: BinaryIO, length: int) -> None:
-    """The archive's directory is at its end and not too long. Python and torch then read the same one."""
+def check_directory(file: BinaryIO, length: int) -> None:
+    """Check that a zip archive's directory is at its end, where Python and torch both look, and not too long.
+
+    Raises zipfile.BadZipFile, and pickle.UnpicklingError for its length.
+    """
     file.seek(max(0, length - 98))
     tail = file.read(98).rjust(98, b"\0")
     if tail[76:80] != b"PK\x05\x06":
@@ -123,9 +127,9 @@ def _checked_members(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, zipf
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-            raise UnpicklingError(f"{ascii(member.filename)[1:61]} is compressed, which torch.save never does")
+            raise UnpicklingError(f"{shown(member.filename, 60)} is compressed, which torch.save never does")
         if member.header_offset < end or (end == 0 and member.header_offset != 0):
-            raise zipfile.BadZipFile(f"{ascii(member.filename)[1:61]} overlaps another member")
+            raise zipfile.BadZipFile(f"{shown(member.filename, 60)} overlaps another member")
         file.seek(member.header_offset + 26)
         name, extra = struct.unpack("<HH", file.read(4))
         end = member.header_offset + 30 + name + extra + member.file_size
@@ -226,7 +230,7 @@ def is_text(value: Any) -> bool:
 
 
 def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
-    """Bytes of a tensor, four at least for each element. Raises where it does not fit the storage that it is a view of."""
+    """Bytes of a tensor, four at least for each element. Raises where it does not fit the storage that it views."""
     storage, offset, shape, strides = (_at(arguments, index) for index in range(4))
     sizes, steps = (value.items if isinstance(value, Value) else (None,) for value in (shape, strides))
     stands = f"tensor {place[:80]!r}" if place else "a tensor"
@@ -239,7 +243,7 @@ def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
         if not isinstance(kind, torch.dtype):
             raise UnpicklingError(f"{stands} of an unknown type")
         itemsize = kind.itemsize
-    numel, stored = math.prod(sizes), storage.items[0]
+    numel, stored = math.prod(sizes), int(storage.items[0])
     last = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if numel and (offset + last + 1) * itemsize > stored:
         raise UnpicklingError(f"{stands} reaches beyond its storage of {stored:,} bytes")
@@ -248,7 +252,7 @@ def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
             f"{stands} has {list(sizes)} elements on a storage of {stored // itemsize:,}: it repeats them (stride 0); "
             "call .contiguous() on it before saving"
         )
-    return numel * max(itemsize, 4)
+    return int(numel) * max(itemsize, 4)
 
 
 def _at(items: tuple[Any, ...], index: int) -> Any:

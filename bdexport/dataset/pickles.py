@@ -18,8 +18,8 @@ import numpy as np
 
 from bdexport.errors import DatasetError
 from bdexport.limits import CIFAR_FILE
-from bdexport.pickled_arrays import INTEGERS, PickledArray, PickledType, array_names
 from bdexport.pickle_scan import ALL_OPERATIONS, scan
+from bdexport.pickled_arrays import INTEGERS, PickledArray, PickledType, array_names
 
 AGAIN = "unpack the data set again"
 
@@ -107,6 +107,8 @@ class _PlainRules:
     def call(self, name: str, arguments: tuple[Any, ...], place: str) -> int | None:
         if name not in _NAMES:
             raise _RefusedError(_one_line(name))
+        if name == "builtins.bytes" and arguments:
+            raise pickle.UnpicklingError("bytes of a length that it only claims")
         return None
 
     def build(self, name: str, state: Any) -> None:

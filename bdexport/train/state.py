@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-import zipfile
-import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bdexport.checkpoint.reading import read_torch
 from bdexport.config import TrainConfig
-from bdexport.errors import TrainingError
+from bdexport.errors import CheckpointError, TrainingError
 from bdexport.files import write_bytes, write_json, write_text
 from bdexport.json_text import MalformedError, parse_json, why
 
@@ -101,11 +99,7 @@ def load_state(run: Path) -> RunState | None:
     if not path.is_file():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it is damaged")
-        blob = torch.load(path, map_location="cpu", weights_only=True)
+        blob = read_torch(path)  # compares the archive's checksums, too
         if blob["best"] is not None:
             score, weights, figures = blob["best"]
             blob["best"] = Best(tuple(score), weights, figures)
@@ -116,11 +110,9 @@ def load_state(run: Path) -> RunState | None:
         if not all(precision in ("fp32", "bf16") for precision in blob.get("precisions", [])):
             raise ValueError("its precisions are none")
         return RunState(**blob)
-    except (
-        *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, IndexError, TypeError, ValueError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (CheckpointError, RuntimeError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        text = error.reason.removeprefix(f"{path}: ") if isinstance(error, CheckpointError) else str(error)
+        first = text.splitlines()[0] if text else type(error).__name__
         raise TrainingError(
             f"{path}: the run's state cannot be read ({first})", remedy="train into another folder, or delete this one"
         ) from error
