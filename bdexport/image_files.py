@@ -105,10 +105,10 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
     most = int(max_pixels * PIXEL_SHARE.get(image.format or "", 1))
     if image.width * image.height > most:
         got = f"{image.width} x {image.height} = {image.width * image.height} pixels"
-        kind = f" ({image.format}: a share of {max_pixels})" if most != max_pixels else ""
-        raise ImageError(
-            "too large to decode safely", got=got, expected=f"at most {most} pixels{kind}", remedy=RAISE_LIMIT
-        )
+        expected = f"at most {most} pixels"
+        if most != max_pixels:
+            expected += f" in {image.format}, whose decoder holds an image several times ({max_pixels} in others)"
+        raise ImageError("too large to decode safely", got=got, expected=expected, remedy=RAISE_LIMIT)
 
 
 def _check_scans(image: Image.Image, file: BinaryIO) -> None:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bdexport import limits
+from bdexport.calibration_list import read_list
 from bdexport.checkpoint import build_model, load_checkpoint
 from bdexport.checkpoint.against import check_against
 from bdexport.dataset.pickles import read_pickle
 from bdexport.errors import BdexportError
 from bdexport.limits import MIB, Cost
+from bdexport.preprocess import read_image
 
 SLACK = 64 * MIB  # what the allocator takes in advance
 COSTS = {
@@ -27,6 +29,8 @@ COSTS = {
     "safetensors": limits.SAFETENSORS_COST,
     "reference": limits.REFERENCE_COST,
     "cifar": limits.CIFAR_COST,
+    "image": limits.IMAGE_COST,
+    "list": limits.LIST_COST,
 }
 
 
@@ -55,6 +59,8 @@ def main(folder: Path) -> None:
         "safetensors": load_checkpoint,
         "cifar": read_pickle,
         "reference": lambda path: check_against(model, ckpt, path),
+        "image": lambda path: ckpt.preprocess.fit_image(read_image(path)),
+        "list": read_list,
     }
     for path in sorted(folder.glob("*/*")):
         kind = path.parent.name

@@ -16,11 +16,13 @@ import torch
 from foreign_networks import PublicResNet
 from hostile_files import CIFAR, REFERENCE, SAFETENSORS, SLOW, TORCH
 from hostile_reader import COSTS
+from image_cases import HOSTILE, LARGE, LISTS, ORDINARY, PERMITTED
 from test_dataset import WRITERS, batch
 
 from bdexport import limits
 from bdexport.checkpoint import load_checkpoint
 from bdexport.errors import CheckpointError
+from bdexport.image_files import FORMATS
 from bdexport.limits import MIB
 
 PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
@@ -29,7 +31,10 @@ KINDS: dict[str, Mapping[str, Callable[[], bytes]]] = {
     "safetensors": SAFETENSORS,
     "reference": REFERENCE,
     "cifar": CIFAR,
+    "image": HOSTILE | LARGE,
+    "list": LISTS,
 }
+LATE = {("image", name) for name in LARGE} | {("list", name) for name in LISTS if name != "lists"}
 HONEST = "honest: "
 OUT_OF_MEMORY = ("MemoryError", "memory", "allocat", "bad_alloc")
 
@@ -58,7 +63,7 @@ def written(folder: Path, slow: bool) -> dict[tuple[str, str], Path]:
     for kind, table in KINDS.items():
         (folder / kind).mkdir()
         for name, make in table.items():
-            if (name in SLOW) == slow:
+            if ((kind, name) in LATE or name in SLOW) == slow:
                 paths[kind, name] = folder / kind / name
                 paths[kind, name].write_bytes(make())
     return paths
@@ -94,6 +99,12 @@ def honest(folder: Path) -> dict[tuple[str, str], Path]:
         if name != "float8":  # torch cannot read it in the old form
             paths["torch", f"{HONEST}{name}, old"] = folder / "torch" / f"{HONEST}{name}, old"
             torch.save(content, paths["torch", f"{HONEST}{name}, old"], _use_new_zipfile_serialization=False)
+    for name, draw in ORDINARY.items():
+        paths["image", f"{HONEST}{name}"] = folder / "image" / f"{HONEST}{name}"
+        draw(paths["image", f"{HONEST}{name}"])
+    for name, make in PERMITTED.items():
+        paths["image", f"{HONEST}{name}"] = folder / "image" / f"{HONEST}{name}"
+        paths["image", f"{HONEST}{name}"].write_bytes(make())
     for name, write in WRITERS.items():
         paths["cifar", f"{HONEST}{name}"] = folder / "cifar" / f"{HONEST}{name}"
         paths["cifar", f"{HONEST}{name}"].write_bytes(write(batch(1000, 0)))
@@ -170,7 +181,8 @@ def test_the_page_has_the_numbers() -> None:
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
     sizes = {"torch": limits.CHECKPOINT_FILE, "safetensors": limits.CHECKPOINT_FILE, "cifar": limits.CIFAR_FILE}
     names = {"torch": "torch checkpoint", "safetensors": "`.safetensors`", "cifar": "CIFAR's pickles"}
-    names["reference"] = "`.npz` with logits"
+    names |= {"reference": "`.npz` with logits", "image": "image", "list": "calibration list"}
+    sizes |= {"image": limits.FILE_BYTES_PER_PIXEL * limits.MAX_PIXELS, "list": limits.MAX_LIST_BYTES}
     for kind, cost in COSTS.items():
         row = rows[names[kind]]
         assert f"{cost.memory // MIB:,} MiB" in row, kind
@@ -181,6 +193,9 @@ def test_the_page_has_the_numbers() -> None:
         *(f"{limits.PICKLE_VALUES:,} ", f"{limits.PICKLE_NESTING} deep", f"{limits.PICKLE_NAME:,} characters"),
         *(f"{limits.PICKLE_INTEGER} bytes", f"{limits.GROWTH} times the file", f"{limits.GROWTH_FLOOR // MIB} MiB"),
         *(f"{limits.REPEATED_TENSOR // MIB} MiB", f"{limits.CHECKPOINT_DIRECTORY // MIB} MiB"),
-        f"{limits.SAFETENSORS_HEADER // MIB} MiB",
+        *(f"{limits.SAFETENSORS_HEADER // MIB} MiB", f"{limits.MAX_PIXELS:,} pixels", f"{limits.MAX_JPEG_SCANS} scans"),
+        *(f"{limits.MIN_IMAGE_BYTES // MIB} MiB", f"{limits.MAX_LIST_ENTRIES:,} images"),
+        *(f"{limits.MAX_FOLDER_ENTRIES:,} entries", f"{limits.MAX_NAMES_BYTES // MIB} MiB of class names"),
+        *(f"{limits.MAX_RESULT_BYTES // MIB} MiB", *FORMATS),
     }
     assert [text for text in said if text not in page] == []
