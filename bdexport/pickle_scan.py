@@ -95,8 +95,8 @@ def scan(file: BinaryIO, length: int, rules: Rules) -> Any:
     """The one value of the pickle that begins at the position of ``file``, which then stands behind it.
 
     ``length``: bytes of the whole file, to which the limits are in proportion. The result is a number, None, a
-    short text or a :class:`Value`. Raises pickle.UnpicklingError for what is not allowed, EOFError or ValueError for what
-    is no pickle.
+    short text or a :class:`Value`. Raises pickle.UnpicklingError for what is not allowed, EOFError or ValueError for
+    what is no pickle.
     """
     machine = _Machine(rules, GROWTH * length + GROWTH_FLOOR)
     reader = cast(BinaryIO, _Reader(file, length))  # it has what pickletools uses

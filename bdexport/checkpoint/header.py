@@ -27,14 +27,13 @@ from bdexport.architecture import (
     Shortcut,
 )
 from bdexport.checkpoint.fitting import shown
-from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_STAGES, MAX_WIDTH
+from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_CLASSES, MAX_STAGES, MAX_WIDTH
 from bdexport.class_names import EXPECTED, name_problem
 from bdexport.errors import BdexportError, CheckpointError
 from bdexport.json_text import MalformedError, parse_json
 from bdexport.preprocess import Preprocess, Resampling
 
 FORMAT_VERSION = 1
-MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import zipfile
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from foreign_networks import PublicResNet
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first two of the pickles in a torch file from before 1.6 ..
 VERSION, SYSTEM = b"\x80\x02M\xe9\x03.", b"\x80\x02}."
@@ -174,10 +176,39 @@ def reference(shape: tuple[int, ...], claimed: int | None = None) -> bytes:
     return bytes(whole)
 
 
+def repeated(blocks: int, width: int) -> bytes:
+    """torch's own file of a network in which every tensor is one number, expanded."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in PublicResNet((blocks,), (width,), 10).state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}, buffer)
+    return buffer.getvalue()
+
+
+def empty(**shapes: tuple[int, ...]) -> bytes:
+    """torch's own file of tensors without elements, or of a few, that claim much by their names and shapes."""
+    buffer = io.BytesIO()
+    torch.save({name.replace("_", "."): torch.zeros(shape) for name, shape in shapes.items()}, buffer)
+    return buffer.getvalue()
+
+
 MANY = 1_990_000  # operations, within what is allowed
 
 TORCH: dict[str, Callable[[], bytes]] = {
     "stride 0": lambda: torch_zip(state(("conv1.weight", tensor(storage(1024), (BIG,), (0,))))),
+    "stride 0 in a wide network": lambda: repeated(2, 4096),
+    "stride 0 in a deep network": lambda: repeated(200, 128),
+    "4,000 blocks": lambda: empty(
+        **{f"layer{stage}_499_conv1_weight": (8, 3, 3, 3) for stage in range(1, 9)},
+        **{f"layer{stage}_499_bn1_weight": (8,) for stage in range(1, 9)},
+        **{f"layer{stage}_0_conv1_weight": (8, 3, 3, 3) for stage in range(1, 9)},
+        **{f"layer{stage}_0_bn1_weight": (8,) for stage in range(1, 9)},
+        conv1_weight=(8, 3, 3, 3),
+    ),
+    "classes without end": lambda: empty(
+        conv1_weight=(8, 3, 3, 3), layer1_0_conv1_weight=(8, 8, 3, 3), layer1_0_bn1_weight=(8,), fc_weight=(BIG, 0)
+    ),
+    "numbers for a mean": lambda: empty(mean=(1 << 20,), std=(1 << 20,)),
     "stride 0, old": lambda: torch_old(state(("w", tensor(storage(4, old=True), (BIG, 9), (0, 0)))), bytes(64)),
     "stride 0, small ones": lambda: torch_zip(
         state(*((f"w{i}", tensor(storage(1024), (250_000,), (0,))) for i in range(500)))
@@ -210,7 +241,7 @@ TORCH: dict[str, Callable[[], bytes]] = {
     "tuples": lambda: torch_zip(twice_in_tuples() + b"."),
     "lists": lambda: torch_zip(twice_in_lists()),
     "filled afterwards": lambda: torch_zip(b"\x80\x02]q\x00]q\x01(h\x00h\x00e\x86h\x00h\x01a\x86."),
-    "deep": lambda: torch_zip(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
+    "deep": lambda: torch_zip(b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."),
     "deep marks": lambda: torch_zip(b"\x80\x02" + b"(" * 1_000_000 + b"t" * 1_000_000 + b"."),
     "memo": lambda: torch_zip(b"\x80\x02]r\x00\x00\x00\x10."),
     "length": lambda: torch_zip(b"\x80\x02X\xff\xff\xff\xff."),
@@ -229,7 +260,7 @@ TORCH: dict[str, Callable[[], bytes]] = {
 }
 SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "header beyond the file": lambda: safetensors({"a": weights([1], 0, 4)}, bytes(4), claimed=BIG),
-    "long header": lambda: safetensors({f"{i:07}" * 10: weights([1], 0, 4) for i in range(70_000)}, bytes(4)),
+    "long header": lambda: safetensors({f"{i:07}" * 100: weights([1], 0, 4) for i in range(12_000)}, bytes(4)),
     "many tensors": lambda: safetensors({f"{i}": weights([0], 0, 0) for i in range(120_000)}),
     "overlapping": lambda: safetensors({f"w{i}": weights([1 << 18], 0, 1 << 20) for i in range(9)}, bytes(1 << 20)),
     "offsets beyond the file": lambda: safetensors({"w": weights([BIG], 0, 4 * BIG)}, bytes(8)),

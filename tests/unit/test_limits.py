@@ -78,7 +78,7 @@ def honest(folder: Path) -> dict[tuple[str, str], Path]:
     sizes = [value.numel() for value in numbers.values()]
     views = {name: part.view(numbers[name].shape) for name, part in zip(numbers, torch.split(flat, sizes), strict=True)}
     adam = {index: {"step": torch.tensor(1.0), "exp_avg": value.clone()} for index, value in enumerate(state.values())}
-    small = {index: {"step": index, "lr": [0.1, index], "name": f"layer {index}"} for index in range(5_000)}
+    small = {index: {"step": index, "lr": [0.1, index], "name": f"layer {index}"} for index in range(2_000)}
     forms: dict[str, Any] = {
         "state": state,
         "views of one buffer": views,

@@ -28,7 +28,7 @@ from bdexport.errors import DatasetError, OutputError, TrainingError, UsageError
 from bdexport.files import holding
 from bdexport.train import pipeline
 from bdexport.train.pipeline import train
-from bdexport.train.state import METRICS_FILE, STATE_FILE
+from bdexport.train.state import METRICS_FILE, STATE_FILE, RunState, load_state, save_state
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +328,28 @@ def test_a_crash_before_the_state_is_saved_leaves_no_epoch_twice_or_out_of_tenso
 
 def _crash(*_: object) -> None:
     raise CutError
+
+
+def test_flipped_bits_in_the_state_change_no_weight(tmp_path: Path) -> None:
+    """Oracle: TrainingError, or exactly the state that was saved (a bit of a time stamp), for 150 bits of the file."""
+    generator = torch.Generator().manual_seed(3)
+    saved = RunState(model={f"w{i}": torch.randn(30, 30, generator=generator) for i in range(8)}, price=0.25)
+    save_state(tmp_path, saved)
+    whole, refused = (tmp_path / STATE_FILE).read_bytes(), 0
+    for bit in torch.randint(8 * len(whole), (150,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / STATE_FILE).write_bytes(damaged)
+        try:
+            found = load_state(tmp_path)
+        except TrainingError:
+            refused += 1
+            continue
+        assert found is not None
+        assert all(torch.equal(found.model[name], weight) for name, weight in saved.model.items())
+        assert found.model.keys() == saved.model.keys()
+        assert replace(found, model={}) == replace(saved, model={})
+    assert refused > 100
 
 
 def test_a_damaged_state_is_reported(straight: tuple[Path, Recorder], tmp_path: Path) -> None:
