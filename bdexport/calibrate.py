@@ -28,8 +28,9 @@ from bdexport.calibration_list import CalibrationList, list_images, make_list, r
 from bdexport.config import CalibrationConfig
 from bdexport.dataset import needs_folder
 from bdexport.errors import CalibrationError, UsageError
-from bdexport.files import sha256_file, write_text
+from bdexport.files import read_bytes, sha256_file, write_text
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.limits import MAX_RESULT_BYTES
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_module, transitions
 from bdexport.parts import FULL, HEAD, KEEP_THRESHOLD, POLICY, STEM, block_part, shortcut_part
@@ -259,7 +260,7 @@ def write_ranges(path: Path, ranges: Mapping[str, tuple[float, float]]) -> None:
 def _read_cache(path: Path, key: str) -> Scales:
     """Raises :class:`CalibrationError` for a file that is not the cache of ``key``."""
     try:
-        data = parse_json(path.read_bytes())
+        data = parse_json(read_bytes(path, MAX_RESULT_BYTES))
         if data["schema"] != SCHEMA or data["key"] != key:
             raise MalformedError("another schema or key")
         ranges = {

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from bdexport.checkpoint.beside import known_beside_weights
 from bdexport.checkpoint.counting import count_torch_pickles, count_torch_zip, zip_names
 from bdexport.errors import CheckpointError
-from bdexport.files import native_path, usable_path
+from bdexport.files import native_path, open_regular, usable_path
 from bdexport.limits import CHECKPOINT_FILE, SAFETENSORS_HEADER
 from bdexport.zoo import zoo_model, zoo_name
 
@@ -42,7 +42,7 @@ def read_raw(path: Path) -> RawFile:
     """Read what :func:`checkpoint_file` finds at ``path``. Raises :class:`CheckpointError` naming file and reason."""
     try:
         path = checkpoint_file(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(512)
             length = _length(file, path)
         return _read_by_start(path, start, length)

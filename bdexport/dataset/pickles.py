@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bdexport.errors import DatasetError
+from bdexport.files import read_bytes
 from bdexport.limits import CIFAR_FILE
 from bdexport.pickle_scan import ALL_OPERATIONS, scan
 from bdexport.pickled_arrays import INTEGERS, PickledArray, PickledType, array_names
@@ -28,7 +29,7 @@ def read_pickle(path: Path) -> Any:
     """The content of a pickle of plain data, with str for byte strings (latin-1). Raises :class:`DatasetError`."""
     try:
         _check_size(path)
-        data = path.read_bytes()
+        data = read_bytes(path, CIFAR_FILE)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file", remedy=AGAIN) from None
     except OSError as error:

@@ -28,8 +28,9 @@ from torch import nn
 from bdexport.checkpoint.reading import read_torch
 from bdexport.config import TrainConfig
 from bdexport.errors import CheckpointError, TrainingError
-from bdexport.files import write_bytes, write_json, write_text
+from bdexport.files import read_bytes, write_bytes, write_json, write_text
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.limits import MAX_RESULT_BYTES
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
 LAST_GOOD_FILE, BASE_FILE, TEACHER_FILE = "last_good.safetensors", "base.safetensors", "teacher.safetensors"
@@ -131,7 +132,7 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
         write_json(path, description)
         return False
     try:
-        before = parse_json(path.read_bytes())
+        before = parse_json(read_bytes(path, MAX_RESULT_BYTES))
         if not isinstance(before, dict):
             raise MalformedError("not an object")
         if not isinstance(before.get("settings", {}), dict):
@@ -165,7 +166,7 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
 def began_before(run: Path, setting: str) -> bool:
     """Whether the run there was begun by a version that did not have this setting."""
     try:
-        settings = parse_json((run / RUN_FILE).read_bytes())["settings"]
+        settings = parse_json(read_bytes(run / RUN_FILE, MAX_RESULT_BYTES))["settings"]
         return setting not in settings
     except (OSError, ValueError, KeyError, TypeError):  # no run, or one that agree_on_run complains about
         return False
@@ -174,7 +175,7 @@ def began_before(run: Path, setting: str) -> bool:
 def _begun_phases(run: Path) -> Collection[str] | None:
     """The phases with a finished epoch; None where that cannot be read."""
     try:
-        lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(run / METRICS_FILE, MAX_RESULT_BYTES).decode().splitlines()
         return {json.loads(line)["phase"] for line in lines}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -201,9 +202,15 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "most.jp2": lambda: _jpeg_2000(7_700, 7_700),
     "most scans.jpg": lambda: jpeg_of_scans(10_900, 90),
 }
+
+
+def _list_of(item: bytes) -> bytes:
+    return b'{"rows": [' + item * ((2**22 - 20) // len(item)) + b"0]}"
+
+
 # Calibration lists of 4 MiB: JSON whose values take the most memory for their length.
 LISTS: dict[str, Callable[[], bytes]] = {
-    name: lambda item=item: b'{"rows": [' + item * ((2**22 - 20) // len(item)) + b"0]}"
+    name: partial(_list_of, item)
     for name, item in {
         "lists": b"[],",
         "nested": b"[[[[[[[[[[]]]]]]]]]],",

@@ -171,9 +171,10 @@ def test_a_data_set_keeps_its_limit(tmp_path: Path) -> None:
         Image.new("RGB", (10, 10)).save(path)
     assert len(load_dataset("folder", tmp_path, max_pixels=100).first(2).arrays(Preprocess())) == 2
     small = load_dataset("folder", tmp_path, max_pixels=99)
-    for read in (lambda: small.take([0]).images(), lambda: small.first(3).arrays(Preprocess())):
-        with pytest.raises(ImageError, match=r"1\.png: too large.*at most 99 pixels"):
-            read()
+    with pytest.raises(ImageError, match=r"1\.png: too large.*at most 99 pixels"):
+        small.take([0]).images()
+    with pytest.raises(ImageError, match=r"1\.png: too large.*at most 99 pixels"):
+        small.first(3).arrays(Preprocess())
     for wrong in (0, -1, 1.5, True, "9"):
         with pytest.raises(UsageError, match="max_pixels"):
             load_dataset("folder", tmp_path, max_pixels=wrong)  # type: ignore[arg-type]
