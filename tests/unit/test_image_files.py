@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import os
 import threading
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from subprocess import SubprocessError
 
 import numpy as np
 import pytest
+from bundles import make_bundle
 from image_cases import EPS, ORDINARY, chunk, jpeg_of_scans, png
 from PIL import Image
+from tiny import tiny_model
 
 import bdexport
 from bdexport import image_files, preprocess
+from bdexport.backends.null import NullBackend
+from bdexport.cli.app import COMMANDS
+from bdexport.cli.main import main
 from bdexport.dataset import Dataset, load_dataset, load_images
 from bdexport.errors import ImageError, UsageError
 from bdexport.image_files import FORMATS, jpeg_scans, open_image
@@ -330,3 +337,57 @@ def test_lack_of_memory_names_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(ImageError, match=r"a\.png: too large for this machine's memory"):
         read_image(tmp_path / "a.png")
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+
+def test_every_command_that_reads_image_files_has_the_limit() -> None:
+    """Oracle: the parameters of the commands themselves."""
+    for name in COMMANDS:
+        parameters = inspect.signature(getattr(import_module(f"bdexport.cli.{name}"), name)).parameters
+        assert ("max_pixels" in parameters) == bool({"data", "image"} & set(parameters)), name
+
+
+def test_run_goes_on_after_hostile_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the file names in the lines of error, the class of the only ordinary image, and the exit code."""
+    bundle = make_bundle(tmp_path / "bundle", tiny_model(), backend=NullBackend())
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (40, 30)).save(folder / "good.png")
+    Image.new("RGB", (50, 30)).save(folder / "large.png")
+    (folder / "photo.png").write_bytes(EPS)
+    (folder / "scans.jpg").write_bytes(jpeg_of_scans(500, 200))
+    os.mkfifo(folder / "pipe.png")
+    assert main(["run", str(bundle.path), str(folder), "--max-pixels", "1200"]) == 1
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert lines[-1] == "bdexport: error: 4 of 5 images were not read"
+    for name in ("large.png", "photo.png", "scans.jpg", "pipe.png"):
+        assert sum(f"not read: {folder / name}: " in line for line in lines) == 1
+    assert f"{folder / 'good.png'}: " in said.out
+    assert main(["run", str(bundle.path), str(folder / "large.png"), "--max-pixels", "1499"]) == 1
+    assert "large.png: too large to decode safely: got 50 x 30 = 1500 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            ["evaluate", "zoo:resnet32-cifar10", "--dataset", "digits"],
+            "--max-pixels has no effect with data set digits",
+        ),
+        (["build", "zoo:resnet32-cifar10", "--out", "x"], "--max-pixels has no effect without images"),
+        (["report", "x.json", "--out", "x"], "--max-pixels has no effect without a data set"),
+        (["profile", "x"], "--max-pixels has no effect with synthetic images"),
+        (["verify", "x"], "--max-pixels has no effect without a data set"),
+    ],
+)
+def test_a_limit_without_effect_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], message: str
+) -> None:
+    """Oracle: the house's rule about options that would not be used."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*line, "--max-pixels", "5"]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
