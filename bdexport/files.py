@@ -31,6 +31,7 @@ except ImportError:  # no Unix
 
 CACHE_VARIABLE = "BDEXPORT_CACHE"
 PARTIAL, OLD = ".partial", ".old"  # being written; replaced, until the new one has the name
+SMALL_READ = 2**20  # bytes
 MOST_SHOWN = 1000  # characters of a path in a message
 SHOWN_NAME = 40  # characters of the whole's name in a partial's: names have limits
 _OWNED = re.compile(r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(\.[a-z0-9_]+)?(\.partial|\.old)")
@@ -301,6 +302,15 @@ def usable_path(path: str | Path) -> Path:
     return path
 
 
+class _Reader(io.BufferedReader):
+    """Asked for more bytes than the file has, as a length inside a damaged file may be, it takes no memory for them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > SMALL_READ:
+            size = min(size, max(SMALL_READ, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 @contextmanager
 def open_regular(path: Path) -> Iterator[io.BufferedReader]:
     """A regular file, open for reading bytes. It never waits, as opening a FIFO would.
@@ -314,7 +324,7 @@ def open_regular(path: Path) -> Iterator[io.BufferedReader]:
         handle = os.open(path, flags)
     except ValueError as error:  # a NUL character, or half of a surrogate pair
         raise OSError(errno.EINVAL, f"no file can have this name: {error}", str(path)) from error
-    with os.fdopen(handle, "rb") as file:
+    with _Reader(io.FileIO(handle, "rb")) as file:
         _check_regular(os.fstat(handle).st_mode, path)
         yield file
 

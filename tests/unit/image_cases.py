@@ -155,6 +155,8 @@ def _inflating(kind: bytes, lead: bytes) -> bytes:
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "177 megapixels of 16 bits.png": lambda: png(13_300, 13_300, 16, rows=False),
     "no rows.png": lambda: png(10_000, 10_000, 8, 6, rows=False)[:-40],
+    "a length of 2 GB.png": lambda: png(8, 8)[:33] + b"\x7f\xff\xff\xffIDAT" + bytes(100),
+    "a box of 2 GB.jp2": lambda: _with(_encoded("JPEG2000"), b"jp2h", -4, ">I", 2**31 - 1),
     "zTXt.png": lambda: _inflating(b"zTXt", b"a\0\0"),
     "iTXt.png": lambda: _inflating(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0"),
     "iCCP.png": lambda: _inflating(b"iCCP", b"a\0\0"),
