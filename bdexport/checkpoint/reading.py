@@ -42,6 +42,8 @@ def read_raw(path: Path) -> RawFile:
     """Read what :func:`checkpoint_file` finds at ``path``. Raises :class:`CheckpointError` naming file and reason."""
     try:
         path = checkpoint_file(path)
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device never ends
+            raise CheckpointError(f"{path}: not a file", expected="a checkpoint file or a run folder")
         with open(path, "rb") as file:
             start = file.read(512)
             length = _length(file, path)

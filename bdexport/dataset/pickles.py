@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,7 +46,10 @@ def read_pickle(path: Path) -> Any:
 
 
 def _check_size(path: Path) -> None:
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting, a device never ends
+        raise DatasetError(f"{path}: not a file", remedy=AGAIN)
+    size = status.st_size
     if size > CIFAR_FILE:
         raise DatasetError(f"{path}: too large a pickle", got=f"{size:,} bytes", expected=f"at most {CIFAR_FILE:,}")
 

@@ -20,7 +20,8 @@ from test_dataset import WRITERS, batch
 
 from bdexport import limits
 from bdexport.checkpoint import load_checkpoint
-from bdexport.errors import CheckpointError
+from bdexport.dataset.pickles import read_pickle
+from bdexport.errors import CheckpointError, DatasetError
 from bdexport.limits import MIB
 
 PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
@@ -162,6 +163,16 @@ def test_what_is_large_is_not_read(tmp_path: Path) -> None:
     os.truncate(path, limits.CHECKPOINT_FILE + 1)
     with pytest.raises(CheckpointError, match=f"too large.*at most {limits.CHECKPOINT_FILE:,}"):
         load_checkpoint(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """Oracle: an error at once, where opening would wait for somebody who writes."""
+    os.mkfifo(tmp_path / "data_batch_1")
+    with pytest.raises(CheckpointError, match="not a file"):
+        load_checkpoint(tmp_path / "data_batch_1")
+    with pytest.raises(DatasetError, match="not a file"):
+        read_pickle(tmp_path / "data_batch_1")
 
 
 def test_the_page_has_the_numbers() -> None:
