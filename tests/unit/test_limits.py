@@ -190,6 +190,7 @@ def test_the_page_has_the_numbers() -> None:
         assert f"{sizes.get(kind, limits.REFERENCE_ARRAYS) // MIB:,} MiB" in row, kind
     said = {
         *(f"{limits.PICKLE_VALUES:,} ", f"{limits.PICKLE_NESTING} deep", f"{limits.PICKLE_NAME:,} characters"),
+        f"more than {limits.PICKLE_ARGUMENTS} arguments",
         *(f"{limits.PICKLE_INTEGER} bytes", f"{limits.GROWTH} times the file", f"{limits.GROWTH_FLOOR // MIB} MiB"),
         *(f"{limits.REPEATED_TENSOR // MIB} MiB", f"{limits.CHECKPOINT_DIRECTORY // MIB} MiB"),
         f"{limits.SAFETENSORS_HEADER // MIB} MiB",
