@@ -38,8 +38,9 @@ class Value:
     ``values`` and ``size``: how many values it holds with itself, and how many bytes, shared ones at each place.
     ``depth``: levels of nesting. ``open``: it was not used yet, and may be filled. ``first``: its first may be a key.
     ``plain``: it holds numbers and short texts only. ``keys``: all that it holds may be keys. ``pairs``: all that it
-    holds are pairs whose first is a key. Whatever is asked of a value takes no longer for a large one, since it may be asked
-    at each of its places.
+    holds are pairs whose first is a key.
+
+    Whatever is asked of a value takes no longer for a large one, since it may be asked at each of its places.
     """
 
     __slots__ = ("count", "depth", "first", "items", "keys", "kind", "name", "open", "pairs", "plain", "size", "values")
