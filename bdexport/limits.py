@@ -14,6 +14,7 @@ MIB = 1 << 20
 PICKLE_VALUES = 2_000_000  # operations, and values in the content; a ResNet-1202 with Adam and an average: 0.8 million
 PICKLE_NESTING = 100  # of lists, dicts and tuples in each other
 PICKLE_NAME = 1000  # characters
+PICKLE_ARGUMENTS = 100  # of one call
 PICKLE_INTEGER = 64  # bytes of one integer
 GROWTH = 4  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
 GROWTH_FLOOR = 16 * MIB  # .. times the file, and this

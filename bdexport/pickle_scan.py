@@ -18,7 +18,15 @@ from collections.abc import Callable, Sequence
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, Protocol, cast
 
-from bdexport.limits import GROWTH, GROWTH_FLOOR, PICKLE_INTEGER, PICKLE_NAME, PICKLE_NESTING, PICKLE_VALUES
+from bdexport.limits import (
+    GROWTH,
+    GROWTH_FLOOR,
+    PICKLE_ARGUMENTS,
+    PICKLE_INTEGER,
+    PICKLE_NAME,
+    PICKLE_NESTING,
+    PICKLE_VALUES,
+)
 
 SHORT_TEXT = 1000  # longer texts and bytes are only counted
 
@@ -29,17 +37,20 @@ class Value:
     ``name``: what a name says, or what was called to make an object. ``items``: of a tuple, its values.
     ``values`` and ``size``: how many values it holds with itself, and how many bytes, shared ones at each place.
     ``depth``: levels of nesting. ``open``: it was not used yet, and may be filled. ``first``: its first may be a key.
-    ``keys``: of a list, all that it holds may be keys; ``pairs``: all that it holds are pairs whose first is a key.
+    ``plain``: it holds numbers and short texts only. ``keys``: all that it holds may be keys. ``pairs``: all that it
+    holds are pairs whose first is a key.
+
+    Whatever is asked of a value takes no longer for a large one, since it may be asked at each of its places.
     """
 
-    __slots__ = ("count", "depth", "first", "items", "keys", "kind", "name", "open", "pairs", "size", "values")
+    __slots__ = ("count", "depth", "first", "items", "keys", "kind", "name", "open", "pairs", "plain", "size", "values")
 
     def __init__(self, kind: str, name: str = "", size: int = 0) -> None:
         self.kind, self.name, self.size = kind, name, size
         self.items: tuple[Any, ...] = ()
         self.values, self.depth, self.count = 1, 1, 0
         self.open = kind in ("list", "dict", "object")
-        self.keys = self.pairs = self.first = True
+        self.keys = self.pairs = self.first = self.plain = True
 
     def hold(self, items: Sequence[Any]) -> None:
         """Count what is put into it. Raises pickle.UnpicklingError beyond the limits of nesting and values."""
@@ -49,9 +60,13 @@ class Value:
                 self.values += item.values
                 self.size += item.size
                 self.depth = max(self.depth, item.depth + 1)
+                self.plain = False
+                self.keys = self.keys and is_key(item)
+                self.pairs = self.pairs and _is_pair(item)
             else:
                 self.values += 1
                 self.size += len(item) if isinstance(item, str | bytes) else 0
+                self.pairs = False
         if self.count == 0 and items:
             self.first = is_key(items[0])
         self.count += len(items)
@@ -231,10 +246,7 @@ class _Machine:
         return target
 
     def _append(self, items: list[Any]) -> None:
-        target = self._target("list", "object")
-        target.keys = target.keys and all(map(is_key, items))
-        target.pairs = target.pairs and all(map(_is_pair, items))
-        self._hold(target, items)
+        self._hold(self._target("list", "object"), items)
 
     def _set_items(self, items: list[Any]) -> None:
         if len(items) % 2 or not all(map(is_key, items[::2])):
@@ -269,6 +281,8 @@ class _Machine:
             raise UnpicklingError("a call of what is no name")
         if not isinstance(arguments, Value) or arguments.kind != "tuple":
             raise UnpicklingError("a call without arguments")
+        if arguments.count > PICKLE_ARGUMENTS:
+            raise UnpicklingError(f"a call with {arguments.count:,} arguments")
         self._made(called.name, arguments)
 
     def _made(self, name: str, arguments: Value) -> None:
@@ -301,7 +315,7 @@ def is_key(value: Any) -> bool:
     """Whether a value can be a dict's key at no cost: a hash of tuples in each other takes a time without limit."""
     if not isinstance(value, Value) or value.kind in ("text", "name", "object"):
         return True
-    return value.kind == "tuple" and not any(isinstance(item, Value) for item in value.items)
+    return value.kind == "tuple" and value.plain
 
 
 def _is_pair(value: Any) -> bool:

@@ -21,7 +21,7 @@ import torch
 from bdexport.checkpoint.beside import known_beside_weights
 from bdexport.checkpoint.fitting import shown
 from bdexport.limits import CHECKPOINT_DIRECTORY, MIB, REPEATED_TENSOR
-from bdexport.pickle_scan import Value, is_key, scan
+from bdexport.pickle_scan import Value, scan
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a file from before torch 1.6
 OPERATIONS = frozenset(  # those that torch's restricted reader knows
@@ -47,6 +47,7 @@ STORED_ELEMENT = {  # bytes of one element, by the name of a kind of storage
     **dict.fromkeys(("Char", "Byte", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4", "Untyped"), 1),
     "ComplexDouble": 16,
 }
+TYPES = {str(kind): kind.itemsize for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
 
 
@@ -239,10 +240,10 @@ def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
         raise UnpicklingError(f"{stands} of an unknown form")
     itemsize = STORED_ELEMENT[storage.name]
     if name.endswith("_v3"):
-        kind = getattr(torch, getattr(_at(arguments, 6), "name", "").removeprefix("torch."), None)
-        if not isinstance(kind, torch.dtype):
+        named = _at(arguments, 6)
+        if not isinstance(named, Value) or named.name not in TYPES:
             raise UnpicklingError(f"{stands} of an unknown type")
-        itemsize = kind.itemsize
+        itemsize = TYPES[named.name]
     numel, stored = math.prod(sizes), int(storage.items[0])
     last = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if numel and (offset + last + 1) * itemsize > stored:
@@ -284,9 +285,7 @@ def _set(arguments: tuple[Any, ...]) -> bool:
     if not arguments:
         return True
     (first, *more) = arguments
-    if more or not isinstance(first, Value) or first.kind not in ("list", "tuple"):
-        return False
-    return first.keys if first.kind == "list" else all(map(is_key, first.items))
+    return not more and isinstance(first, Value) and first.kind in ("list", "tuple") and first.keys
 
 
 _CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
@@ -297,7 +296,7 @@ _CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
     "builtins.complex": lambda arguments: all(isinstance(value, float) for value in arguments),
     "_codecs.encode": lambda arguments: bool(arguments) and _bytes_like(arguments[0]) and _is_coding(arguments[1:]),
     "torch.Size": lambda arguments: all(
-        isinstance(value, Value) and all(map(is_count, value.items)) for value in arguments
+        isinstance(value, Value) and value.count <= 64 and all(map(is_count, value.items)) for value in arguments
     ),
 }
 

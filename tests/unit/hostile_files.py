@@ -102,6 +102,11 @@ def encoded_often(times: int = 5_000, size: int = 1 << 20) -> bytes:
     return b"\x80\x02(" + text("x" * size) + b"q\x00" + encode * times + b"t."
 
 
+def long_tuple(use: bytes) -> bytes:
+    """A tuple of 100,000 numbers, used in 20,000 places."""
+    return b"\x80\x02((" + b"G\x00\x00\x00\x00\x00\x00\x00\x00" * 100_000 + b"tq\x00" + use * 20_000 + b"t."
+
+
 def overlapping_zip() -> bytes:
     """Two entries of the directory lead to the same member."""
     whole = torch_zip(state(("a", b"K\x01")), {"0": bytes(4096), "1": bytes(4096)})
@@ -236,6 +241,9 @@ TORCH: dict[str, Callable[[], bytes]] = {
     ),
     "encoded often": lambda: torch_zip(encoded_often()),
     "encoded otherwise": lambda: torch_zip(calling("_codecs", "encode", text("x" * 100_000), text("punycode"))),
+    "a long tuple in many sets": lambda: torch_zip(long_tuple(b"cbuiltins\nset\n(h\x00tR")),
+    "a long tuple in many lists": lambda: torch_zip(long_tuple(b"]h\x00a")),
+    "many arguments": lambda: torch_zip(long_tuple(b"cbuiltins\ncomplex\nh\x00R")),
     "tuples as a key": lambda: torch_zip(b"\x80\x02}" + twice_in_tuples()[2:] + b"K\x01s."),
     "tuples in a set": lambda: torch_zip(b"\x80\x02cbuiltins\nset\n]" + twice_in_tuples()[2:] + b"a\x85R."),
     "tuples": lambda: torch_zip(twice_in_tuples() + b"."),

@@ -21,7 +21,8 @@ from test_dataset import WRITERS, batch
 
 from bdexport import limits
 from bdexport.checkpoint import load_checkpoint
-from bdexport.errors import CheckpointError
+from bdexport.dataset.pickles import read_pickle
+from bdexport.errors import CheckpointError, DatasetError
 from bdexport.image_files import FORMATS
 from bdexport.limits import MIB
 
@@ -175,6 +176,16 @@ def test_what_is_large_is_not_read(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """Oracle: an error at once, where opening would wait for somebody who writes."""
+    os.mkfifo(tmp_path / "data_batch_1")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_checkpoint(tmp_path / "data_batch_1")
+    with pytest.raises(DatasetError, match="not a regular file"):
+        read_pickle(tmp_path / "data_batch_1")
+
+
 def test_the_page_has_the_numbers() -> None:
     """Oracle: the constants in bdexport/limits.py."""
     page = PAGE.read_text(encoding="utf-8")
@@ -191,6 +202,7 @@ def test_the_page_has_the_numbers() -> None:
         assert f"{sizes.get(kind, limits.REFERENCE_ARRAYS) // MIB:,} MiB" in row, kind
     said = {
         *(f"{limits.PICKLE_VALUES:,} ", f"{limits.PICKLE_NESTING} deep", f"{limits.PICKLE_NAME:,} characters"),
+        f"more than {limits.PICKLE_ARGUMENTS} arguments",
         *(f"{limits.PICKLE_INTEGER} bytes", f"{limits.GROWTH} times the file", f"{limits.GROWTH_FLOOR // MIB} MiB"),
         *(f"{limits.REPEATED_TENSOR // MIB} MiB", f"{limits.CHECKPOINT_DIRECTORY // MIB} MiB"),
         *(f"{limits.SAFETENSORS_HEADER // MIB} MiB", f"{limits.MAX_PIXELS:,} pixels", f"{limits.MAX_JPEG_SCANS} scans"),
