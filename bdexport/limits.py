@@ -58,7 +58,7 @@ MAX_LIST_ENTRIES = 100_000
 MAX_NAMES_BYTES = 2 * MIB
 # A result is looked at before --json replaces it: whether it is JSON. A profile of a million events has 100 MB.
 MAX_REPLACED_BYTES = 256 * MIB
-# What the commands write as JSON, and a run's metrics, a line for each epoch; most have less than 1 MB.
+# A run's settings, its metrics (a line for each epoch), and kept scales: most have less than 1 MB.
 MAX_RESULT_BYTES = 16 * MIB
 # ImageNet has 1.3 million files; an entry takes 0.5 KB while a folder is read.
 MAX_FOLDER_ENTRIES = 5_000_000

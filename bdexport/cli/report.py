@@ -79,7 +79,7 @@ def report(
     if usable_path(out).is_dir() and any(out.iterdir()) and not overwrite:  # before minutes of measuring, not after
         raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
     config = replace(DEFAULT, split=split, batch=batch)
-    found = read_sources(sources)
+    found = read_sources([usable_path(path) for path in sources])
     loading = Loading(None, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     models = loading.load_several([source.path for source in found.trained if source.has_model])
     chosen = None if dataset is None else _data(dataset, data, split, images, loading.words(), max_pixels)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bdexport.errors import ReportError
-from bdexport.files import read_bytes
 from bdexport.json_text import MalformedError, why
-from bdexport.limits import MAX_RESULT_BYTES
 
 Series = tuple[float | None, ...]
 
@@ -67,9 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``. Raises ReportError naming the line that is damaged."""
     rows = []
     try:
-        lines = read_bytes(path, MAX_RESULT_BYTES).decode().splitlines()
-    except OSError as error:
-        raise ReportError(f"{path}: {error.strerror}", remedy="check the path") from error
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ReportError(f"{path}: not text ({why(error)})", remedy=MENDED) from error
     for number, line in enumerate(lines, start=1):

@@ -10,9 +10,7 @@ from typing import Any
 
 from bdexport.bundle import MANIFEST
 from bdexport.errors import ReportError, UsageError
-from bdexport.files import read_bytes, usable_path
 from bdexport.json_text import MalformedError, json_kind, parse_json, shown, why
-from bdexport.limits import MAX_RESULT_BYTES
 from bdexport.report.benchmarks import BENCHMARK_SCHEMA, Benchmark, read_benchmark
 from bdexport.report.curves import read_metrics
 from bdexport.report.points import (
@@ -75,7 +73,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         raise UsageError("nothing to report on", remedy=NAME_SOMETHING)
     found = Sources()
     names = unique_names([path for path in paths if path.suffix != ".json"])
-    for path in dict.fromkeys(map(usable_path, paths)):
+    for path in dict.fromkeys(paths):
         if path.suffix == ".json":
             _read_result(path, found)
         elif path.is_dir():
@@ -153,9 +151,7 @@ def _read_run(path: Path) -> RunFolder | None:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        data = parse_json(read_bytes(path, MAX_RESULT_BYTES))
-    except OSError as error:
-        raise ReportError(f"{path}: {error.strerror}", remedy="check the path") from error
+        data = parse_json(path.read_bytes())
     except MalformedError as error:
         raise ReportError(f"{path}: not JSON ({error})", remedy="write it again") from error
     if not isinstance(data, dict):

@@ -340,16 +340,14 @@ def test_errors_are_this_packages(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(20)
 def test_other_data_that_are_no_regular_files(tmp_path: Path) -> None:
-    """Oracle: an error of this package at once, for a batch of CIFAR, a checkpoint and a result that are FIFOs."""
+    """Oracle: an error of this package at once, for a batch of CIFAR and a checkpoint that are FIFOs."""
     from bdexport.checkpoint import load_checkpoint
-    from bdexport.report.sources import read_sources
 
-    for name in ("batches.meta", "test_batch", "model.th", "result.json"):
+    for name in ("batches.meta", "test_batch", "model.th"):
         os.mkfifo(tmp_path / name)
     for read in (
         lambda: load_dataset("cifar10", tmp_path),
         lambda: load_checkpoint(tmp_path / "model.th"),
-        lambda: read_sources([tmp_path / "result.json"]),
     ):
         with pytest.raises(BdexportError, match="not a regular file"):
             read()
@@ -362,7 +360,6 @@ def test_names_that_no_file_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from bdexport.bundle import open_bundle
     from bdexport.checkpoint import load_checkpoint
     from bdexport.files import check_writable, making_folder, refuse_existing, write_text
-    from bdexport.report.sources import read_sources
 
     monkeypatch.chdir(tmp_path)
     path = Path(name)
@@ -375,8 +372,6 @@ def test_names_that_no_file_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lambda: bdexport.load(path),
         lambda: open_bundle(name),
         lambda: load_checkpoint(path),
-        lambda: read_sources([path]),
-        lambda: read_sources([path.with_suffix(".json") if "\0" in name else Path(f"{name}.json")]),
         lambda: read_list(path),
         lambda: load_dataset("folder", path),
         lambda: check_writable(path),

@@ -391,3 +391,32 @@ def test_a_limit_without_effect_is_refused(
     assert main([*line, "--max-pixels", "5"]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["run", "LONG", "x.png"],
+        ["inspect", "LONG"],
+        ["evaluate", "LONG", "--dataset", "digits"],
+        ["report", "LONG", "--out", "x"],
+        ["report", "LONG.json", "--out", "x"],
+        ["report", "x", "--out", "LONG"],
+        ["export", "zoo:resnet32-cifar10", "--out", "LONG"],
+        ["calibrate", "x", "--list", "LONG"],
+        ["train", "--arch", "resnet8", "--dataset", "folder", "--data", "LONG", "--out", "x"],
+        ["inspect", "x", "--json", "LONG"],
+    ],
+)
+def test_a_path_of_5000_characters_is_one_short_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str]
+) -> None:
+    """Oracle: wrong usage, one line, cut in the middle; nothing is left."""
+    monkeypatch.chdir(tmp_path)
+    assert main([word.replace("LONG", "a" * 5000) for word in line]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("bdexport: error: ")
+    assert "File name too long: got 500" in said[0]
+    assert len(said[0]) < 700
+    assert list(tmp_path.iterdir()) == []
