@@ -195,6 +195,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "16 bits.png": lambda: png(10_900, 10_900, 16),
     "alpha.png": lambda: png(10_900, 10_900, 8, 6),
     "deflated.tif": lambda: bytes(_encoded("TIFF", "RGB", (10_900, 10_900), compression="tiff_adobe_deflate")),
+    "floats.tif": lambda: bytes(_encoded("TIFF", "F", (10_900, 10_900), compression="tiff_adobe_deflate")),
     "progressive.jpg": lambda: bytes(_encoded("JPEG", "CMYK", (10_900, 10_900), progressive=True)),
     "turned.jpg": lambda: bytes(_encoded("JPEG", "RGB", (10_900, 10_900), exif=_exif(6))),
     "most.jpg": lambda: _with(_encoded("JPEG"), b"\xff\xc0", 5, ">HH", 10_900, 10_900),
