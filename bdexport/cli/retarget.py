@@ -100,7 +100,7 @@ def retarget(
         "retargeted": {"target_blocks": target_blocks, "logit_shift": shift},
         "policy_statistics": policy_statistics(after, "validation"),
     }
-    save_checkpoint(out, replace(found, state=state, training=training))
+    save_checkpoint(out, replace(found, state=state, training=training, sha256=None))
     result = {
         "schema": "bdexport.retarget/1",
         "checkpoint": checkpoint,

@@ -143,6 +143,18 @@ def test_pruned_twice_is_pruned_from_what_is_left() -> None:
     assert prune_checkpoint(once, [0.0, 1 / 3], (), "y").network.inner_widths == (4, 4, 4)
 
 
+def test_a_pruned_checkpoint_does_not_keep_the_digest_of_its_base(tmp_path: Path) -> None:
+    """Oracle: the digest is of a file that was read; other weights have none until they are saved and read."""
+    path = tmp_path / "base.safetensors"
+    save_checkpoint(path, tiny_checkpoint(tiny_model()))
+    base = load_checkpoint(path)
+    assert base.sha256 is not None
+    pruned = prune_checkpoint(base, [0.0, 0.25], (), "x")
+    assert pruned.sha256 is None
+    save_checkpoint(path, pruned)
+    assert load_checkpoint(path).sha256 not in (None, base.sha256)
+
+
 def test_ordinary_files_say_nothing_of_inner_widths() -> None:
     """Oracle: the form of files written before there was pruning."""
     spec = ResNetSpec("cifar", "basic", (1,), (4,), "option_a", 3)
