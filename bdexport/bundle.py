@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bdexport.bundle_checks import REBUILD, parse_document, rule_error
 from bdexport.errors import BundleError
-from bdexport.files import sha256_file, write_json
+from bdexport.files import sha256_file, usable_path, write_json
 from bdexport.manifest import (
     DTYPE,
     FORMAT_VERSION,
@@ -111,7 +111,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of the bundle at ``path``, fully validated; no other file is looked at."""
-    root = Path(path)
+    root = usable_path(path)
     if _holds_checkpoint(root):
         remedy = f"build it first: bdexport build {root}"
         raise rule_error("R1", f"{root}: not a bundle", got="a checkpoint", expected="a BUNDLE folder", remedy=remedy)

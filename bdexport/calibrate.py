@@ -28,8 +28,9 @@ from bdexport.calibration_list import CalibrationList, list_images, make_list, r
 from bdexport.config import CalibrationConfig
 from bdexport.dataset import needs_folder
 from bdexport.errors import CalibrationError, UsageError
-from bdexport.files import sha256_file, write_text
+from bdexport.files import read_bytes, sha256_file, write_text
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.limits import MAX_RESULT_BYTES
 from bdexport.models.pair import BlockDropNet
 from bdexport.partition import part_module, transitions
 from bdexport.parts import FULL, HEAD, KEEP_THRESHOLD, POLICY, STEM, block_part, shortcut_part
@@ -68,12 +69,16 @@ class Scales:
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """Where scales may come from. ``list_file``: a committed list; ``dataset`` and ``data``: the images themselves."""
+    """Where scales may come from. ``list_file``: a committed list; ``dataset`` and ``data``: the images themselves.
+
+    ``max_pixels``: image files that have more are refused (None: ``bdexport.limits.MAX_PIXELS``).
+    """
 
     config: CalibrationConfig = field(default_factory=CalibrationConfig)
     dataset: str | None = None
     data: Path | None = None
     list_file: Path | None = None
+    max_pixels: int | None = None
 
 
 def scales_for(
@@ -114,7 +119,7 @@ def scales_for(
     # A build's --data may be the folder of its --dataset alone.
     other = request.dataset not in (None, chosen.dataset) and not needs_folder(chosen.dataset)
     data = None if other else request.data
-    images = list_images(chosen, data, preprocess, class_names, where=request.list_file)
+    images = list_images(chosen, data, preprocess, class_names, where=request.list_file, max_pixels=request.max_pixels)
     scales = calibrated(model, graphs, preprocess, images, request.config, progress)
     source = {"dataset": chosen.dataset, "split": chosen.split, "images": len(images), "method": METHOD}
     scales = Scales(
@@ -255,7 +260,7 @@ def write_ranges(path: Path, ranges: Mapping[str, tuple[float, float]]) -> None:
 def _read_cache(path: Path, key: str) -> Scales:
     """Raises :class:`CalibrationError` for a file that is not the cache of ``key``."""
     try:
-        data = parse_json(path.read_bytes())
+        data = parse_json(read_bytes(path, MAX_RESULT_BYTES))
         if data["schema"] != SCHEMA or data["key"] != key:
             raise MalformedError("another schema or key")
         ranges = {

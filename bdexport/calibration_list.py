@@ -24,9 +24,11 @@ from bdexport.config import CalibrationConfig, DatasetConfig
 from bdexport.dataset import Dataset, check_classes, load_dataset
 from bdexport.dataset.samples import NAME as SAMPLES
 from bdexport.dataset.splits import split_rows
-from bdexport.errors import CalibrationError, UsageError
-from bdexport.files import sha256_file, utf8_name, write_text
+from bdexport.errors import CalibrationError, ImageError, UsageError
+from bdexport.files import read_bytes, sha256_file, usable_path, utf8_name, write_text
+from bdexport.files import shown as shown_path
 from bdexport.json_text import MalformedError, json_kind, parse_json, shown
+from bdexport.limits import MAX_LIST_BYTES, MAX_LIST_ENTRIES
 from bdexport.preprocess import Preprocess
 
 SCHEMA = "bdexport.calibration-list/1"
@@ -55,31 +57,36 @@ def default_split(dataset: str, wanted: str) -> str:
 
 def make_list(dataset: str, data: Path | None, config: CalibrationConfig) -> CalibrationList:
     """A stratified draw of ``config.images`` of a split (all where there are fewer), the same every time."""
-    if config.images < 1:
-        raise UsageError("number of calibration images", got=config.images, expected="at least 1")
+    if not 1 <= config.images <= MAX_LIST_ENTRIES:
+        expected = f"1 to {MAX_LIST_ENTRIES}"
+        raise UsageError("number of calibration images", got=config.images, expected=expected)
     split = default_split(dataset, config.split)
     loaded = load_dataset(dataset, data, split)
     if config.images < len(loaded):
         rows = split_rows(loaded.labels, (config.images / len(loaded),), DatasetConfig.seed)[0][: config.images]
     else:
-        rows = np.arange(len(loaded))
+        rows = np.arange(len(loaded))  # no more than were asked for
     return _list_of(loaded, rows.tolist(), data)
 
 
 def write_list(path: Path, chosen: CalibrationList) -> None:
-    """Write it, a line per key."""
+    """Write it, a line per key. Raises :class:`CalibrationError` for one that :func:`read_list` would refuse."""
     lines = [
         f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in ({"schema": SCHEMA} | asdict(chosen)).items()
     ]
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    if len(text) > MAX_LIST_BYTES:  # JSON of json.dumps is ASCII
+        got, expected = f"{len(text)} bytes", f"at most {MAX_LIST_BYTES}"
+        raise CalibrationError(f"{path}: the list is too long", got=got, expected=expected, remedy="draw fewer images")
+    write_text(path, text)
 
 
 def read_list(path: Path) -> CalibrationList:
     """Inverse of :func:`write_list`. Raises :class:`CalibrationError` for a file that is unreadable, empty, no list."""
     try:
-        data = parse_json(path.read_bytes())
+        data = parse_json(read_bytes(usable_path(path), MAX_LIST_BYTES))
     except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror})", remedy=AGAIN) from error
+        raise CalibrationError(f"{shown_path(path)}: cannot be read ({error.strerror})", remedy=AGAIN) from error
     except MalformedError as error:
         raise CalibrationError(f"{path}: no calibration list ({error})", remedy=AGAIN) from error
     found = _from_json(data, path)
@@ -111,6 +118,10 @@ def _from_json(data: Any, path: Path) -> CalibrationList:
     shape = checked(
         "shape", lambda value: value is None or (_is_list_of(int, value) and len(value) == 3), "[h, w, 3], or null"
     )
+    unique = len(set(rows)) == len(rows) and (files is None or len(set(files)) == len(files))
+    if not unique or len(rows) > MAX_LIST_ENTRIES:
+        got = f"{len(rows)} rows" if len(rows) > MAX_LIST_ENTRIES else "an image twice"
+        raise wrong("rows", got, f"at most {MAX_LIST_ENTRIES} rows, each once")
     if files is not None and len(files) != len(rows):
         raise wrong("files", f"{len(files)} names", f"{len(rows)}, one for each row")
     return CalibrationList(
@@ -138,13 +149,14 @@ def list_images(
     preprocess: Preprocess,
     class_names: Sequence[str] = (),
     where: Path | None = None,
+    max_pixels: int | None = None,
 ) -> NDArray[np.uint8]:
     """The images of a list at the network's size: uint8 (N, H, W, 3).
 
     Raises :class:`CalibrationError` where they are not those that the list was made from.
     """
     name = str(where) if where is not None else f"calibration list of {chosen.dataset}"
-    loaded = load_dataset(chosen.dataset, data, chosen.split)
+    loaded = load_dataset(chosen.dataset, data, chosen.split, max_pixels=max_pixels)
     if class_names:
         check_classes(loaded, len(class_names), class_names)
     rows = _rows(chosen, loaded, data, name)
@@ -169,7 +181,7 @@ def _rows(chosen: CalibrationList, loaded: Dataset, data: Path | None, name: str
         return [known[file] for file in chosen.files]
     outside = [row for row in chosen.rows if not 0 <= row < len(loaded)]
     if outside:
-        got, expected = f"row {outside[0]}", f"0..{len(loaded) - 1} (split {chosen.split})"
+        got, expected = f"row {shown(outside[0])}", f"0..{len(loaded) - 1} (split {chosen.split})"
         raise CalibrationError(f"{name}: names an image that is not there", got=got, expected=expected, remedy=AGAIN)
     return list(chosen.rows)
 
@@ -192,4 +204,12 @@ def _relative(path: Path, data: Path | None) -> str:
 def _digest(images: Dataset) -> str:
     if isinstance(images.source, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(images.source).tobytes()).hexdigest()
-    return hashlib.sha256("\n".join(sha256_file(path) for path in images.source).encode()).hexdigest()
+    return hashlib.sha256("\n".join(_image_digest(path) for path in images.source).encode()).hexdigest()
+
+
+def _image_digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        what = f"{shown_path(path)}: cannot be read ({error.strerror})"
+        raise ImageError(what, remedy="check the path") from error

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bdexport.errors import OutputError
+from bdexport.errors import OutputError, UsageError
 
 try:
     import fcntl
@@ -29,6 +31,8 @@ except ImportError:  # no Unix
 
 CACHE_VARIABLE = "BDEXPORT_CACHE"
 PARTIAL, OLD = ".partial", ".old"  # being written; replaced, until the new one has the name
+SMALL_READ = 2**20  # bytes
+MOST_SHOWN = 1000  # characters of a path in a message
 SHOWN_NAME = 40  # characters of the whole's name in a partial's: names have limits
 _OWNED = re.compile(r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(\.[a-z0-9_]+)?(\.partial|\.old)")
 
@@ -58,21 +62,25 @@ def _reported(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path}: no space left; nothing was written", remedy="free some space") from error
+            raise OutputError(f"{shown(path)}: no space left; nothing was written", remedy="free some space") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another place") from error
+            raise OutputError(
+                f"{shown(path)}: cannot be written ({error.strerror})", remedy="choose another place"
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise OutputError(f"{path}: cannot be written ({error.strerror})", remedy="choose another name") from error
+            raise OutputError(
+                f"{shown(path)}: cannot be written ({error.strerror})", remedy="choose another name"
+            ) from error
         if error.errno == errno.ENOENT:  # of the kernel's own file systems, say
             cause = "no file can be made there" if path.parent.is_dir() else "its folder cannot be made"
-            what = f"{path}: {cause} ({error.strerror})"
+            what = f"{shown(path)}: {cause} ({error.strerror})"
             raise OutputError(what, remedy="choose another place") from error
         raise
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise :class:`OutputError` where ``path`` exists and nobody asked to replace it; for use before long work."""
-    if path.exists() and not overwrite:
+    if usable_path(path).exists() and not overwrite:
         raise OutputError(f"{path}: exists already", remedy="choose another name, or pass --overwrite to replace it")
 
 
@@ -102,7 +110,7 @@ def check_writable(path: Path) -> None:
 
     Folders that are missing would be made. A disk that fills up meanwhile is found by the writing itself.
     """
-    with _reported(path):
+    with _reported(usable_path(path)):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -120,7 +128,7 @@ def writing(path: Path) -> Iterator[Path]:
 
     A device or a pipe (``/dev/stdout``) is written to, never replaced.
     """
-    with _reported(path):
+    with _reported(usable_path(path)):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if path.exists() and not path.is_file():
@@ -150,7 +158,7 @@ def making_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     An existing ``path`` is refused with :class:`OutputError` unless ``overwrite`` is set (or it is an empty folder);
     the old folder stays in place until the new one is complete.
     """
-    path = path.absolute()
+    path = usable_path(path).absolute()
     remove_stale(path.parent)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path}: exists and is not a folder", remedy="choose another name")
@@ -180,7 +188,7 @@ def holding(folder: Path) -> Iterator[None]:
     Raises :class:`OutputError` where one holds it. The hold ends with the process, however that ends. Systems without
     ``flock`` and file systems that do not support it do without.
     """
-    with _reported(folder):
+    with _reported(usable_path(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -277,9 +285,75 @@ def _is_dead(pid: int) -> bool:
     return False
 
 
-def shown(path: Path) -> str:
-    """A file's name on one line, with an escape for what a terminal would obey instead of printing it."""
-    return "".join(ascii(c)[1:-1] if is_control(c) else c for c in str(path))
+def usable_path(path: str | Path) -> Path:
+    """``path`` as a :class:`Path`, for what a caller names; whether anything is there is another question.
+
+    Raises :class:`UsageError` for a name that no file can have: too long for the system, or with a NUL character.
+    """
+    path = Path(path)
+    try:
+        os.lstat(path)
+    except ValueError as error:  # a NUL character, or half of a surrogate pair
+        raise UsageError(f"{shown(path)}: no file can have this name ({error})", remedy="check the path") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            got = f"{len(os.fsencode(path))} bytes"
+            raise UsageError(f"{shown(path)}: {error.strerror}", got=got, remedy="check the path") from error
+    return path
+
+
+class _Reader(io.BufferedReader):
+    """Asked for more bytes than the file has, as a length inside a damaged file may be, it takes no memory for them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > SMALL_READ:
+            size = min(size, max(SMALL_READ, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[io.BufferedReader]:
+    """A regular file, open for reading bytes. It never waits, as opening a FIFO would.
+
+    Raises OSError, whose ``strerror`` says so, for everything else: a folder, a FIFO, a socket, a device; also for a
+    name that no file can have.
+    """
+    try:
+        _check_regular(os.stat(path).st_mode, path)  # before opening: that alone makes some devices act
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, flags)
+    except ValueError as error:  # a NUL character, or half of a surrogate pair
+        raise OSError(errno.EINVAL, f"no file can have this name: {error}", str(path)) from error
+    with _Reader(io.FileIO(handle, "rb")) as file:
+        _check_regular(os.fstat(handle).st_mode, path)
+        yield file
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a regular file that has at most ``most``. Raises OSError, also for a larger one and other kinds."""
+    with open_regular(path) as file:
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else b""
+        if len(data) > most or os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"larger than {most / 2**20:g} MiB", str(path))
+    return data
+
+
+def shown(path: Path | str) -> str:
+    """A file's name on one line, with an escape for what a terminal would obey instead of printing it.
+
+    A name that is longer than any file's is cut in the middle.
+    """
+    text = str(path)
+    if len(text) > MOST_SHOWN:
+        text = f"{text[: MOST_SHOWN // 4]}..{text[-MOST_SHOWN // 4 :]}"
+    return "".join(ascii(c)[1:-1] if is_control(c) else c for c in text)
 
 
 def is_control(character: str) -> bool:
@@ -314,8 +388,8 @@ def utf8_text(text: str) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """Hex SHA-256 of a regular file's bytes. Raises OSError, also for what is no regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 INTEGERS = re.compile(r"[|<>=]?[biu][1248]")  # bool and integers
+MOST_AXES = 64  # numpy's own limit, for the sake of what multiplying a million numbers takes
 NUMBERS = re.compile(r"[|<>=]?(b1|[iu][1248]|f[248]|c8|c16)")
 
 
@@ -56,7 +57,11 @@ def array_from_parts(content: Any, kind: Any, shape: Any, order: Any) -> NDArray
         content = content.encode("latin1")
     if not isinstance(content, bytes | bytearray) or not isinstance(kind, PickledType):
         raise pickle.UnpicklingError("array without its bytes")
-    if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > MOST_AXES
+        or not all(type(size) is int and size >= 0 for size in shape)
+    ):
         raise pickle.UnpicklingError("array without a shape")
     if math.prod(shape) * kind.dtype.itemsize != len(content):
         raise pickle.UnpicklingError(f"array of shape {shape} with {len(content)} bytes")

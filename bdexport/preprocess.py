@@ -10,6 +10,8 @@ transparency shows white, 16-bit greyscale keeps its upper 8 bits. Colour profil
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.errors import ImageError, InputError
-from bdexport.files import shown
+from bdexport.image_files import open_image
+from bdexport.limits import BAND_PIXELS, MAX_PIXELS
 
 if TYPE_CHECKING:  # arrays of the network's size need no Pillow, and a machine that measures may not have it
     from PIL import Image
@@ -174,33 +177,26 @@ def _triple(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an image file completely and turn it upright; the file is closed when this returns.
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image file as RGB, decoded completely and turned upright; the file is closed when this returns.
 
-    Raises :class:`ImageError` naming the file and the reason, also for an image so large that Pillow takes it for a
-    decompression bomb.
+    Raises :class:`ImageError` naming the file and the reason, also for an image of more than ``max_pixels`` pixels
+    (width times height; WebP, AVIF and JPEG 2000: half of them), which is refused before it is decoded.
     """
-    from PIL import Image, UnidentifiedImageError
+    with decoded_image(path, max_pixels) as image:
+        return image
 
+
+@contextmanager
+def decoded_image(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """What :func:`read_image` returns, for use inside the block: other threads wait before they decode large images.
+
+    An :class:`ImageError` that the block raises is given the file's name.
+    """
     _reading.path = path
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _upright(image)
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{shown(path)}: not an image that Pillow can decode", expected="PNG, JPEG, WebP, BMP, TIFF.. "
-        ) from None
-    except FileNotFoundError:
-        raise ImageError(f"{shown(path)}: no such file", remedy="check the path") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{shown(path)}: too large to decode safely ({error})", remedy="scale it down first"
-        ) from error
-    except Exception as error:  # decoders of damaged files raise nearly anything: struct.error, IndexError, EOFError..
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ImageError(f"{shown(path)}: cannot be read ({error.strerror})", remedy="check the path") from error
-        raise ImageError(f"{shown(path)}: damaged or unreadable image ({error})") from error
+        with open_image(path, max_pixels) as image:
+            yield _upright(image)
     finally:
         _reading.path = None
 
@@ -211,11 +207,14 @@ def image_being_read() -> Path | None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy that no longer needs the file, turned as its EXIF orientation says."""
+    """An RGB image that no longer needs the file, turned as its EXIF orientation says."""
     from PIL.Image import Transpose
 
     method = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
-    return image.copy() if method is None else image.transpose(Transpose[method])
+    rgb = to_rgb(image)
+    if method is not None:
+        return rgb.transpose(Transpose[method])
+    return rgb.copy() if rgb is image else rgb
 
 
 def _check_images(images: NDArray[np.uint8]) -> None:
@@ -228,9 +227,28 @@ def _check_images(images: NDArray[np.uint8]) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image (greyscale, palette, CMYK, alpha..) as RGB. Raises :class:`ImageError` where none is defined."""
+    """Any Pillow image (greyscale, palette, CMYK, alpha..) as RGB: the image itself when it is that, all of it opaque.
+
+    Raises :class:`ImageError` where no colours are defined. Large images are converted band by band, so that it takes
+    the memory of the two images.
+    """
     if image.mode.startswith(("I", "F")):
-        return _deep_greyto_rgb(image)
+        return _deep_grey_to_rgb(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    from PIL import Image
+
+    rows = max(1, BAND_PIXELS // image.width)
+    if image.height <= rows:
+        return _pixels_to_rgb(image)
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        rgb.paste(_pixels_to_rgb(band), (0, top))
+    return rgb
+
+
+def _pixels_to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
@@ -238,26 +256,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
         opaque.alpha_composite(image.convert("RGBA"))
         return opaque.convert("RGB")
     try:
-        return image.convert("RGB")  # the image itself when it is RGB
+        return image.convert("RGB")
     except ValueError as error:
         raise ImageError(f"image of mode {image.mode}: cannot be converted to RGB ({error})") from error
 
 
-def _deep_greyto_rgb(image: Image.Image) -> Image.Image:
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Greyscale of more than 8 bits: 16-bit keeps its upper 8 bits.
 
     32-bit integers and floats do not say what white is: 1 (floats), 255 or 65535, the first that none exceeds.
     """
     from PIL import Image
 
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
+    values = np.asarray(image)  # of the image's own dtype: 2 or 4 bytes a pixel
+    rows = max(1, BAND_PIXELS // values.shape[1])
+    bands = [slice(top, top + rows) for top in range(0, len(values), rows)]
+    if values.dtype.kind == "f" and not all(np.isfinite(values[band]).all() for band in bands):
         raise ImageError("greyscale image of floats: NaN or infinite pixels")
     white = 65535.0
     if not image.mode.startswith("I;16"):
         scales = (1.0, 255.0) if image.mode == "F" else (255.0,)
         white = next((scale for scale in scales if values.max(initial=0) <= scale), white)
-    grey = np.clip(values * (255 / white), 0, 255).round().astype(np.uint8)
-    if isinstance(image.info.get("transparency"), int):  # a PNG names one level as the transparent one
-        grey[values == image.info["transparency"]] = 255
+    level = image.info.get("transparency")  # a PNG names one level as the transparent one
+    grey = np.empty(values.shape, np.uint8)
+    for band in bands:
+        grey[band] = np.clip(values[band].astype(np.float64) * (255 / white), 0, 255).round()
+        if isinstance(level, int):
+            grey[band][values[band] == level] = 255
+    del values
     return Image.fromarray(grey).convert("RGB")

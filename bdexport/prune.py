@@ -49,7 +49,7 @@ def prune_checkpoint(ckpt: Checkpoint, ratios: Sequence[float], skip: Collection
         "base_training": {name: value for name, value in ckpt.training.items() if name not in STILL_TRUE},
     } | {name: ckpt.training[name] for name in STILL_TRUE if name in ckpt.training}
     network = replace(ckpt.network, inner_widths=widths)
-    return replace(ckpt, network=network, state=state, training=training, form="bdexport")
+    return replace(ckpt, network=network, state=state, training=training, form="bdexport", sha256=None)
 
 
 def pruned_widths(network: ResNetSpec, ratios: Sequence[float], skip: Collection[int]) -> tuple[int, ...]:

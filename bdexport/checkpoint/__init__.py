@@ -5,6 +5,7 @@
                          containers.py finds it in what a trainer saved, relatives.py names what is none of ours
 - wishes.py:             what the caller knows better than the file
 - reading.py, beside.py: bytes on disk -> tensors by name; never runs code from the file
+- counting.py:           what a torch file would take, before it is read
 - fitting.py:            tensors by name -> exactly the tensors that the network needs
 """
 

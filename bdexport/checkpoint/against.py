@@ -7,7 +7,6 @@ which is run by ONNX Runtime on inputs that both read.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bdexport.array_files import read_npz
 from bdexport.backends.onnxruntime_common import import_onnxruntime
 from bdexport.checkpoint.data import Checkpoint
 from bdexport.checkpoint.lookalikes import lookalikes, other_normalisations
 from bdexport.dataset import Dataset
 from bdexport.errors import CheckpointError, VerificationError
+from bdexport.files import open_regular, usable_path
+from bdexport.limits import REFERENCE_ARRAYS
 from bdexport.models.pair import BlockDropNet
 from bdexport.models.resnet import ResNet
 
@@ -132,7 +134,7 @@ def _candidates(
 
 def _reference(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Reference:
     try:
-        with open(path, "rb") as file:
+        with open_regular(usable_path(path)) as file:
             start = file.read(4)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})", remedy="check the path") from error
@@ -145,9 +147,8 @@ def _reference(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Referen
 
 def _from_arrays(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Reference:
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("logits", "images", "inputs")}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path, ("logits", "images", "inputs"))
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged, or no .npz of numbers ({error})", remedy=f"make one: {HOW}") from error
     if "logits" not in arrays:
         raise CheckpointError(f"{path}: no logits", got=", ".join(arrays) or "no array of a known name", remedy=HOW)
@@ -156,6 +157,7 @@ def _from_arrays(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Refer
         images = arrays["images"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(logits):
             raise _other_shape(path, "images", images, f"uint8 ({len(logits)}, height, width, 3)")
+        _check_count(len(images), ckpt, path)
         return Reference(logits, images, ckpt.preprocess(images), f"{len(images)} images, preprocessing included")
     if "inputs" in arrays:
         inputs = arrays["inputs"]
@@ -199,6 +201,15 @@ def _from_graph(path: Path, ckpt: Checkpoint, dataset: Dataset | None) -> Refere
     used = inputs[: len(logits)]
     used = _three_channels(used[:, :1]) if theirs.shape[1] == 1 else used
     return Reference(_checked_logits(logits, ckpt, path), None, used, f"{where}, preprocessing not included")
+
+
+def _check_count(count: int, ckpt: Checkpoint, path: Path) -> None:
+    """Raise where so many images at the network's size take too much memory: tiny ones may be many in a small file."""
+    height, width = ckpt.preprocess.size
+    most = REFERENCE_ARRAYS // (height * width * 3 * 4)
+    if count > most:
+        what, remedy = f"{path}: too many images for one comparison", "save the first of them; 100 show as much"
+        raise CheckpointError(what, got=count, expected=f"at most {most} at {height}x{width}", remedy=remedy)
 
 
 def _three_channels(inputs: Array) -> Array:

@@ -123,7 +123,9 @@ def _is_policy(state: Mapping[str, Any]) -> bool:
 
 def _with_tensors(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Keys as text, numpy's arrays as tensors."""
-    return {str(key): _tensor(value) for key, value in state.items()}
+    arrays = {id(value): value for value in state.values() if isinstance(value, PickledArray)}
+    made = {key: _tensor(value) for key, value in arrays.items()}  # once, in however many places one stands
+    return {str(key): made.get(id(value), value) for key, value in state.items()}
 
 
 def _normalisation(state: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -133,13 +135,23 @@ def _normalisation(state: dict[str, Any]) -> tuple[tuple[float, ...], tuple[floa
         other = None if match is None else f"{match.group(1) or ''}{'std' if match.group(2) == 'mean' else 'sigma'}"
         if match is None or other not in state:
             continue
-        values = [state[name].flatten().tolist() if isinstance(state[name], Tensor) else [] for name in (key, other)]
+        values = [state[name].flatten().tolist() if _three_numbers(state[name]) else [] for name in (key, other)]
         if [len(numbers) for numbers in values] != [3, 3] or max(map(max, values)) > 1:
             continue
         if min(values[0]) >= 0 and min(values[1]) > 0:
             del state[key], state[other]
             return tuple(values[0]), tuple(values[1])
     return None
+
+
+def _three_numbers(value: Any) -> bool:
+    return _is_dense(value) and value.numel() == 3 and bool(torch.isfinite(value).all())
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether it is a tensor of floating-point numbers that are there: not sparse, and not of a kind without memory."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return dense and value.is_floating_point()
 
 
 def _tensor(value: Any) -> Any:
@@ -220,6 +232,6 @@ def _classifier_of(rest: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 def _as_rgb(state: dict[str, Any], key: str = "conv1.weight") -> tuple[dict[str, Any], bool]:
     """A network of one input channel as the same network that reads RGB: each colour counts as it does in grey."""
     weight = state.get(key)
-    if not isinstance(weight, Tensor) or weight.ndim != 4 or weight.shape[1] != 1 or not weight.is_floating_point():
+    if weight is None or not _is_dense(weight) or weight.ndim != 4 or weight.shape[1] != 1:
         return state, False
     return {**state, key: weight * torch.tensor(LUMA, dtype=weight.dtype)[None, :, None, None]}, True

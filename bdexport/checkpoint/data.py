@@ -27,7 +27,8 @@ class Checkpoint:
     ``policy.*`` when ``policy`` is None. ``gates``: of a comparison system that decides inside the network, its weights
     under ``gates.*``; None for all others. ``training``: JSON object, how it was trained and with which result.
     ``form``: the form of the file that it was read from. ``notes``: what loading assumed or left out, and why, and what
-    the caller put in the place of what the file says; each begins with what it is about.
+    the caller put in the place of what the file says; each begins with what it is about. ``sha256``: the digest of
+    header and tensors that the file has and was checked against; None where it has none, and nothing was checked.
     """
 
     network: ResNetSpec
@@ -39,6 +40,7 @@ class Checkpoint:
     form: Form = "bdexport"
     notes: tuple[str, ...] = ()
     gates: GateSpec | None = None
+    sha256: str | None = None
 
 
 def build_model(ckpt: Checkpoint, with_policy: bool = True) -> BlockDropNet:
@@ -90,7 +92,7 @@ def loading_record(ckpt: Checkpoint) -> dict[str, Any]:
     """What a checkpoint was taken for, for the JSON result of a command; ``class_names``: null where it has none."""
     whole = describe(ckpt)
     names = None if is_numbered(ckpt.class_names) else list(ckpt.class_names)
-    kept = ("form", "architecture", "shortcut", "dropped_transition", "preprocess")
+    kept = ("form", "architecture", "shortcut", "dropped_transition", "preprocess", "sha256")
     return {name: whole[name] for name in kept} | {"class_names": names, "notes": list(ckpt.notes)}
 
 
@@ -116,5 +118,6 @@ def describe(ckpt: Checkpoint) -> dict[str, Any]:
         "gates": ckpt.gates.to_json() if ckpt.gates is not None else None,
         "weights": sum(tensor.numel() for tensor in ckpt.state.values()),
         "training": ckpt.training,
+        "sha256": ckpt.sha256,
         "notes": list(ckpt.notes),
     }

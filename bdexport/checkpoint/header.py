@@ -6,10 +6,15 @@ names the field. ``docs/checkpoints.md`` is the specification.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
 
 from bdexport.architecture import (
     BlockKind,
@@ -22,19 +27,18 @@ from bdexport.architecture import (
     Shortcut,
 )
 from bdexport.checkpoint.fitting import shown
-from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_STAGES, MAX_WIDTH
+from bdexport.checkpoint.recognise import MAX_BLOCKS_PER_STAGE, MAX_CLASSES, MAX_STAGES, MAX_WIDTH
 from bdexport.class_names import EXPECTED, name_problem
 from bdexport.errors import BdexportError, CheckpointError
 from bdexport.json_text import MalformedError, parse_json
 from bdexport.preprocess import Preprocess, Resampling
 
 FORMAT_VERSION = 1
-MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything of a checkpoint but its tensors."""
+    """Everything of a checkpoint but its tensors. ``sha256``: what :func:`content_sha256` gave when it was saved."""
 
     network: ResNetSpec
     policy: PolicySpec | None
@@ -42,6 +46,7 @@ class Header:
     class_names: tuple[str, ...]
     training: dict[str, Any]
     gates: GateSpec | None = None
+    sha256: str | None = None
 
 
 def header_to_text(header: Header) -> str:
@@ -56,6 +61,8 @@ def header_to_text(header: Header) -> str:
     }
     if header.gates is not None:
         data["gates"] = header.gates.to_json()
+    if header.sha256 is not None:
+        data["sha256"] = header.sha256
     try:
         return json.dumps(data, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -72,7 +79,7 @@ def header_from_text(text: str, source: str) -> Header:
     top = _Field(f"{source}: header", data)
     _check_version(top)
     names = ("format_version", "network", "policy", "preprocess", "class_names", "training")
-    fields = top.object(*names, optional=("gates",))
+    fields = top.object(*names, optional=("gates", "sha256"))
     try:
         network = _network(fields["network"])
         policy = _policy(fields["policy"], network)
@@ -83,7 +90,23 @@ def header_from_text(text: str, source: str) -> Header:
     except BdexportError as error:  # the specs' own checks: stages against widths, mean and deviation
         raise CheckpointError(f"{source}: header: {error}") from error
     class_names = _class_names(fields["class_names"], network)
-    return Header(network, policy, preprocess, class_names, _training(fields["training"], network), gates)
+    training = _training(fields["training"], network)
+    digest = _sha256(fields["sha256"]) if "sha256" in fields else None
+    return Header(network, policy, preprocess, class_names, training, gates, digest)
+
+
+def content_sha256(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over a header's text, without its own ``sha256``, and over the tensors: names, types, shapes, bytes.
+
+    However the same JSON is written, and in whatever order the tensors stand, the digest is the same.
+    """
+    data = parse_json(text.encode())
+    data.pop("sha256", None)
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{json.dumps(name)} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -197,6 +220,12 @@ def _gates(field: _Field, policy: PolicySpec | None) -> GateSpec:
     if kind == "sequential" and fields["margin"].value is not None:
         raise fields["margin"].wrong("null: these gates have none")
     return GateSpec(kind, None if kind == "sequential" else fields["margin"].number(1e-6, 0.5))
+
+
+def _sha256(field: _Field) -> str:
+    if not isinstance(field.value, str) or not re.fullmatch("[0-9a-f]{64}", field.value):
+        raise field.wrong("64 hexadecimal digits")
+    return field.value
 
 
 def _stages(field: _Field) -> tuple[int, ...]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from bdexport.checkpoint.beside import known_beside_weights
+from bdexport.checkpoint.counting import count_torch_pickles, count_torch_zip, zip_names
 from bdexport.errors import CheckpointError
-from bdexport.files import native_path
+from bdexport.files import native_path, open_regular, usable_path
+from bdexport.limits import CHECKPOINT_FILE, SAFETENSORS_HEADER
 from bdexport.zoo import zoo_model, zoo_name
 
 RUN_FILE = "model.safetensors"  # what a training run leaves in its folder
@@ -41,9 +42,10 @@ def read_raw(path: Path) -> RawFile:
     """Read what :func:`checkpoint_file` finds at ``path``. Raises :class:`CheckpointError` naming file and reason."""
     try:
         path = checkpoint_file(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(512)
-        return _read_by_start(path, start)
+            length = _length(file, path)
+        return _read_by_start(path, start, length)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", remedy="check the path") from None
     except OSError as error:
@@ -53,12 +55,13 @@ def read_raw(path: Path) -> RawFile:
 def checkpoint_file(path: Path) -> Path:
     """The file behind what a caller names: ``zoo:NAME``, a run folder, or the file itself (which may not exist).
 
-    Raises UsageError for a name that the zoo does not have, :class:`CheckpointError` for another kind of folder.
+    Raises UsageError for a name that the zoo does not have or that no file can have, :class:`CheckpointError` for
+    another kind of folder.
     """
     name = zoo_name(path)
     if name is not None:
         return zoo_model(name)
-    if not path.is_dir():
+    if not usable_path(path).is_dir():
         return path
     if (path / RUN_FILE).exists():
         return path / RUN_FILE
@@ -71,18 +74,25 @@ def checkpoint_file(path: Path) -> Path:
     )
 
 
-def _read_by_start(path: Path, start: bytes) -> RawFile:
+def _length(file: BinaryIO, path: Path) -> int:
+    length = file.seek(0, 2)
+    file.seek(0)
+    if length > CHECKPOINT_FILE:
+        raise CheckpointError(
+            f"{path}: too large for a checkpoint", got=f"{length:,} bytes", expected=f"at most {CHECKPOINT_FILE:,}"
+        )
+    return length
+
+
+def _read_by_start(path: Path, start: bytes, length: int) -> RawFile:
     if not start:
         raise CheckpointError(f"{path}: the file is empty", remedy="copy or download it again")
     if start[8:9] == b"{":  # before the others: the eight bytes in front are a length and may begin like anything
-        return _read_safetensors(path)
-    if start.startswith(b"PK\x03\x04"):
-        _check_zip(path)
-        return RawFile(path, _read_torch(path))
-    if start.startswith(b"\x80"):
-        return RawFile(path, _read_torch(path))
+        return _read_safetensors(path, start, length)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return RawFile(path, read_torch(path))
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, start, length)
     raise CheckpointError(
         f"{path}: not a checkpoint",
         got=_kind_of(start),
@@ -103,7 +113,12 @@ def _kind_of(start: bytes) -> str:
     return "a text file"
 
 
-def _read_safetensors(path: Path) -> RawFile:
+def _read_safetensors(path: Path, start: bytes, length: int) -> RawFile:
+    header = int.from_bytes(start[:8], "little")
+    if min(header, length) > SAFETENSORS_HEADER:  # what goes on behind the file's end is damage, and said below
+        raise CheckpointError(
+            f"{path}: too long a header", got=f"{header:,} bytes", expected=f"at most {SAFETENSORS_HEADER:,}"
+        )
     try:
         with native_path(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -115,43 +130,52 @@ def _read_safetensors(path: Path) -> RawFile:
     return RawFile(path, tensors, metadata.get(HEADER_KEY))
 
 
-def _check_zip(path: Path) -> None:
+def read_torch(path: Path) -> Any:
+    """What a file of torch's holds. Nothing is loaded before it is counted what loading would take.
+
+    Raises :class:`CheckpointError` for what is damaged, or is not weights only, or would take more than its size is
+    worth (``docs/limits.md``); OSError is left to the caller.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.rpartition("/")[2] for name in archive.namelist()}
-            broken = archive.testzip()  # torch itself does not compare the checksums
-            if broken is not None:
-                raise zipfile.BadZipFile(f"{broken} has another checksum")
-    except OSError:
+        with open(path, "rb") as file:
+            _count(path, file)
+            return _loaded(file)
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from error
+    except (OSError, CheckpointError):
         raise
-    except Exception as error:  # BadZipFile, and whatever class the broken bytes happen to hit
+    except Exception as error:  # whatever class the broken bytes happen to hit
+        if "Invalid magic number" in str(error):
+            raise CheckpointError(
+                f"{path}: a pickle, but not one written by torch.save", remedy=ONLY_WEIGHTS
+            ) from error
         raise _damaged(path, error) from error
+
+
+def _count(path: Path, file: BinaryIO) -> None:
+    length = _length(file, path)
+    zipped = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if not zipped:
+        count_torch_pickles(file, length)
+        return
+    names = zip_names(file, length)
     if "constants.pkl" in names:
         raise CheckpointError(
             f"{path}: a TorchScript program, which is code", expected="weights only", remedy=ONLY_WEIGHTS
         )
     if "data.pkl" not in names:
         raise CheckpointError(f"{path}: a zip archive that holds no checkpoint", remedy="unpack it, if it is inside")
+    count_torch_zip(file, length)
 
 
-def _read_torch(path: Path) -> Any:
+def _loaded(file: BinaryIO) -> Any:
     # weights_only: torch's own unpickler, which builds tensors and plain containers and refuses every other global but
-    # those of beside.py, for which harmless builders of ours stand. It signals damage by many classes, whatever the
-    # broken bytes happen to hit; OSError is left to the caller.
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(known_beside_weights()):
-            warnings.simplefilter("ignore")  # on pickle protocols and old storages; what matters comes as an error
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _refused(path, error) from error
-    except OSError:
-        raise
-    except Exception as error:
-        if "Invalid magic number" in str(error):
-            raise CheckpointError(
-                f"{path}: a pickle, but not one written by torch.save", remedy=ONLY_WEIGHTS
-            ) from error
-        raise _damaged(path, error) from error
+    # those of beside.py, for which harmless builders of ours stand.
+    file.seek(0)
+    with warnings.catch_warnings(), torch.serialization.safe_globals(known_beside_weights()):
+        warnings.simplefilter("ignore")  # on pickle protocols and old storages; what matters comes as an error
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -163,7 +187,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     text = str(error)
-    wanted = re.search(r"GLOBAL ([\w.]+)", text)
+    wanted = re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", text)
     if wanted is not None and _ends_with(path, wanted.group(1).rpartition(".")[2]):
         return _damaged(path, EOFError("the file ends within a name"))
     if wanted is not None:
@@ -186,7 +210,7 @@ def _ends_with(path: Path, text: str) -> bool:
 def _reason(text: str) -> str:
     """The sentence that torch's unpickler itself said, out of the advice that torch.load wraps around it."""
     match = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    return (match.group(1) if match else text).strip().splitlines()[0][:200]
+    return (match.group(1) if match else text).strip().splitlines()[0][:300]
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from bdexport.checkpoint.fitting import shown
 from bdexport.errors import CheckpointError
 
 MAX_STAGES, MAX_BLOCKS_PER_STAGE, MAX_WIDTH = 8, 500, 8192  # a file's numbers are not trusted with our memory
+MAX_CLASSES = 1_000_000
 NO_IMAGES = "bdexport reads images of three channels, and makes grey of them; no others"
 STEM_KERNELS: dict[tuple[int, ...], Family] = {(3, 3): "cifar", (7, 7): "imagenet"}
 
@@ -111,6 +112,12 @@ def _stages(state: Mapping[str, Any], pattern: str, first: int, what: str) -> tu
             got=f"{max(counts) + 1} stages, up to {max(counts.values())} blocks each",
             expected=f"at most {MAX_STAGES} stages of {MAX_BLOCKS_PER_STAGE}",
         )
+    if sum(counts.values()) > len(state):
+        raise CheckpointError(
+            f"{what}: the weights do not fit",
+            got=f"{len(state)} keys",
+            expected=f"those of {sum(counts.values())} blocks",
+        )
     return tuple(counts.get(stage, 1) for stage in range(max(counts) + 1))
 
 
@@ -168,7 +175,10 @@ def _classifier(state: Mapping[str, Any], what: str) -> str:
 
 def _classes(state: Mapping[str, Any], classifier: str, what: str) -> int | None:
     key = f"{classifier}.weight"
-    return _shape(state, key, 2, what)[0] if key in state else None
+    classes = _shape(state, key, 2, what)[0] if key in state else None
+    if classes is not None and classes > MAX_CLASSES:
+        raise CheckpointError(f"{what}: {key}: too many classes", got=classes, expected=f"at most {MAX_CLASSES}")
+    return classes
 
 
 def _shape(state: Mapping[str, Any], key: str, rank: int, what: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import FittedTable, err_console, table_console, write_json_result
-from bdexport.cli.options import refuse, refuse_threads, writable
+from bdexport.cli.options import MaxPixels, refuse, refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, show_skipped, updates
 from bdexport.config import BenchConfig
 
@@ -34,6 +34,7 @@ def bench(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
     ] = False,
+    max_pixels: MaxPixels = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = DEFAULT.batch,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute one call. Default: the backend's choice.")
@@ -69,7 +70,7 @@ def bench(
     opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
     with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
-        chosen = load_dataset(name, data, split, limit=images, skip_damaged=skip_damaged)
+        chosen = load_dataset(name, data, split, limit=images, skip_damaged=skip_damaged, max_pixels=max_pixels)
         show_skipped(chosen)
         chosen = with_classes_of(chosen, orchestrator.class_names)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)

@@ -24,7 +24,7 @@ from bdexport.cli.loading import (
     Std,
     say_assumed,
 )
-from bdexport.cli.options import refuse, writable
+from bdexport.cli.options import MaxPixels, refuse, writable
 from bdexport.cli.stages import show_skipped, size_text, stages_of
 from bdexport.config import CALIBRATED, BuildConfig, CalibrationConfig, FusedConfig, TensorRTConfig, VerifyConfig
 from bdexport.fused import MOST_FUSED, shares_text
@@ -92,6 +92,7 @@ def build(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
     ] = False,
+    max_pixels: MaxPixels = None,
     calibration: Annotated[
         Path | None, typer.Option(help="A list that `bdexport calibrate` wrote, for int8 or fp8.")
     ] = None,
@@ -172,7 +173,9 @@ def build(
     if mask is not None:
         refuse(context, ("mask_images", "quantise_masks"), "with --mask, which every image runs")
     _refuse_without_effect(context, dataset, calibration, scaled=precision in CALIBRATED, fuses=fuses)
-    request = CalibrationRequest(replace(CALIBRATION, images=calibration_images), dataset, data, calibration)
+    request = CalibrationRequest(
+        replace(CALIBRATION, images=calibration_images), dataset, data, calibration, max_pixels
+    )
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     started = time.perf_counter()
     with progress() as bar:
@@ -186,8 +189,8 @@ def build(
             overwrite=overwrite,
             progress=stages_of(bar),
             calibration=request,
-            counted=_split(dataset, data, "validation", mask_images, skip_damaged) if fuses else None,
-            judged=_split(dataset, data, VERIFY.accuracy_split, images, skip_damaged),
+            counted=_split(dataset, data, "validation", mask_images, skip_damaged, max_pixels) if fuses else None,
+            judged=_split(dataset, data, VERIFY.accuracy_split, images, skip_damaged, max_pixels),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
             mask=mask,
             note=lambda text: err_console.print(text, soft_wrap=True),
@@ -219,20 +222,30 @@ def _refuse_without_effect(
     if dataset is None:
         if calibration is None:
             refuse(context, ("data",), "without the name of what is in the folder", "pass --dataset too")
+            refuse(context, ("max_pixels",), "without images")
         needing = ("mask_images", "images", "max_drop", "calibration_images", "quantise_masks", "skip_damaged")
         refuse(context, needing, "without images", "pass --dataset D and --data DIR, or leave it out")
     if not fuses:
         refuse(context, ("mask_images",), "on a backend that runs no fused paths")
 
 
-def _split(dataset: str | None, data: Path | None, split: str, images: int, skip_damaged: bool) -> Dataset | None:
+def _split(
+    dataset: str | None, data: Path | None, split: str, images: int, skip_damaged: bool, max_pixels: int | None
+) -> Dataset | None:
     """Images of a split, or of the only one that the data set has; None where no data set is named."""
     if dataset is None:
         return None
     from bdexport.calibration_list import default_split
     from bdexport.dataset import load_dataset
 
-    chosen = load_dataset(dataset, data, default_split(dataset, split), limit=images, skip_damaged=skip_damaged)
+    chosen = load_dataset(
+        dataset,
+        data,
+        default_split(dataset, split),
+        limit=images,
+        skip_damaged=skip_damaged,
+        max_pixels=max_pixels,
+    )
     show_skipped(chosen)
     return chosen
 

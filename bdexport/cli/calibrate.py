@@ -20,7 +20,7 @@ from bdexport.cli.loading import (
     Std,
     say_assumed,
 )
-from bdexport.cli.options import refuse, writable
+from bdexport.cli.options import MaxPixels, refuse, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import CalibrationConfig
 
@@ -41,6 +41,7 @@ def calibrate(
         str | None, typer.Option(help="cifar10, cifar100, folder, digits, cifar10-samples. Not needed with --list.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
+    max_pixels: MaxPixels = None,
     images: Annotated[
         int, typer.Option(min=1, help="Images on the list, drawn evenly over classes.")
     ] = DEFAULTS.images,
@@ -83,7 +84,7 @@ def calibrate(
     # Before the parts are exported.
     check_folder(read_list(list_file).dataset if list_file is not None else str(dataset), data)
     config = CalibrationConfig(images, split, DEFAULTS.batch, str(folder))
-    request = CalibrationRequest(config, dataset, data, list_file)
+    request = CalibrationRequest(config, dataset, data, list_file, max_pixels)
     found = load_checkpoint(checkpoint, **loading.arguments())
     say_assumed(found, checkpoint)
     scales, chosen = _gather(found, request)

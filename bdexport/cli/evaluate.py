@@ -21,7 +21,7 @@ from bdexport.cli.loading import (
     Std,
     say_assumed,
 )
-from bdexport.cli.options import refuse, writable
+from bdexport.cli.options import MaxPixels, refuse, writable
 from bdexport.cli.stages import show_skipped
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def evaluate(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
     ] = False,
+    max_pixels: MaxPixels = None,
     fixed: Annotated[
         list[str] | None,
         typer.Option(help="Also a fixed mask: first-k, random-k, distribute-k or 0s and 1s; repeatable."),
@@ -93,7 +94,7 @@ def evaluate(
     trained_for = found.training.get("fixed_mask")
     masks = fixed or ([] if trained_for is None else [trained_for["mask"]])
     _refuse_without_effect(context, masks)
-    chosen = load_dataset(dataset, data, split, limit=images, skip_damaged=skip_damaged)
+    chosen = load_dataset(dataset, data, split, limit=images, skip_damaged=skip_damaged, max_pixels=max_pixels)
     show_skipped(chosen)
     check_classes(chosen, found.network.num_classes, found.class_names)
     say_assumed(found, checkpoint)

@@ -16,7 +16,7 @@ from typing import TextIO
 import typer
 
 from bdexport.errors import BdexportError
-from bdexport.files import is_control
+from bdexport.files import is_control, shown
 from bdexport.packages import install_line
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
@@ -113,7 +113,7 @@ def _describe_import(module: str, error: BaseException) -> str:
 
 
 def _describe_os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
+    where = f"{shown(error.filename)}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}no space left; free some space"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -18,6 +18,8 @@ import typer
 
 from bdexport.cli.console import err_console
 from bdexport.errors import UsageError
+from bdexport.files import read_bytes, shown
+from bdexport.limits import MAX_NAMES_BYTES
 
 if TYPE_CHECKING:
     from bdexport.checkpoint import Checkpoint
@@ -148,13 +150,13 @@ def say_assumed(found: Checkpoint, path: Path) -> None:
 def read_class_names(path: Path) -> tuple[str, ...]:
     """A name a line; empty lines at the end do not count. Raises UsageError."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        lines = read_bytes(path, MAX_NAMES_BYTES).decode("utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError):
             reason, remedy = error.strerror, "check the path"
         else:
             reason, remedy = "not UTF-8", "save it as text in UTF-8"
-        raise UsageError(f"--class-names {path}: cannot be read ({reason})", remedy=remedy) from error
+        raise UsageError(f"--class-names {shown(path)}: cannot be read ({reason})", remedy=remedy) from error
     names = tuple(line.strip() for line in lines)
     if not names or "" in names:
         where = f"line {names.index('') + 1} is empty" if names else "an empty file"

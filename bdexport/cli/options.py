@@ -5,13 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import typer
 
 from bdexport.cli.console import STDOUT
 from bdexport.cli.failures import is_discarded
 from bdexport.errors import OutputError, UsageError
+from bdexport.limits import MAX_PIXELS, MAX_REPLACED_BYTES
 
+# Of every command that reads image files.
+MaxPixels: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help=f"Refuse image files of more pixels. Default: {MAX_PIXELS:,}.")
+]
 LEAVE_OUT = "leave it out"
 
 
@@ -49,8 +55,10 @@ def _may_be_json(path: Path) -> bool:
     """Whether nothing but an older result is lost when the file is replaced: it is empty or JSON."""
     from json import loads
 
+    from bdexport.files import read_bytes
+
     try:
-        loads(path.read_bytes().strip() or b"{}")
+        loads(read_bytes(path, MAX_REPLACED_BYTES).strip() or b"{}")
     except (OSError, ValueError, RecursionError):
         return False
     return True

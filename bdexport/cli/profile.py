@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import FittedTable, table_console, write_json_result
-from bdexport.cli.options import refuse, refuse_threads, writable
+from bdexport.cli.options import MaxPixels, refuse, refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import ProfileConfig
 
@@ -33,6 +33,7 @@ def profile(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data set (synthetic, digits and samples need none).")
     ] = None,
+    max_pixels: MaxPixels = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
     images: Annotated[int, typer.Option(min=1, help="The first N images, or all if there are fewer.")] = DEFAULT.images,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = DEFAULT.batch,
@@ -57,14 +58,19 @@ def profile(
     from bdexport.runtime import load
 
     if dataset == SYNTHETIC:
-        refuse(context, ("data", "split"), "with synthetic images", "name the data set with --dataset, or leave it out")
+        refuse(
+            context,
+            ("data", "split", "max_pixels"),
+            "with synthetic images",
+            "name the data set with --dataset, or leave it out",
+        )
     if trace is not None:  # before minutes of measuring, not after
         check_writable(trace)
     # The fused paths are timed whatever the executor is.
     opened = load(bundle, threads=threads, device=device, executor=executor, fused=True)
     with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
-        chosen, about = _images(orchestrator, dataset, data, split, images)
+        chosen, about = _images(orchestrator, dataset, data, split, images, max_pixels)
         measured = profile_calls(
             orchestrator,
             chosen,
@@ -88,7 +94,7 @@ def profile(
 
 
 def _images(
-    orchestrator: Orchestrator, dataset: str, data: Path | None, split: str, count: int
+    orchestrator: Orchestrator, dataset: str, data: Path | None, split: str, count: int, max_pixels: int | None
 ) -> tuple[NDArray[np.uint8], dict[str, str]]:
     """uint8 (N, H, W, 3) at the network's size, and what they are."""
     from bdexport.dataset import check_classes, load_dataset
@@ -97,7 +103,7 @@ def _images(
 
     preprocess = orchestrator.manifest.preprocess
     if dataset != SYNTHETIC:
-        chosen = load_dataset(dataset, data, split, limit=count)
+        chosen = load_dataset(dataset, data, split, limit=count, max_pixels=max_pixels)
         check_classes(chosen, len(orchestrator.class_names), orchestrator.class_names)
         return chosen.arrays(preprocess), {"name": chosen.name, "split": chosen.split}
     height, width = preprocess.size

@@ -20,7 +20,7 @@ from bdexport.cli.loading import (
     Size,
     Std,
 )
-from bdexport.cli.options import refuse, writable
+from bdexport.cli.options import MaxPixels, refuse, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import ReportConfig
 
@@ -43,6 +43,7 @@ def report(
         str | None, typer.Option(help="Measure the checkpoints: cifar10, cifar100, folder or digits.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    max_pixels: MaxPixels = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = DEFAULT.split,
     images: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = DEFAULT.batch,
@@ -66,21 +67,22 @@ def report(
     from dataclasses import replace
 
     from bdexport.errors import OutputError
+    from bdexport.files import usable_path
     from bdexport.report.collect import collect
     from bdexport.report.sources import read_sources
     from bdexport.report.write import write_report
 
     _need_matplotlib()
     if dataset is None:
-        needing = ("data", "split", "images", "batch")
+        needing = ("data", "split", "images", "batch", "max_pixels")
         refuse(context, needing, "without a data set to measure on", "pass --dataset too, or leave it out")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:  # before minutes of measuring, not after
+    if usable_path(out).is_dir() and any(out.iterdir()) and not overwrite:  # before minutes of measuring, not after
         raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
     config = replace(DEFAULT, split=split, batch=batch)
-    found = read_sources(sources)
+    found = read_sources([usable_path(path) for path in sources])
     loading = Loading(None, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     models = loading.load_several([source.path for source in found.trained if source.has_model])
-    chosen = None if dataset is None else _data(dataset, data, split, images, loading.words())
+    chosen = None if dataset is None else _data(dataset, data, split, images, loading.words(), max_pixels)
     words = [*(chosen.words if chosen else ()), *loading.words()]
     command = shlex.join(["bdexport", "report", *map(str, sources), *words, "--out", "DIR"])
     with progress() as bar:
@@ -97,13 +99,21 @@ def _need_matplotlib() -> None:
     import matplotlib  # noqa: F401
 
 
-def _data(dataset: str, data: Path | None, split: str, images: int | None, loading: tuple[str, ...]) -> Data:
+def _data(
+    dataset: str,
+    data: Path | None,
+    split: str,
+    images: int | None,
+    loading: tuple[str, ...],
+    max_pixels: int | None,
+) -> Data:
     from bdexport.dataset import load_dataset
     from bdexport.report.collect import Data
 
     words = ["--dataset", dataset, *(["--data", str(data)] if data is not None else []), "--split", split]
     words += [] if images is None else ["--images", str(images)]
-    return Data(load_dataset(dataset, data, split, limit=images), tuple(words), loading)
+    words += [] if max_pixels is None else ["--max-pixels", str(max_pixels)]
+    return Data(load_dataset(dataset, data, split, limit=images, max_pixels=max_pixels), tuple(words), loading)
 
 
 def _tracked(bar: StageProgress) -> Tracked:

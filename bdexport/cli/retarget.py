@@ -21,7 +21,7 @@ from bdexport.cli.loading import (
     Std,
     say_assumed,
 )
-from bdexport.cli.options import writable
+from bdexport.cli.options import MaxPixels, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ def retarget(
     out: Annotated[Path, typer.Option(help="The new checkpoint, .safetensors.")],
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100, folder or digits.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits needs none).")] = None,
+    max_pixels: MaxPixels = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     arch: Arch = None,
@@ -80,7 +81,7 @@ def retarget(
     if not 0 < target_blocks <= found.network.num_blocks:
         blocks = found.network.num_blocks
         raise UsageError("--target-blocks", got=target_blocks, expected=f"above 0, at most {blocks}")
-    chosen = load_dataset(dataset, data, "validation")
+    chosen = load_dataset(dataset, data, "validation", max_pixels=max_pixels)
     check_classes(chosen, found.network.num_classes, found.class_names)
     found = named_by(found, chosen)
     say_assumed(found, checkpoint)
@@ -99,7 +100,7 @@ def retarget(
         "retargeted": {"target_blocks": target_blocks, "logit_shift": shift},
         "policy_statistics": policy_statistics(after, "validation"),
     }
-    save_checkpoint(out, replace(found, state=state, training=training))
+    save_checkpoint(out, replace(found, state=state, training=training, sha256=None))
     result = {
         "schema": "bdexport.retarget/1",
         "checkpoint": checkpoint,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, table_console, write_json_result
-from bdexport.cli.options import refuse_threads, writable
+from bdexport.cli.options import MaxPixels, refuse_threads, writable
 from bdexport.config import RunConfig
-from bdexport.files import shown
+from bdexport.files import shown, usable_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,7 @@ def run(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
     image: Annotated[list[Path], typer.Argument(help="Image files, or folders; all images below a folder are taken.")],
+    max_pixels: MaxPixels = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
@@ -56,7 +57,7 @@ def run(
         files = _image_files(image)
         for path in files:
             try:
-                entry, mask = _run_image(orchestrator, path)
+                entry, mask = _run_image(orchestrator, path, max_pixels)
             except ImageError as error:
                 problems.append(error)
                 entries.append({"image": path, "error": str(error)})
@@ -77,13 +78,17 @@ def run(
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     from bdexport.dataset import image_files
 
-    return [file for path in paths for file in (image_files(path, recursive=True) if path.is_dir() else [path])]
+    return [
+        file for path in paths for file in (image_files(path, recursive=True) if usable_path(path).is_dir() else [path])
+    ]
 
 
-def _run_image(orchestrator: Orchestrator, path: Path) -> tuple[dict[str, Any], Masks]:
+def _run_image(orchestrator: Orchestrator, path: Path, max_pixels: int | None) -> tuple[dict[str, Any], Masks]:
+    from bdexport.limits import MAX_PIXELS
     from bdexport.preprocess import read_image
 
-    pixels = orchestrator.manifest.preprocess.fit_image(read_image(path))[None]
+    image = read_image(path, max_pixels=max_pixels or MAX_PIXELS)
+    pixels = orchestrator.manifest.preprocess.fit_image(image)[None]
     results = [orchestrator(pixels) for _ in range(DEFAULT.timed_calls)]
     return _entry(path, results, orchestrator), results[0].masks[0]
 

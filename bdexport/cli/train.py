@@ -22,7 +22,7 @@ from bdexport.cli.loading import (
     Std,
     say_assumed,
 )
-from bdexport.cli.options import LEAVE_OUT, refuse, writable
+from bdexport.cli.options import LEAVE_OUT, MaxPixels, refuse, writable
 from bdexport.cli.stages import show_skipped
 from bdexport.config import PRESETS
 
@@ -89,6 +89,7 @@ def train(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave out image files that cannot be decoded, and list them.")
     ] = False,
+    max_pixels: MaxPixels = None,
     mirror: Annotated[
         bool | None,
         typer.Option(
@@ -159,7 +160,7 @@ def train(
         found, num_blocks = _base(base, loading)
         config = resolved_config(preset, num_blocks, settings, set_ or [])
         _refuse_without_effect(context, config, base_only=base_only)
-        request = _request(dataset, data, config.validation_share, loading, found, out, skip_damaged)
+        request = _request(dataset, data, config.validation_share, loading, found, out, skip_damaged, max_pixels)
         request = replace(
             request,
             base=None if base is None else utf8_name(base.name),
@@ -357,6 +358,7 @@ def _request(
     found: Checkpoint | None,
     out: Path,
     skip_damaged: bool,
+    max_pixels: int | None,
 ) -> TrainRequest:
     """Load the data, and settle on a network for it."""
     from bdexport.checkpoint import named_by
@@ -364,7 +366,14 @@ def _request(
     from bdexport.train.request import TrainRequest
 
     splits = {
-        split: load_dataset(dataset, data, split, validation_share=validation_share, skip_damaged=skip_damaged)
+        split: load_dataset(
+            dataset,
+            data,
+            split,
+            validation_share=validation_share,
+            skip_damaged=skip_damaged,
+            max_pixels=max_pixels,
+        )
         for split in ("train", "validation")
     }
     for chosen in splits.values():

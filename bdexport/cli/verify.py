@@ -16,7 +16,7 @@ from bdexport.cli.loading import (
     ShortcutKind,
     say_assumed,
 )
-from bdexport.cli.options import refuse, refuse_threads, writable
+from bdexport.cli.options import MaxPixels, refuse, refuse_threads, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import VerifyConfig
 
@@ -45,6 +45,7 @@ def verify(
         str | None, typer.Option(help="Also compare accuracy with the reference's, on this data set.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set (digits and samples need none).")] = None,
+    max_pixels: MaxPixels = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     images: Annotated[int, typer.Option(min=1, help="The first N images of it.")] = DEFAULT.accuracy_images,
     max_drop: Annotated[
@@ -67,7 +68,7 @@ def verify(
     from bdexport.verify_accuracy import accuracy_text, require_accuracy
 
     if dataset is None:
-        needing = ("data", "split", "images", "max_drop")
+        needing = ("data", "split", "images", "max_drop", "max_pixels")
         refuse(context, needing, "without a data set to compare accuracy on", "pass --dataset too, or leave it out")
     if reference == GRAPHS:
         about_checkpoint = ("arch", "shortcut", "dropped_transition")
@@ -78,7 +79,7 @@ def verify(
         refuse_threads(context, device or default_device(get_backend(opened.manifest.backend)))
     chosen = replace(DEFAULT, random_masks=masks, seed=seed, max_accuracy_drop=max_drop)
     config = with_tolerance(chosen, opened.manifest.precision, tolerance)
-    judged = None if dataset is None else _judged(opened, dataset, data, split, images)
+    judged = None if dataset is None else _judged(opened, dataset, data, split, images, max_pixels)
     with progress() as bar:
         report = stages_of(bar)
         if reference == GRAPHS:
@@ -135,10 +136,12 @@ def _network_only(loading: Loading) -> dict[str, Any]:
     return {name: value for name, value in loading.arguments().items() if name != "preprocess"}
 
 
-def _judged(bundle: Bundle, dataset: str, data: Path | None, split: str, images: int) -> Dataset:
+def _judged(
+    bundle: Bundle, dataset: str, data: Path | None, split: str, images: int, max_pixels: int | None
+) -> Dataset:
     from bdexport.dataset import check_classes, load_dataset
 
-    chosen = load_dataset(dataset, data, split, limit=images)
+    chosen = load_dataset(dataset, data, split, limit=images, max_pixels=max_pixels)
     check_classes(chosen, len(bundle.manifest.class_names), bundle.manifest.class_names)
     return chosen
 

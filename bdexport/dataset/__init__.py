@@ -11,6 +11,7 @@ for all commands; it is not the seed of the training.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bdexport.config import DatasetConfig
@@ -22,6 +23,8 @@ from bdexport.dataset.samples import NAME as CIFAR10_SAMPLES
 from bdexport.dataset.samples import load_samples
 from bdexport.dataset.splits import SplitSettings
 from bdexport.errors import DatasetError, UsageError
+from bdexport.files import usable_path
+from bdexport.image_files import check_max_pixels
 
 DATASETS = {
     "cifar10": "CIFAR-10, python version (--data: the folder cifar-10-batches-py or its parent)",
@@ -58,11 +61,13 @@ def load_dataset(
     seed: int = DatasetConfig.seed,
     limit: int | None = None,
     skip_damaged: bool = False,
+    max_pixels: int | None = None,
 ) -> Dataset:
     """One split of a data set: ``train``, ``validation`` (never part of ``train``) or ``test``.
 
     ``limit`` keeps the first images (all of them when there are fewer). ``skip_damaged`` leaves out image files that
     cannot be decoded (:meth:`Dataset.without_damaged`); which split an image belongs to does not change by it.
+    ``max_pixels``: an image file that has more pixels is an error (None: ``bdexport.limits.MAX_PIXELS``).
     Raises :class:`UsageError` for an unknown name or split, a missing ``data_dir`` and one that the data set has no use
     for (:func:`needs_folder`), and :class:`DatasetError` naming the file for everything that is wrong with the data.
     """
@@ -75,7 +80,12 @@ def load_dataset(
     if skip_damaged and name != "folder":
         remedy = "leave it out, or pass --dataset folder"
         raise UsageError(f"--skip-damaged has no effect with data set {name}, whose images are no files", remedy=remedy)
+    if max_pixels is not None and name != "folder":
+        remedy = "leave it out, or pass --dataset folder"
+        raise UsageError(f"--max-pixels has no effect with data set {name}, whose images are no files", remedy=remedy)
     dataset = _load(name, data_dir, split, SplitSettings(validation_share, seed))
+    if max_pixels is not None:
+        dataset = replace(dataset, max_pixels=check_max_pixels(max_pixels))
     dataset = dataset if limit is None else dataset.first(limit)
     return dataset.without_damaged() if skip_damaged else dataset
 
@@ -104,7 +114,7 @@ def _load(name: str, data_dir: Path | None, split: str, settings: SplitSettings)
 def _load_from(name: str, data_dir: Path | None, split: str, settings: SplitSettings) -> Dataset:
     if data_dir is None:
         raise UsageError(f"data set {name}: no folder given", remedy=f"pass --data DIR; {DATASETS[name]}")
-    data_dir = Path(data_dir)
+    data_dir = usable_path(data_dir)
     if not data_dir.exists():
         raise DatasetError(f"{data_dir}: no such folder", remedy="check the path given as --data")
     if name == "folder":

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bdexport.errors import BdexportError, DatasetError, ImageError
 from bdexport.hardware import usable_cores
-from bdexport.preprocess import Preprocess, read_image, to_rgb
+from bdexport.limits import MAX_PIXELS
+from bdexport.preprocess import Preprocess, decoded_image, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +35,8 @@ class Dataset:
     """One split of a data set. ``labels`` are int64 (N,) and index ``class_names``.
 
     ``source`` is uint8 RGB (N, h, w, 3), contiguous, or the N image files, which are decoded when they are asked for.
-    ``skipped`` says, of damaged images that were left out because somebody asked for it, which and why.
+    ``skipped`` says, of damaged images that were left out because somebody asked for it, which and why. Of image files
+    that have more than ``max_pixels`` pixels, each is an error.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Dataset:
     labels: NDArray[np.int64]
     source: Pixels | tuple[Path, ...]
     skipped: tuple[str, ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +57,7 @@ class Dataset:
         """
         if isinstance(self.source, np.ndarray):
             return self.source[rows]
-        return [np.asarray(to_rgb(read_image(path))) for path in _pick(self.source, rows)]
+        return [np.asarray(read_image(path, max_pixels=self.max_pixels)) for path in _pick(self.source, rows)]
 
     def fitted(self, preprocess: Preprocess, rows: Rows = slice(None)) -> Pixels:
         """The given images at the network's size: uint8 (n, H, W, 3). An array of that size is not touched.
@@ -64,7 +67,7 @@ class Dataset:
         if isinstance(self.source, np.ndarray):
             chosen = self.source[rows]
             return preprocess.fit_array(chosen) if len(chosen) else np.empty((0, *preprocess.size, 3), np.uint8)
-        return fit_files(_pick(self.source, rows), preprocess)
+        return fit_files(_pick(self.source, rows), preprocess, self.max_pixels)
 
     def arrays(self, preprocess: Preprocess) -> Pixels:
         """All images at the network's size: uint8 (N, H, W, 3); normalise them with ``preprocess.normalise``."""
@@ -96,7 +99,7 @@ class Dataset:
         """
         if isinstance(self.source, np.ndarray):
             return self
-        errors = _decoded(self.source, lambda _row, _image: None)
+        errors = _decoded(self.source, lambda _row, _image: None, self.max_pixels)
         bad = [row for row, error in enumerate(errors) if error is not None]
         if not bad:
             return self
@@ -116,25 +119,28 @@ class Dataset:
         return replace(self, labels=self.labels[rows], source=_pick(self.source, rows))
 
 
-def fit_files(paths: Sequence[Path], preprocess: Preprocess) -> Pixels:
+def fit_files(paths: Sequence[Path], preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Image files decoded and fitted, several at a time: uint8 (n, H, W, 3). ImageError names all that are damaged."""
     fitted = np.empty((len(paths), *preprocess.size, 3), np.uint8)
 
     def fill(row: int, image: Image.Image) -> None:
         fitted[row] = preprocess.fit_image(image)
 
-    errors = [error for error in _decoded(paths, fill) if error is not None]
+    errors = [error for error in _decoded(paths, fill, max_pixels) if error is not None]
     if errors:
         raise all_of(errors)
     return fitted
 
 
-def _decoded(paths: Sequence[Path], use: Callable[[int, Image.Image], None]) -> list[ImageError | None]:
+def _decoded(
+    paths: Sequence[Path], use: Callable[[int, Image.Image], None], max_pixels: int
+) -> list[ImageError | None]:
     """Give every image that can be decoded to ``use``, several at a time; the error of each other one, by its place."""
 
     def read(row: int) -> ImageError | None:
         try:
-            use(row, read_image(paths[row]))
+            with decoded_image(paths[row], max_pixels) as image:
+                use(row, image)
         except ImageError as error:
             return error
         return None

@@ -12,7 +12,7 @@ Images stand in rounds over the classes (the first of each, the second of each, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,7 +22,8 @@ from bdexport.config import DatasetConfig
 from bdexport.dataset.base import SPLITS, Dataset, Pixels, all_of, fit_files
 from bdexport.dataset.splits import SplitSettings, split_rows
 from bdexport.errors import DatasetError, ImageError
-from bdexport.files import shown
+from bdexport.files import shown, usable_path
+from bdexport.limits import MAX_FOLDER_ENTRIES, MAX_PIXELS
 from bdexport.preprocess import Preprocess
 
 IMAGE_SUFFIXES = (
@@ -63,7 +64,7 @@ def image_files(paths: Path | Iterable[Path], *, recursive: bool = False) -> tup
     """
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        path = Path(path)
+        path = usable_path(path)
         if path.is_dir():
             inside = _images_below(path, recursive)
             if not inside:
@@ -72,19 +73,19 @@ def image_files(paths: Path | Iterable[Path], *, recursive: bool = False) -> tup
         elif path.exists():
             found.append(path)
         else:
-            raise ImageError(f"{path}: no such file", remedy="check the path")
+            raise ImageError(f"{shown(path)}: no such file", remedy="check the path")
     return tuple(found)
 
 
 def load_images(
-    paths: Path | Iterable[Path], preprocess: Preprocess, *, recursive: bool = False
+    paths: Path | Iterable[Path], preprocess: Preprocess, *, recursive: bool = False, max_pixels: int = MAX_PIXELS
 ) -> tuple[tuple[Path, ...], Pixels]:
     """The files that :func:`image_files` finds and their pixels, uint8 (N, H, W, 3) at the network's size.
 
-    Raises :class:`ImageError` naming a file that cannot be decoded.
+    Raises :class:`ImageError` naming a file that cannot be decoded, or has more than ``max_pixels`` pixels.
     """
     files = image_files(paths, recursive=recursive)
-    return files, fit_files(files, preprocess)
+    return files, fit_files(files, preprocess, max_pixels)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -168,23 +169,51 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images_below(folder: Path, recursive: bool) -> list[Path]:
-    """Image files by suffix, sorted by path; hidden files and folders are left out.
+    """Image files by suffix, sorted by path; hidden files and folders are left out."""
+    found = [name for name in _names_below(folder, recursive) if name.lower().endswith(IMAGE_SUFFIXES)]
+    return [Path(name) for name in sorted(found, key=lambda name: name.replace(os.sep, "/"))]
+
+
+def _names_below(top: Path, recursive: bool) -> Iterator[str]:
+    """The names of everything that is no folder and not hidden, with the folders above it.
 
     Folders that are links are followed. Every folder is read once, wherever links lead: none can go round in a circle.
+    Raises :class:`DatasetError` for a folder that cannot be read, and for more than ``MAX_FOLDER_ENTRIES`` entries.
     """
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        identity = os.path.realpath(place)
-        if identity in seen:
-            folders.clear()
-            continue
-        seen.add(identity)
+    waiting, entries = [str(top)], 0
+    seen: set[tuple[int, int] | str] = set()
+    while waiting:
+        place = waiting.pop()
+        folders: list[tuple[bool, str]] = []
+        try:
+            about = os.stat(place)  # realpath asks for every folder above, again for each of a thousand in each other
+            identity = (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(place)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            with os.scandir(place) as listing:
+                for entry in listing:
+                    entries += 1
+                    if entries > MAX_FOLDER_ENTRIES:
+                        got, remedy = f"more than {MAX_FOLDER_ENTRIES} entries", "name a smaller folder"
+                        raise DatasetError(f"{shown(top)}: too many files", got=got, remedy=remedy)
+                    if entry.name.startswith("."):
+                        continue
+                    if not _is_folder(entry):
+                        yield entry.path
+                    elif recursive:
+                        folders.append((entry.is_symlink(), entry.path))
+        except OSError as error:
+            _unreadable(error)
         # Folders before links to them, so that an image has the name of the place where it is.
-        names = [name for name in folders if recursive and not name.startswith(".")]
-        folders[:] = sorted(names, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
-        visible = (name for name in files if not name.startswith("."))
-        found += [Path(place, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found, key=Path.as_posix)
+        waiting += [path for _, path in sorted(folders, reverse=True)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _no_images(folder: Path) -> DatasetError:
@@ -193,12 +222,12 @@ def _no_images(folder: Path) -> DatasetError:
     if deeper:
         found = f"{len(deeper)} images in its {len(_folders(folder))} sub-folders"
         return DatasetError(f"{shown(folder)}: no image files directly in it", got=found, remedy="name the sub-folders")
-    others = sum(path.is_file() and not path.name.startswith(".") for path in folder.rglob("*"))
+    others = sum(1 for _ in _names_below(folder, recursive=True))
     got = f"{others} files of other kinds" if others else None
     return DatasetError(f"{shown(folder)}: no image files in it", got=got, remedy="add images, or remove the folder")
 
 
 def _unreadable(error: OSError) -> NoReturn:
     raise DatasetError(
-        f"{error.filename}: cannot be read ({error.strerror})", remedy="check its permissions"
+        f"{shown(error.filename)}: cannot be read ({error.strerror})", remedy="check its permissions"
     ) from error

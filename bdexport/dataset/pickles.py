@@ -2,6 +2,7 @@
 
 A pickle can name any function and have it called. The unpickler here resolves no name at all: the few names that
 numpy arrays and bytes need stand for inert builders (:mod:`bdexport.pickled_arrays`), every other name is refused.
+Before that, it is counted what loading would take (:mod:`bdexport.pickle_scan`).
 What comes out is dict, list, tuple, str, int, float, bool, None and numpy arrays of numbers.
 """
 
@@ -16,6 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bdexport.errors import DatasetError
+from bdexport.files import read_bytes
+from bdexport.limits import CIFAR_FILE
+from bdexport.pickle_scan import ALL_OPERATIONS, scan
 from bdexport.pickled_arrays import INTEGERS, PickledArray, PickledType, array_names
 
 AGAIN = "unpack the data set again"
@@ -24,12 +28,14 @@ AGAIN = "unpack the data set again"
 def read_pickle(path: Path) -> Any:
     """The content of a pickle of plain data, with str for byte strings (latin-1). Raises :class:`DatasetError`."""
     try:
-        data = path.read_bytes()
+        _check_size(path)
+        data = read_bytes(path, CIFAR_FILE)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file", remedy=AGAIN) from None
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror})") from error
     try:
+        scan(io.BytesIO(data), len(data), _PlainRules())
         return _finished(_PlainUnpickler(io.BytesIO(data), encoding="latin1").load())
     except _RefusedError as error:
         raise DatasetError(
@@ -37,6 +43,12 @@ def read_pickle(path: Path) -> Any:
         ) from error
     except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
         raise DatasetError(f"{path}: damaged pickle ({_one_line(error)})", remedy=AGAIN) from error
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > CIFAR_FILE:
+        raise DatasetError(f"{path}: too large a pickle", got=f"{size:,} bytes", expected=f"at most {CIFAR_FILE:,}")
 
 
 class _RefusedError(Exception):
@@ -85,6 +97,26 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("__builtin__", "bytes"): lambda: b"",
     **array_names(_IntegerType),
 }
+_NAMES = {f"{module}.{name}" for module, name in _BUILDERS}
+
+
+class _PlainRules:
+    """What may be counted is what :class:`_PlainUnpickler` builds: its names are called, and nothing else is."""
+
+    operations = ALL_OPERATIONS
+
+    def call(self, name: str, arguments: tuple[Any, ...], place: str) -> int | None:
+        if name not in _NAMES:
+            raise _RefusedError(_one_line(name))
+        if name == "builtins.bytes" and arguments:
+            raise pickle.UnpicklingError("bytes of a length that it only claims")
+        return None
+
+    def build(self, name: str, state: Any) -> None:
+        pass  # the builders check what they are given
+
+    def storage(self, identity: Any) -> NoReturn:
+        raise pickle.UnpicklingError("a persistent identity")
 
 
 def _finished(value: Any) -> Any:

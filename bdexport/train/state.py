@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-import zipfile
-import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from bdexport.checkpoint.reading import read_torch
 from bdexport.config import TrainConfig
-from bdexport.errors import TrainingError
-from bdexport.files import write_bytes, write_json, write_text
+from bdexport.errors import CheckpointError, TrainingError
+from bdexport.files import read_bytes, write_bytes, write_json, write_text
 from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.limits import MAX_RESULT_BYTES
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
 LAST_GOOD_FILE, BASE_FILE, TEACHER_FILE = "last_good.safetensors", "base.safetensors", "teacher.safetensors"
@@ -101,11 +100,7 @@ def load_state(run: Path) -> RunState | None:
     if not path.is_file():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it is damaged")
-        blob = torch.load(path, map_location="cpu", weights_only=True)
+        blob = read_torch(path)  # compares the archive's checksums, too
         if blob["best"] is not None:
             score, weights, figures = blob["best"]
             blob["best"] = Best(tuple(score), weights, figures)
@@ -116,11 +111,9 @@ def load_state(run: Path) -> RunState | None:
         if not all(precision in ("fp32", "bf16") for precision in blob.get("precisions", [])):
             raise ValueError("its precisions are none")
         return RunState(**blob)
-    except (
-        *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, IndexError, TypeError, ValueError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (CheckpointError, RuntimeError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        text = error.reason.removeprefix(f"{path}: ") if isinstance(error, CheckpointError) else str(error)
+        first = text.splitlines()[0] if text else type(error).__name__
         raise TrainingError(
             f"{path}: the run's state cannot be read ({first})", remedy="train into another folder, or delete this one"
         ) from error
@@ -139,7 +132,7 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
         write_json(path, description)
         return False
     try:
-        before = parse_json(path.read_bytes())
+        before = parse_json(read_bytes(path, MAX_RESULT_BYTES))
         if not isinstance(before, dict):
             raise MalformedError("not an object")
         if not isinstance(before.get("settings", {}), dict):
@@ -173,7 +166,7 @@ def agree_on_run(run: Path, description: dict[str, Any]) -> bool:
 def began_before(run: Path, setting: str) -> bool:
     """Whether the run there was begun by a version that did not have this setting."""
     try:
-        settings = parse_json((run / RUN_FILE).read_bytes())["settings"]
+        settings = parse_json(read_bytes(run / RUN_FILE, MAX_RESULT_BYTES))["settings"]
         return setting not in settings
     except (OSError, ValueError, KeyError, TypeError):  # no run, or one that agree_on_run complains about
         return False
@@ -182,7 +175,7 @@ def began_before(run: Path, setting: str) -> bool:
 def _begun_phases(run: Path) -> Collection[str] | None:
     """The phases with a finished epoch; None where that cannot be read."""
     try:
-        lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(run / METRICS_FILE, MAX_RESULT_BYTES).decode().splitlines()
         return {json.loads(line)["phase"] for line in lines}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,6 +1,7 @@
 """The teachers' pass over the training images: seen while it runs, and kept beside the state for a resumed run.
 
-RUN/teacher.safetensors   logits float32 (N, C), and in the header a hash of all that they depend on; goes at the end
+RUN/teacher.safetensors   logits float32 (N, C), and in the header a hash of all that they depend on and one of
+                          themselves; goes at the end
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def teacher_logits(setting: Setting, images: DeviceImages, run: Path, mirrored: 
     logits = _computed(setting, images, mirrored, reporter)
     if logits.nbytes <= LARGEST:
         held = logits.cpu().contiguous()
-        setting.world.once(lambda: write_bytes(path, safetensors.torch.save({LOGITS: held}, {KEY: key})))
+        setting.world.once(
+            lambda: write_bytes(path, safetensors.torch.save({LOGITS: held}, {KEY: _with_digest(key, held)}))
+        )
     return logits
 
 
@@ -68,11 +71,19 @@ def _key(setting: Setting, images: DeviceImages, mirrored: bool) -> str:
     return digest.hexdigest()
 
 
+def _with_digest(key: str, logits: Tensor) -> str:
+    """The key, and a hash of the kept logits themselves, so that damage to them is noticed."""
+    return f"{key} {hashlib.sha256(logits.contiguous().numpy().data).hexdigest()}"
+
+
 def _read(path: Path, key: str) -> Tensor | None:
     """The kept logits; None where there are none of this key. What is damaged is computed again."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            return file.get_tensor(LOGITS) if found.get(KEY) == key else None
+            found = (file.metadata() or {}).get(KEY, "")
+            if not found.startswith(key):
+                return None
+            logits = file.get_tensor(LOGITS)
+            return logits if found in (key, _with_digest(key, logits)) else None  # earlier versions: the key alone
     except (OSError, SafetensorError):
         return None

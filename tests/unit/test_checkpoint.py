@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +57,7 @@ def saved(tmp_path: Path, whole: bytes) -> Path:
 def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """The same file with another header."""
     tensors, header = tensors_of(path), header_of(path)
+    header.pop("sha256", None)  # as if saved like this by a version that wrote none
     change(header)
     safetensors.torch.save_file(tensors, path, {"bdexport": json.dumps(header)})
     return path
@@ -95,6 +97,57 @@ def test_loaded_model_computes_the_same(saved: Path) -> None:
         expected, got = source(images()), loaded(images())
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def test_every_flipped_bit_in_the_weights_is_noticed(saved: Path, whole: bytes) -> None:
+    """Oracle: CheckpointError that says damage, for 50 bits drawn from all that stand for weights."""
+    begin = 8 * (8 + int.from_bytes(whole[:8], "little"))
+    bits = torch.randint(begin, 8 * len(whole), (50,), generator=torch.Generator().manual_seed(5)).tolist()
+    for bit in bits:
+        saved.write_bytes(flipped(whole, bit))
+        with pytest.raises(CheckpointError, match=r"damaged, or changed after it was saved.*SHA-256"):
+            load_checkpoint(saved)
+
+
+def test_a_changed_header_is_noticed(saved: Path, whole: bytes) -> None:
+    """Oracle: CheckpointError for a mean that is a digit off; the same JSON written otherwise is the same header."""
+    saved.write_bytes(whole.replace(b"[0.1, 0.2, 0.3]", b"[0.1, 0.2, 0.4]"))
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_checkpoint(saved)
+    saved.write_bytes(whole)
+    header, tensors = header_of(saved), tensors_of(saved)
+    text = json.dumps(dict(reversed(header.items())), indent=2)
+    safetensors.torch.save_file(dict(reversed(tensors.items())), saved, {"bdexport": text})
+    assert load_checkpoint(saved).sha256 == header["sha256"]
+
+
+def test_the_digest_is_what_the_specification_says(saved: Path) -> None:
+    """Oracle: docs/checkpoints.md, computed with numpy."""
+    header = header_of(saved)
+    said = header.pop("sha256")
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in sorted(tensors_of(saved).items()):
+        digest.update(f'\n"{name}" torch.float32 {list(tensor.shape)}\n'.encode() + tensor.numpy().tobytes())
+    assert digest.hexdigest() == said
+    assert describe(load_checkpoint(saved))["sha256"] == said
+
+
+def test_an_older_file_opens_unchecked(saved: Path) -> None:
+    """Oracle: the file of a version that wrote no digest: it loads, and ``describe`` says that nothing was checked."""
+    ckpt = load_checkpoint(rewritten(saved, lambda header: None))
+    assert describe(ckpt)["sha256"] is None
+
+
+def test_a_wrong_digest_field_is_named(saved: Path) -> None:
+    """Oracle: CheckpointError with the field."""
+    with pytest.raises(CheckpointError, match=r"header\.sha256: got \"x\", expected 64 hexadecimal digits"):
+        load_checkpoint(rewritten(saved, lambda header: header.update(sha256="x")))
 
 
 def test_run_folder_stands_for_its_model(saved: Path) -> None:
@@ -351,6 +404,7 @@ def test_header_that_is_no_json_object(saved: Path, text: str) -> None:
 
 def with_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     tensors, header = tensors_of(path), header_of(path)
+    header.pop("sha256", None)
     change(tensors)
     safetensors.torch.save_file(tensors, path, {"bdexport": json.dumps(header)})
     return path

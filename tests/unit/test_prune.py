@@ -143,6 +143,18 @@ def test_pruned_twice_is_pruned_from_what_is_left() -> None:
     assert prune_checkpoint(once, [0.0, 1 / 3], (), "y").network.inner_widths == (4, 4, 4)
 
 
+def test_a_pruned_checkpoint_does_not_keep_the_digest_of_its_base(tmp_path: Path) -> None:
+    """Oracle: the digest is of a file that was read; other weights have none until they are saved and read."""
+    path = tmp_path / "base.safetensors"
+    save_checkpoint(path, tiny_checkpoint(tiny_model()))
+    base = load_checkpoint(path)
+    assert base.sha256 is not None
+    pruned = prune_checkpoint(base, [0.0, 0.25], (), "x")
+    assert pruned.sha256 is None
+    save_checkpoint(path, pruned)
+    assert load_checkpoint(path).sha256 not in (None, base.sha256)
+
+
 def test_ordinary_files_say_nothing_of_inner_widths() -> None:
     """Oracle: the form of files written before there was pruning."""
     spec = ResNetSpec("cifar", "basic", (1,), (4,), "option_a", 3)
@@ -167,6 +179,7 @@ def test_wrong_inner_widths_in_a_file_are_named(widths: list[float] | None, mess
     save_checkpoint(path, prune_checkpoint(tiny_checkpoint(tiny_model()), [0.5, 0.5], {1}, "x"))
     with safetensors.safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["bdexport"])
+    header.pop("sha256")
     header["network"]["inner_widths"] = widths
     safetensors.torch.save_file(safetensors.torch.load(path.read_bytes()), path, {"bdexport": json.dumps(header)})
     with pytest.raises(CheckpointError, match=message) as error:

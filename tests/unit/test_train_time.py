@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from training_cases import CONFIG, CutError, Recorder, request, weights_of
 
@@ -23,6 +24,7 @@ from bdexport.train.pipeline import train
 from bdexport.train.prepare import new_setting
 from bdexport.train.request import TrainRequest
 from bdexport.train.state import RunState
+from bdexport.train.teacher import _read, _with_digest
 from bdexport.zoo.add import training_command
 
 SHORT = replace(
@@ -80,6 +82,21 @@ def test_a_damaged_or_strange_pass_is_made_again(damage: str, digits_base: Check
     resumed = Watcher()
     train(asked(out, digits_base), SHORT, resumed)
     assert sum("teacher's pass" in title for title in resumed.titles) == 1
+
+
+def test_a_flipped_bit_in_the_kept_pass_is_noticed(tmp_path: Path) -> None:
+    """Oracle: the logits that were kept, or None; a file of a version that kept no digest of them is read."""
+    path, logits = tmp_path / "teacher.safetensors", torch.randn(40, 10, generator=torch.Generator().manual_seed(1))
+    for entry in ("abc", _with_digest("abc", logits)):
+        path.write_bytes(safetensors.torch.save({"logits": logits}, {"key": entry}))
+        found = _read(path, "abc")
+        assert found is not None
+        assert torch.equal(found, logits)
+        assert _read(path, "abcd") is None
+    whole = path.read_bytes()
+    for place in range(len(whole) - logits.nbytes, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert _read(path, "abc") is None
 
 
 def test_the_time_that_a_run_takes_is_said_before_and_while_it_runs(digits_base: Checkpoint, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bdexport.dataset.base import Dataset
 from bdexport.errors import DatasetError, UsageError
+from bdexport.image_files import open_package_image
 from bdexport.json_text import why
 
 NAME = "cifar10-samples"
@@ -51,10 +52,7 @@ def load_samples(split: str) -> Dataset:
 
 
 def _images(sheet: Traversable) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    with sheet.open("rb") as file, Image.open(file) as image:
-        return tiles_of(np.asarray(image.convert("RGB")))
+    return tiles_of(np.asarray(open_package_image(sheet.read_bytes()).convert("RGB")))
 
 
 def sheet_of(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
