@@ -36,7 +36,7 @@ from bdexport.manifest import (
     PartEntry,
     manifest_from_json,
 )
-from bdexport.signature import check_signature
+from bdexport.signature import SigningKey, check_signature
 from bdexport.zoo import zoo_name
 
 __all__ = [
@@ -266,7 +266,9 @@ def _holds_checkpoint(path: Path) -> bool:
 def file_problems(root: Path, manifest: Manifest) -> list[BundleError]:
     """Every difference between the manifest and the folder, as errors ready to be raised; empty when all holds."""
     problems = [problem for entry in manifest.files() if (problem := file_problem(root, entry)) is not None]
-    known = {entry.path for entry in manifest.files()} | {MANIFEST, SIGNATURE}
+    known = {entry.path for entry in manifest.files()} | {MANIFEST}
+    if (root / SIGNATURE).is_file():
+        known.add(SIGNATURE)
     folders = {parent.as_posix() for path in known for parent in Path(path).parents}
     strange = [name for name in _entries(root, folders) if name not in known and name not in folders]
     dropped = [name for name in strange if DROPPINGS.fullmatch(Path(name).name)]
@@ -324,8 +326,11 @@ def file_entry(root: Path, path: Path) -> FileEntry:
     return FileEntry(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size)
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` into a staging folder, after checking that it can be read back as the same manifest."""
+def write_manifest(root: Path, manifest: Manifest, key: SigningKey | None = None) -> None:
+    """Write ``manifest.json`` into a staging folder, after checking that it can be read back as the same manifest.
+
+    It gets its digest (R18) and, by a ``key``, its signature.
+    """
     try:
         data = json.loads(json.dumps(manifest.to_json(), allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -338,3 +343,5 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         remedy = "keep less in what training recorded, or fuse fewer paths"
         raise BundleError(f"{root}: manifest", got=f"{size} bytes", expected=f"< {MAX_MANIFEST_BYTES}", remedy=remedy)
     write_json(root / MANIFEST, data)
+    if key is not None:
+        key.sign(root / SIGNATURE, (root / MANIFEST).read_bytes())

@@ -20,6 +20,7 @@ from bdexport.backends import get_backend
 from bdexport.backends.base import Backend, BuildOptions, Misfit, RebuildingBackend
 from bdexport.bundle import (
     MANIFEST,
+    SIGNATURE,
     Bundle,
     BundleFile,
     FileEntry,
@@ -62,6 +63,7 @@ def rebuild_bundle(
     report: Progress = progress or (lambda _what, _done, _total: None)
     began = perf_counter()
     old, backend = bundle.manifest, _rebuilder(bundle)
+    signed = (bundle.path / SIGNATURE).is_file()
     misfit = backend.misfit(old)
     sources = {part: _source(bundle, part, backend).path for part in old.parts}
     options = BuildOptions(old.precision, old.max_batch)
@@ -80,6 +82,8 @@ def rebuild_bundle(
         manifest = _manifest(old, backend, parts)
         verification, notes = _verified(Bundle(staging, manifest), report)
         write_manifest(staging, replace(manifest, verification=verification))
+    if signed:
+        notes += (f"not signed: the bundle was, and this one is new; sign it: minisign -Sm {place / MANIFEST}",)
     opened = open_bundle(place)
     return RebuiltBundle(opened.path, opened.manifest, misfit, perf_counter() - began, notes)
 

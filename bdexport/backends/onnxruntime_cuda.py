@@ -22,7 +22,7 @@ import numpy as np
 
 from bdexport.backends.base import Readable
 from bdexport.backends.device_session import DeviceSession
-from bdexport.backends.onnxruntime_common import NO_CAPTURE, Reported, import_onnxruntime
+from bdexport.backends.onnxruntime_common import NO_CAPTURE, Reported, forget_model, import_onnxruntime
 from bdexport.bundle import INPUT_NAME, OUTPUT_NAME
 from bdexport.cuda import open_cuda
 from bdexport.errors import BackendError
@@ -111,6 +111,7 @@ class OrtCudaEngine:
             with Reported(part, f"cannot load {graph} on CUDA"):
                 model, providers = graph.read_bytes(), [(PROVIDER, dict(options))]
                 self._session: Any = ort.InferenceSession(model, session_options, providers=providers)
+                forget_model(self._session)
         except BackendError as error:
             raise _provider_error(part) or error from error
         if PROVIDER not in self._session.get_providers():

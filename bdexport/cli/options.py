@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -13,6 +14,12 @@ from bdexport.cli.failures import is_discarded
 from bdexport.errors import OutputError, UsageError
 
 LEAVE_OUT = "leave it out"
+
+# Of every command that opens a bundle.
+VerifyKey: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Refuse the bundle unless it is signed by this minisign public key: its file, or RW...."),
+]
 
 
 def given(context: typer.Context, name: str) -> bool:
