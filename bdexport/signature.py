@@ -39,10 +39,8 @@ def check_signature(path: Path, document: bytes, verify_key: str | Path) -> None
     except OSError as error:
         raise rule_error("R19", f"{path}: cannot be read ({error.strerror})", remedy="check its permissions") from error
     except ValueError as error:  # base of the library's own, and what it passes on
-        what, expected = f"{path}: does not hold", "a signature of this manifest by the given key"
-        raise rule_error(
-            "R19", what, got=str(error) or "a damaged file", expected=expected, remedy=UNTRUSTED
-        ) from error
+        what, expected = f"{path}: does not hold ({error})", "a signature of this manifest by the given key"
+        raise rule_error("R19", what, expected=expected, remedy=UNTRUSTED) from error
 
 
 class SigningKey:
@@ -55,9 +53,8 @@ class SigningKey:
             self._key: Any = minisign.SecretKey.from_bytes(_read(Path(path)))
             encrypted = self._key.is_encrypted()
         except (OSError, ValueError) as error:
-            raise _key_error(
-                "sign", path, error, "a minisign secret key", "minisign -G -W -s KEY -p KEY.pub"
-            ) from error
+            remedy = "make one: minisign -G -W -s KEY -p KEY.pub"
+            raise _key_error("sign", path, error, "a minisign secret key", remedy) from error
         if encrypted:
             remedy = "build without --sign, then sign it yourself: minisign -Sm BUNDLE/manifest.json -s KEY"
             raise UsageError(f"sign: {path}", got="a key with a password", expected="one without", remedy=remedy)

@@ -361,9 +361,14 @@ breaks("R18", "a digest that is null")(
 
 # ---- R19 the signature, which is asked for by a key
 breaks("R19", "not signed")(lambda bundle: (bundle / "manifest.json.minisig").unlink())
-breaks("R19", "a folder in its place")(
-    lambda bundle: ((bundle / "manifest.json.minisig").unlink(), (bundle / "manifest.json.minisig").mkdir())
-)
+
+
+@breaks("R19", "a folder in its place")
+def _folder_for_signature(bundle: Path) -> None:
+    (bundle / "manifest.json.minisig").unlink()
+    (bundle / "manifest.json.minisig").mkdir()
+
+
 breaks("R19", "an empty signature")(lambda bundle: (bundle / "manifest.json.minisig").write_bytes(b""))
 breaks("R19", "a signature cut off")(lambda bundle: os.truncate(bundle / "manifest.json.minisig", 150))
 breaks("R19", "a signature that is too large")(lambda bundle: os.truncate(bundle / "manifest.json.minisig", 1 << 20))
