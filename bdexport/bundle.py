@@ -23,7 +23,7 @@ from bdexport.bundle_checks import (
     rule_error,
 )
 from bdexport.errors import BundleError
-from bdexport.files import sha256_file, write_json
+from bdexport.files import sha256_file, write_text
 from bdexport.manifest import (
     DTYPE,
     FORMAT_VERSION,
@@ -339,9 +339,10 @@ def write_manifest(root: Path, manifest: Manifest, key: SigningKey | None = None
     if manifest_from_json(data, str(root)).to_json() != data:
         raise BundleError(f"{root}: manifest does not survive being written", remedy="report this as a bug")
     data[DIGEST] = document_sha256(data)
-    if (size := len(json.dumps(data, indent=2))) >= MAX_MANIFEST_BYTES:
-        remedy = "keep less in what training recorded, or fuse fewer paths"
-        raise BundleError(f"{root}: manifest", got=f"{size} bytes", expected=f"< {MAX_MANIFEST_BYTES}", remedy=remedy)
-    write_json(root / MANIFEST, data)
+    text = json.dumps(data, indent=2) + "\n"
+    if len(text) > MAX_MANIFEST_BYTES:  # all of it is ASCII
+        expected, remedy = f"at most {MAX_MANIFEST_BYTES}", "keep less of what training recorded, or fuse fewer paths"
+        raise BundleError(f"{root}: manifest", got=f"{len(text)} bytes", expected=expected, remedy=remedy)
+    write_text(root / MANIFEST, text)
     if key is not None:
         key.sign(root / SIGNATURE, (root / MANIFEST).read_bytes())

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -443,3 +445,39 @@ def test_every_key_is_written_down(repository: Path, good_bundle: Path) -> None:
     described = set(re.findall(r"`([a-z_0-9]+)`", text[text.index("## Keys") :]))
     part = manifest["parts"][0]
     assert set(manifest) | set(part) | set(part["graph"]) | set(part["input"]) <= described
+
+
+# ---- what reading one may cost -----------------------------------------------------------------------------------
+
+COSTS = """
+import resource, sys, time
+from pathlib import Path
+from bdexport.bundle import open_bundle
+from bdexport.errors import BundleError
+
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20),) * 2)
+for bundle in sys.argv[1:]:
+    try:
+        open_bundle(bundle)
+    except BundleError as error:
+        print("[R1]" in str(error) or "[R3]" in str(error))
+"""
+LARGEST = 4 << 20
+HOSTILE = {
+    "far too large": b"[" + b"{}," * (20 << 20) + b"1]",
+    "small objects": b"[" + b"{}," * (LARGEST // 3 - 1) + b"1]",
+    "many keys": b"{" + b",".join(b'"%x":1' % number for number in range(LARGEST // 10)) + b"}",
+    "deep": b"[" * LARGEST,
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_the_memory_that_a_manifest_may_take(tmp_path: Path) -> None:
+    """Oracle: the kernel: a process that may take 200 MiB more than it has refuses each of them as it should."""
+    for name, data in HOSTILE.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_bytes(data)
+    words = [sys.executable, "-c", COSTS, *(str(tmp_path / name) for name in HOSTILE)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["True"] * len(HOSTILE), "")
