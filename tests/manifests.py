@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bdexport.bundle import Bundle, file_entry
 from bdexport.bundle_checks import DIGEST, document_sha256
 
 
@@ -18,3 +20,12 @@ def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) ->
     if DIGEST in data:
         data[DIGEST] = document_sha256(data)
     path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def with_engines_as_they_are(bundle: Bundle) -> Bundle:
+    """The bundle with the hashes of the engine files that lie in its folder now, as if it had been built with them."""
+    parts = {
+        name: part if part.engine is None else replace(part, engine=file_entry(bundle.path, bundle.engine(name)))
+        for name, part in bundle.manifest.parts.items()
+    }
+    return Bundle(bundle.path, replace(bundle.manifest, parts=parts))
