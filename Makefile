@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed and not found: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once; torch makes it take a few minutes)"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[build,cpu,openvino,tensorrt-rtx,report,dev]'
+	@$(PIP_INSTALL) -c constraints.txt -e '.[build,cpu,openvino,tensorrt-rtx,report,sign,dev]'
 	@touch $@
 
 quickstart: $(STAMP)

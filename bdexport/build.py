@@ -41,6 +41,7 @@ from bdexport.partition import part_specs, transitions
 from bdexport.policy_cost import cost_text, policy_cost
 from bdexport.precision import check_offered, typed_graphs
 from bdexport.samples import CALIBRATION
+from bdexport.signature import SigningKey
 from bdexport.verify import require, verify_against_model
 from bdexport.verify_accuracy import accuracy_text, require_accuracy
 from bdexport.zoo import zoo_name
@@ -87,6 +88,7 @@ def build_bundle(
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
     mask: str | None = None,
+    sign: str | Path | None = None,
     note: Callable[[str], None] | None = None,
 ) -> BuiltBundle:
     """Build the bundle of a checkpoint at ``out`` (default: ``engines/<name>``) and verify it against torch.
@@ -100,6 +102,7 @@ def build_bundle(
     checkpoint's policy statistics count, and random images. ``judged``: images on which accuracy is held against
     torch's. ``mask``: one mask (K characters, 0 or 1) for every image instead of a policy, which the checkpoint need
     not have; None: a network that was finetuned under one mask gets that one.
+    ``sign``: the file of a minisign secret key without a password, to sign the bundle with.
     ``note`` is told beforehand what can be gained at most with such a policy.
 
     Raises UsageError, CheckpointError, CalibrationError, DatasetError, ExportError, BuildError, VerificationError or
@@ -107,6 +110,7 @@ def build_bundle(
     """
     config = config or BuildConfig()
     backend = checked_backend(config)
+    signing = None if sign is None else SigningKey(sign)
     path = Path(checkpoint_path)
     if progress is not None:
         progress("load", 0, 1)
@@ -143,6 +147,7 @@ def build_bundle(
         judged=judged,
         verify=verify,
         fixed=fixed,
+        signing=signing,
     )
     notes += built.notes
     return replace(built, notes=tuple(notes), loading=loading_record(checkpoint), checked_against=checked)
@@ -172,6 +177,7 @@ def bundle_from_model(
     judged: Dataset | None = None,
     verify: VerifyConfig | None = None,
     fixed: str | None = None,
+    signing: SigningKey | None = None,
 ) -> BuiltBundle:
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
@@ -203,7 +209,7 @@ def bundle_from_model(
         # The manifest is written last: a folder that a killed build leaves behind is no bundle.
         verification = _verified(Bundle(staging, manifest), model, backend, options, notes, report, judged, verify)
         manifest = replace(fusing.with_executor(manifest), verification=verification)
-        write_manifest(staging, manifest)
+        write_manifest(staging, manifest, signing)
         notes += fusing.notes
         cost = policy_cost(manifest, fusing.times)
         if fixed is None and fusing.times is not None:

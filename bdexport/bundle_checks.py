@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -15,7 +17,8 @@ from bdexport.tensors import TensorSpec
 if TYPE_CHECKING:
     from bdexport.manifest import Manifest
 
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 4 << 20
+DIGEST = "manifest_sha256"  # the document's own digest; bundles of earlier builds have none
 MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly (RFC 8259, section 6), and a float holds
 SHOWN_CHARACTERS = 200
 REBUILD = "copy the bundle again, or rebuild it with `bdexport build`"
@@ -37,16 +40,27 @@ def _clipped(value: object) -> object:
     return text[:SHOWN_CHARACTERS] + ".." if len(text) > SHOWN_CHARACTERS else text
 
 
-def parse_document(path: Path) -> Any:
-    """Parse a manifest: UTF-8 JSON without NaN and without repeated keys. Raises :class:`BundleError` (R1)."""
+def read_document(path: Path) -> bytes:
+    """The bytes of a manifest, at most 4 MiB. Raises :class:`BundleError` (R1)."""
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise MalformedError(f"larger than {MAX_MANIFEST_BYTES} bytes")
-        return parse_json(path.read_bytes())
-    except MalformedError as error:
-        raise rule_error("R1", f"{path}: not a manifest ({error})") from error
+        with open(path, "rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise rule_error("R1", f"{path}: cannot be read ({error.strerror})", remedy="check its permissions") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise rule_error("R1", f"{path}: not a manifest (larger than {MAX_MANIFEST_BYTES} bytes)")
+    return data
+
+
+def parse_document(data: bytes, path: Path) -> Any:
+    """Parse the bytes of the manifest ``path``: UTF-8 JSON without NaN and without repeated keys.
+
+    Raises :class:`BundleError` (R1).
+    """
+    try:
+        return parse_json(data)
+    except MalformedError as error:
+        raise rule_error("R1", f"{path}: not a manifest ({error})") from error
 
 
 class Reader:
@@ -151,6 +165,10 @@ class Reader:
         """A JSON object, or None where the key, which later writers added, is absent."""
         return self.mapping(key, rule) if key in self._data else None
 
+    def absent_or_text(self, key: str, rule: str = "R4") -> str | None:
+        """A string that is not empty, or None where the key, which later writers added, is absent."""
+        return self.text(key, rule) if key in self._data else None
+
     def text_mapping(self, key: str, rule: str = "R4") -> dict[str, str]:
         """A JSON object whose values are strings."""
         value = self.mapping(key, rule)
@@ -178,6 +196,21 @@ def check_sha256(text: str, where: str) -> None:
     """R10: 64 lower-case hexadecimal digits."""
     if re.fullmatch(r"[0-9a-f]{64}", text) is None:
         raise rule_error("R10", f"{where}: sha256", got=repr(text), expected="64 lower-case hexadecimal digits")
+
+
+def document_sha256(document: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's canonical form (R18): the document without the digest itself, as one line of ASCII."""
+    rest = {key: value for key, value in document.items() if key != DIGEST}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def check_document(document: dict[str, Any], digest: str | None, where: str) -> bool:
+    """R18: a digest that is there is the document's. Returns whether it is there."""
+    if digest is not None and digest != (found := document_sha256(document)):
+        what = f"{where}: changed since it was written"
+        raise rule_error("R18", what, got=f"SHA-256 {found[:12]}..", expected=f"{digest[:12]}..")
+    return digest is not None
 
 
 def check_chain(manifest: Manifest, where: str) -> None:

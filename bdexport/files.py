@@ -33,6 +33,9 @@ CACHE_VARIABLE = "BDEXPORT_CACHE"
 PARTIAL, OLD = ".partial", ".old"  # being written; replaced, until the new one has the name
 SMALL_READ = 2**20  # bytes
 MOST_SHOWN = 1000  # characters of a path in a message
+# Linux's constants AT_FDCWD and RENAME_EXCHANGE, and what renameat2 says where it or this flag is not offered.
+_HERE, _EXCHANGE = -100, 2
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 SHOWN_NAME = 40  # characters of the whole's name in a partial's: names have limits
 _OWNED = re.compile(r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(\.[a-z0-9_]+)?(\.partial|\.old)")
 
@@ -220,9 +223,14 @@ def _claim(staging: Path, path: Path) -> None:
 
 
 def _swap(staging: Path, path: Path) -> None:
-    """Give ``staging`` the name ``path``; whatever happens on the way (Ctrl-C included), one of the two is there."""
+    """Give ``staging`` the name ``path``; whatever happens on the way (Ctrl-C included), one of the two is there.
+
+    Where the system can exchange two names, ``path`` is never missing, and ``staging`` is the old folder afterwards.
+    """
     if not path.exists():
         os.rename(staging, path)
+        return
+    if _exchange(staging, path):
         return
     old = path.with_name(f".{path.name}.{_host()}-{os.getpid()}{OLD}")  # the whole name: a kill may leave it alone
     try:
@@ -232,6 +240,25 @@ def _swap(staging: Path, path: Path) -> None:
         if old.exists() and not path.exists():
             os.rename(old, path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; False where the system or the file system cannot: all but Linux.
+
+    Raises OSError where they must not be renamed.
+    """
+    import ctypes  # here, since few commands write folders
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an older C library
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def remove_stale(folder: Path) -> None:

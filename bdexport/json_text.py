@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+import re
 from typing import Any, NoReturn
 
 from bdexport.errors import BdexportError
@@ -12,6 +12,10 @@ from bdexport.errors import BdexportError
 MAX_DEPTH = 64  # of objects and lists in each other; far from where Python's recursion ends
 MAX_DIGITS = 400  # of an integer; Python itself refuses some thousands, in words of its own
 SHOWN_CHARACTERS = 60
+_STRING = rb'"(?:[^"\\]++|\\.)*+"?'  # or what begins as one and has no end
+_STRINGS = re.compile(_STRING + rb"(?:[^\[\]{}\"]++|" + _STRING + rb")*+", re.DOTALL)  # and all up to the next bracket
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of one half of a pair
 
 
 class MalformedError(ValueError):
@@ -21,8 +25,10 @@ class MalformedError(ValueError):
 def parse_json(data: bytes) -> Any:
     """UTF-8 JSON (RFC 8259) without NaN, infinite numbers, repeated keys and half surrogate pairs.
 
-    Raises :class:`MalformedError`.
+    How deep objects and lists stand in each other is counted before anything is parsed. Raises
+    :class:`MalformedError`.
     """
+    _check_depth(data)
     try:
         document = json.loads(
             data.decode("utf-8"),
@@ -31,8 +37,8 @@ def parse_json(data: bytes) -> Any:
             parse_float=_finite_number,
             parse_int=_integer,
         )
-        _check_depth(document)
-        json.dumps(document, ensure_ascii=False).encode("utf-8")  # nothing can print half a surrogate pair
+        if _SURROGATE.search(data):
+            json.dumps(document, ensure_ascii=False).encode("utf-8")  # nothing can print half a surrogate pair
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise MalformedError(why(error)) from error
     return document
@@ -81,10 +87,12 @@ def finite(value: Any) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise MalformedError(f"key {shown(repeated[0])} occurs twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise MalformedError(f"key {shown(repeated)} occurs twice")
+    return found
 
 
 def _finite_number(text: str) -> float:
@@ -104,14 +112,10 @@ def _refuse_constant(text: str) -> NoReturn:
     raise MalformedError(f"{text} is not JSON")
 
 
-def _check_depth(data: Any) -> None:
-    level = [data]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for value in level
-            if isinstance(value, dict | list)
-            for child in (value.values() if isinstance(value, dict) else value)
-        ]
-    if any(isinstance(value, dict | list) for value in level):
-        raise MalformedError(f"nested more than {MAX_DEPTH} deep")
+def _check_depth(data: bytes) -> None:
+    """Raise MalformedError where brackets outside of strings are nested deeper than :data:`MAX_DEPTH`."""
+    depth = 0
+    for bracket in _STRINGS.sub(b"", data).translate(None, _NO_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise MalformedError(f"nested more than {MAX_DEPTH} deep")

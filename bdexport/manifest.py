@@ -9,7 +9,16 @@ import itertools
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from bdexport.bundle_checks import Reader, check_chain, check_path, check_sha256, check_statistics, rule_error
+from bdexport.bundle_checks import (
+    DIGEST,
+    Reader,
+    check_chain,
+    check_document,
+    check_path,
+    check_sha256,
+    check_statistics,
+    rule_error,
+)
 from bdexport.errors import InputError
 from bdexport.fused import FusedPaths, fused_from_json
 from bdexport.mask_map import MaskMapping, mapping_from_json
@@ -20,6 +29,7 @@ from bdexport.tensors import TensorSpec, tensor_spec_from_json
 SCHEMA = "bdexport-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.minisig"  # beside it, where somebody signed it (bdexport.signature)
 LAYOUT = "NCHW"
 INPUT_NAME, OUTPUT_NAME, DTYPE = "x", "y", "float32"  # of every part's graph
 MAX_BLOCKS = 10_000  # far above any network; keeps a damaged number from filling the memory
@@ -60,7 +70,8 @@ class Manifest:
     """Everything that is known about a bundle without opening an engine.
 
     ``network`` is the residual network's full spec (``ResNetSpec.to_json``), ``architecture`` its usual name;
-    ``extra`` is free for other tools, nothing here reads it.
+    ``extra`` is free for other tools, nothing here reads it. ``sealed``: the document that it was read from holds its
+    own digest, which is true.
     """
 
     name: str
@@ -89,13 +100,14 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict)
     fused: FusedPaths | None = None
     mask_mapping: MaskMapping | None = None
+    sealed: bool = field(default=False, compare=False)
 
     def files(self) -> list[FileEntry]:
         """Every file of the bundle but the manifest itself, in the parts' order."""
         return [entry for part in self.parts.values() for entry in part.files().values()]
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as ``manifest.json`` holds it; :func:`manifest_from_json` reads it back."""
+        """The manifest as ``manifest.json`` holds it, without its digest; :func:`manifest_from_json` reads it back."""
         data: dict[str, Any] = {"schema": f"{SCHEMA}/{self.format_version}", "format_version": self.format_version}
         own = {"preprocess": self.preprocess.to_json(), "parts": [_part_to_json(part) for part in self.parts.values()]}
         plain = {name: getattr(self, name) for name in _FIELDS if name not in own and name not in data}
@@ -107,7 +119,7 @@ class Manifest:
 
 
 _LATER = ("fused", "mask_mapping")  # keys that bundles of earlier builds do not have
-_FIELDS = tuple(name for name in Manifest.__dataclass_fields__ if name not in _LATER)
+_FIELDS = tuple(name for name in Manifest.__dataclass_fields__ if name not in (*_LATER, "sealed"))
 
 
 def _part_to_json(part: PartEntry) -> dict[str, Any]:
@@ -157,6 +169,7 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         extra=reader.mapping("extra"),
     )
     fused, mapping = (reader.absent_or_mapping(key, "R16") for key in _LATER)
+    digest = reader.absent_or_text(DIGEST, "R18")
     reader.finish()
     if fused is not None:
         manifest = replace(manifest, fused=fused_from_json(fused, num_blocks, reader.where))
@@ -164,7 +177,7 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         manifest = replace(manifest, mask_mapping=mapping_from_json(mapping, num_blocks, reader.where))
     check_chain(manifest, reader.where)
     check_statistics(manifest.policy_statistics, num_blocks, reader.where)
-    return manifest
+    return replace(manifest, sealed=check_document(data, digest, reader.where))
 
 
 def _read_version(reader: Reader) -> int:
@@ -223,7 +236,7 @@ def _read_parts(reader: Reader, names: tuple[str, ...]) -> dict[str, PartEntry]:
 
 def _check_distinct(parts: list[PartEntry], where: str) -> None:
     """R9: no two files under one path, whatever the case: some file systems fold it, and bundles are copied around."""
-    seen = {MANIFEST: "the manifest"}
+    seen = {MANIFEST: "the manifest", SIGNATURE: "its signature"}
     for part in parts:
         for kind, entry in part.files().items():
             user = f"{part.name} {kind}"

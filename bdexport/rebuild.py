@@ -7,7 +7,6 @@ The new engines are verified against the graphs before anybody gets them.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,10 +18,22 @@ from typing import Any
 from bdexport import __version__
 from bdexport.backends import get_backend
 from bdexport.backends.base import Backend, BuildOptions, Misfit, RebuildingBackend
-from bdexport.bundle import MANIFEST, Bundle, Manifest, PartEntry, file_entry, open_bundle, write_manifest
+from bdexport.bundle import (
+    MANIFEST,
+    SIGNATURE,
+    Bundle,
+    BundleFile,
+    FileEntry,
+    Manifest,
+    PartEntry,
+    file_entry,
+    open_bundle,
+    write_manifest,
+)
+from bdexport.bundle_checks import document_sha256
 from bdexport.engine_cache import engine_recipe
 from bdexport.errors import BackendError, BundleError, OutputError
-from bdexport.files import CACHE_VARIABLE, default_cache_folder, making_folder
+from bdexport.files import CACHE_VARIABLE, default_cache_folder, making_folder, write_bytes
 from bdexport.verify import require, verify_against_graphs
 
 REBUILT = "rebuilt"  # key of manifest.extra: when, and what the engines were for before
@@ -52,24 +63,27 @@ def rebuild_bundle(
     report: Progress = progress or (lambda _what, _done, _total: None)
     began = perf_counter()
     old, backend = bundle.manifest, _rebuilder(bundle)
+    signed = (bundle.path / SIGNATURE).is_file()
     misfit = backend.misfit(old)
-    sources = {part: _source(bundle, part, backend) for part in old.parts}
+    sources = {part: _source(bundle, part, backend).path for part in old.parts}
     options = BuildOptions(old.precision, old.max_batch)
     place = bundle.path.resolve() if out is None else out
     with _placed(out), making_folder(place, overwrite or out is None) as staging:
         for kept in (file for part in old.parts.values() for file in (part.graph, part.source) if file is not None):
-            _copy(bundle.path / kept.path, staging / kept.path)
+            write_bytes(staging / kept.path, BundleFile(bundle.path, kept).read_bytes())
         (staging / ENGINES).mkdir(exist_ok=True)
         parts: dict[str, PartEntry] = {}
         for number, (part, entry) in enumerate(old.parts.items()):
             report("engines", number, len(sources))
             engine = staging / ENGINES / f"{part}{backend.engine_suffix}"
-            backend.build_part(part, sources[part], engine, options)
+            backend.build_part(part, staging / sources[part], engine, options)
             parts[part] = replace(entry, engine=file_entry(staging, engine))
         report("engines", len(sources), len(sources))
         manifest = _manifest(old, backend, parts)
         verification, notes = _verified(Bundle(staging, manifest), report)
         write_manifest(staging, replace(manifest, verification=verification))
+    if signed:
+        notes += (f"not signed: the bundle was, and this one is new; sign it: minisign -Sm {place / MANIFEST}",)
     opened = open_bundle(place)
     return RebuiltBundle(opened.path, opened.manifest, misfit, perf_counter() - began, notes)
 
@@ -103,7 +117,8 @@ def _place(bundle: Bundle, backend: Backend) -> Path:
     """Where the cache has the rebuilt bundle: a name for all that the engines depend on, weights and code included."""
     options = BuildOptions(bundle.manifest.precision, bundle.manifest.max_batch)
     recipe = engine_recipe(backend, options).encode()
-    digest = hashlib.sha256((bundle.path / MANIFEST).read_bytes() + b"\n" + recipe).hexdigest()
+    document = document_sha256(bundle.manifest.to_json()).encode()
+    digest = hashlib.sha256(document + b"\n" + recipe).hexdigest()
     return default_cache_folder() / REBUILT / digest[:32]
 
 
@@ -134,7 +149,7 @@ def _rebuilder(bundle: Bundle) -> RebuildingBackend:
     raise BackendError(what, remedy=f"build it again from its checkpoint: {bundle.build_command}")
 
 
-def _source(bundle: Bundle, part: str, backend: RebuildingBackend) -> Path:
+def _source(bundle: Bundle, part: str, backend: RebuildingBackend) -> FileEntry:
     """What the engine of a part is built from: its graph in the bundle's precision."""
     entry, precision = bundle.manifest.parts[part], bundle.manifest.precision
     source = entry.source
@@ -148,12 +163,7 @@ def _source(bundle: Bundle, part: str, backend: RebuildingBackend) -> Path:
             remedies.append(misfit.install)
         what = f"{bundle.path}: its engines cannot be rebuilt, since it holds {missing}"
         raise BundleError(what, remedy=", or ".join(remedies))
-    return bundle.path / source.path
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    return source
 
 
 def _manifest(old: Manifest, backend: Backend, parts: dict[str, PartEntry]) -> Manifest:

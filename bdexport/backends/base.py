@@ -28,6 +28,17 @@ Rows = NDArray[np.intp]
 PartProgress = Callable[[str, float], bool]  # (part, share done) -> whether to go on
 
 
+class Readable(Protocol):
+    """A file that a backend opens: ``str()`` of it is its name in errors.
+
+    One of a bundle (:class:`bdexport.bundle.BundleFile`) gives only bytes that the manifest's hash is true of; a path
+    gives whatever is there. It is read once for each engine that is made of it, and never opened by its name.
+    """
+
+    def read_bytes(self) -> bytes:
+        """The whole file."""
+
+
 @dataclass(frozen=True)
 class Availability:
     """Whether a backend can be used here; when not, why, and the line that mends it."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bdexport import files
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, Readable, RunOptions
 from bdexport.errors import BackendError, InputError
 from bdexport.json_text import MalformedError, parse_json, why
 from bdexport.parts import FULL, POLICY, Masks, mask_from_text
@@ -73,7 +73,7 @@ class NullBackend(BuildsWhereItRuns):
         """Read every declaration of ``bundle``."""
         if options.device != "cpu":
             raise no_device_error(self.name, options.device, "cpu")
-        engines = {part: _read_engine(bundle.engine(part), part) for part in bundle.manifest.parts}
+        engines = {part: _read_engine(bundle.engine_file(part), part) for part in bundle.manifest.parts}
         return NullSession(bundle.manifest, engines)
 
 
@@ -141,7 +141,7 @@ def _wait(seconds: float) -> None:
             pass
 
 
-def _read_engine(path: Path, part: str) -> dict[str, Any]:
+def _read_engine(path: Readable, part: str) -> dict[str, Any]:
     try:
         data = parse_json(path.read_bytes())
         if data["schema"] != SCHEMA or data["part"] != part or not data["latency_ms"] >= 0:

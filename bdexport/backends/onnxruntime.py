@@ -86,7 +86,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
         if (misfit := self.misfit(bundle.manifest)) is not None:
             raise misfit.error(bundle)
         threads, note = chosen_threads(options.threads, bundle.manifest.parts[FULL].flops)
-        files = {part: bundle.engine(part) for part in bundle.manifest.parts}
+        files = {part: bundle.engine_file(part) for part in bundle.manifest.parts}
         return OnnxRuntimeSession(bundle.manifest, files, threads, note, fused=options.fused)
 
     def misfit(self, manifest: Manifest) -> Misfit | None:
@@ -106,5 +106,5 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
 
 def open_graphs(bundle: Bundle) -> OnnxRuntimeSession:
     """The bundle's graphs as they are, every optimisation off, one thread: the reference without torch."""
-    graphs = {part: bundle.graph(part) for part in bundle.manifest.parts}
+    graphs = {part: bundle.graph_file(part) for part in bundle.manifest.parts}
     return OnnxRuntimeSession(bundle.manifest, graphs, 1, "graphs as exported, not optimised", linked=False)

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bdexport.backends.base import Readable
 from bdexport.backends.device_session import DeviceSession
-from bdexport.backends.onnxruntime_common import NO_CAPTURE, Reported, import_onnxruntime
+from bdexport.backends.onnxruntime_common import NO_CAPTURE, Reported, forget_model, import_onnxruntime
 from bdexport.bundle import INPUT_NAME, OUTPUT_NAME
 from bdexport.cuda import open_cuda
 from bdexport.errors import BackendError
-from bdexport.files import native_path
 from bdexport.packages import install_line
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def open_on_cuda(bundle: Bundle, device: str, ordinal: int, stream: Any = None) 
     try:
         options = provider_options(ordinal, own.handle)
         for part, entry in manifest.parts.items():
-            engines[part] = OrtCudaEngine(part, bundle.graph(part), entry, options, ordinal)
+            engines[part] = OrtCudaEngine(part, bundle.graph_file(part), entry, options, ordinal)
     except BaseException:
         for engine in engines.values():
             engine.close()
@@ -98,7 +98,7 @@ class OrtCudaEngine:
 
     scratch_bytes = 0  # the provider's own arena
 
-    def __init__(self, part: str, graph: Path, entry: PartEntry, options: Mapping[str, str], ordinal: int) -> None:
+    def __init__(self, part: str, graph: Readable, entry: PartEntry, options: Mapping[str, str], ordinal: int) -> None:
         import onnxruntime as ort
 
         self._part, self._entry, self._ordinal = part, entry, ordinal
@@ -108,8 +108,10 @@ class OrtCudaEngine:
         # Operators that would run on the CPU copy between host and device in every call: an error, not a slow answer.
         session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            with Reported(part, f"cannot load {graph} on CUDA"), native_path(graph) as file:
-                self._session: Any = ort.InferenceSession(file, session_options, providers=[(PROVIDER, dict(options))])
+            with Reported(part, f"cannot load {graph} on CUDA"):
+                model, providers = graph.read_bytes(), [(PROVIDER, dict(options))]
+                self._session: Any = ort.InferenceSession(model, session_options, providers=providers)
+                forget_model(self._session)
         except BackendError as error:
             raise _provider_error(part) or error from error
         if PROVIDER not in self._session.get_providers():

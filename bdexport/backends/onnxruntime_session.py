@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error
-from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks
+from bdexport.backends.base import Readable
+from bdexport.backends.forking import KeptInForks
 from bdexport.backends.onnxruntime_common import (
     BLOCK_PROPERTY,
     BLOCKED,
@@ -40,7 +40,6 @@ from bdexport.backends.onnxruntime_link import (
     output_name,
 )
 from bdexport.errors import BackendError
-from bdexport.files import native_path, sha256_file
 from bdexport.parts import FULL, HEAD, POLICY, STEM, Masks, block_part
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class OnnxRuntimeSession(ArrayRows, KeptInForks):
     def __init__(
         self,
         manifest: Manifest,
-        files: Mapping[str, Path],
+        files: Mapping[str, Readable],
         threads: int,
         note: str,
         linked: bool = True,
@@ -71,10 +70,13 @@ class OnnxRuntimeSession(ArrayRows, KeptInForks):
         self._manifest = manifest
         self._again = partial(OnnxRuntimeSession, manifest, files, threads, note, linked, fused)
         self._files = files
-        engines = _read_engines(files) if linked else {}
+        engines = _read_engines(files) if linked else {}  # their bytes are let go of when they are all loaded
         weights = _SharedWeights(engines)
         self._parts = {
-            part: _Part(part, path, manifest.parts[part], threads if part in WHOLE else 1, linked, weights.of([part]))
+            part: _Part(
+                *(part, path, engines.get(part), manifest.parts[part]),
+                *(threads if part in WHOLE else 1, linked, weights.of([part])),
+            )
             for part, path in files.items()
         }
         paths = manifest.fused.part_paths(manifest.transitions) if fused and manifest.fused is not None else []
@@ -164,19 +166,7 @@ class OnnxRuntimeSession(ArrayRows, KeptInForks):
         """See :meth:`bdexport.backends.base.ForkingSession.in_fork`: one thread needs nobody; pools are made anew."""
         if self._closed or self.threads == 1:
             return self
-        for part, path in self._files.items():
-            self._check_unchanged(part, path)
         return self._again()
-
-    def _check_unchanged(self, part: str, path: Path) -> None:
-        """The file is still the one that was checked when the bundle was opened; parts without one have no hash."""
-        entry = self._manifest.parts[part]
-        hashes = {file.sha256 for file in (entry.engine, entry.graph) if file is not None}
-        with Reported(part, f"cannot read {path} again in a forked process"):
-            digest = sha256_file(path)
-        if digest not in hashes:
-            what = f"{part} [onnxruntime]: {path} has changed since the bundle was loaded"
-            raise BackendError(what, remedy=LOAD_IN_WORKERS)
 
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.
@@ -199,13 +189,21 @@ class _Part:
     """One engine in a session of its own. Whole networks (policy, full) run single images in static buffers."""
 
     def __init__(
-        self, part: str, path: Path, entry: PartEntry, threads: int, named: bool, weights: Mapping[str, Any]
+        self,
+        part: str,
+        path: Readable,
+        model: bytes | None,
+        entry: PartEntry,
+        threads: int,
+        named: bool,
+        weights: Mapping[str, Any],
     ) -> None:
+        """``model``: the bytes of ``path`` where they have been read before."""
         self.part, self.threads = part, threads
         self._weights = weights  # the session reads them where they are and does not keep them
         self._input, self._outputs = (input_name(part), [output_name(part)]) if named else (INPUT, [OUTPUT])
-        with Reported(part, f"cannot load {path}"), native_path(path) as file:
-            self._session = load_model(file, threads, weights)
+        with Reported(part, f"cannot load {path}"):
+            self._session = load_model(path.read_bytes() if model is None else model, threads, weights)
             properties = self._session.get_modelmeta().custom_metadata_map
         if properties.get(PART_PROPERTY) != part:
             what = f"{part} [onnxruntime]: {path} is another part's engine"
@@ -233,7 +231,7 @@ class _Part:
         return self._session.run_with_iobinding, binding
 
 
-def _check_shapes(part: str, path: Path, session: Any, entry: PartEntry) -> None:
+def _check_shapes(part: str, path: Readable, session: Any, entry: PartEntry) -> None:
     """The manifest and the engine agree on what goes in and comes out, beyond the batch."""
     ends = ((session.get_inputs(), entry.input), (session.get_outputs(), entry.output))
     for values, spec in ends:
@@ -310,7 +308,7 @@ class _PartBuffers:
         return self._between[shape, side]
 
 
-def _read_engines(files: Mapping[str, Path]) -> dict[str, bytes]:
+def _read_engines(files: Mapping[str, Readable]) -> dict[str, bytes]:
     with Reported("chain", "cannot read the parts' engines"):
         return {part: path.read_bytes() for part, path in files.items() if part not in WHOLE}
 

@@ -119,7 +119,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
             raise BackendError(f"{bundle.path} [openvino]: bf16 is not available here ({reason})", remedy=FP32_REMEDY)
         threads, note = chosen_threads(options.threads, manifest.parts[FULL].flops)
         note_pool("OpenVINO", threads, one_waits_too=True)  # measured: even an import for one thread never ends
-        files = {part: bundle.engine(part) for part in manifest.parts}
+        files = {part: bundle.engine_file(part) for part in manifest.parts}
         return OpenVinoSession(manifest, files, threads, note, options.fused)
 
     def misfit(self, manifest: Manifest) -> Misfit | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
+from bdexport.backends.first_use import once
 from bdexport.backends.forking import KeptInForks
 from bdexport.errors import BackendError
 from bdexport.hardware import machine
@@ -19,22 +20,23 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # instructio
 TELEMETRY = "openvino_telemetry"
 
 
+@once
 def import_openvino() -> Any:
     """The package ``openvino``.
 
     It reports every import of itself to a server. That part is an own package and may be absent: so it is made to
     look, for as long as the import lasts. Nothing is changed where the program has imported openvino before.
     """
-    if "openvino" not in sys.modules:
-        had, before = TELEMETRY in sys.modules, sys.modules.get(TELEMETRY)
-        sys.modules[TELEMETRY] = None  # type: ignore[assignment]
-        try:
-            import openvino  # noqa: F401
-        finally:
-            del sys.modules[TELEMETRY]
-            if had:
-                sys.modules[TELEMETRY] = before  # type: ignore[assignment]
-    return sys.modules["openvino"]
+    if "openvino" in sys.modules:  # whole, or half imported by a thread of the program's: this waits for its end
+        return import_module("openvino")
+    had, before = TELEMETRY in sys.modules, sys.modules.get(TELEMETRY)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return import_module("openvino")
+    finally:
+        del sys.modules[TELEMETRY]
+        if had:
+            sys.modules[TELEMETRY] = before  # type: ignore[assignment]
 
 
 class _Core(KeptInForks):
@@ -42,7 +44,7 @@ class _Core(KeptInForks):
         self.made = import_openvino().Core()
 
 
-@lru_cache(maxsize=1)
+@once
 def _only_core() -> _Core:
     return _Core()
 

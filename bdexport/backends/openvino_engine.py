@@ -10,18 +10,20 @@ is, which has their hashes: neither OpenVINO's models nor its blobs are a safe f
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import threading
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bdexport.backends.base import Readable
+from bdexport.backends.first_use import once
 from bdexport.backends.openvino_common import Reported, core, cpu_config, import_openvino
 from bdexport.errors import BackendError
 from bdexport.files import writing
@@ -65,7 +67,7 @@ def compiled_for_one(model: Any, config: dict[str, Any]) -> Any:
     return core().compile_model(single, "CPU", config)
 
 
-@lru_cache(maxsize=1)
+@once
 def requirements_here() -> str:
     """What a blob must have been compiled for to be imported in this process."""
     openvino = import_openvino()
@@ -77,7 +79,7 @@ def requirements_here() -> str:
 class SourceModel:
     """A part in OpenVINO's own form, parsed when it is first needed: for larger batches and for fused paths."""
 
-    def __init__(self, part: str, path: Path, entry: PartEntry, xml: bytes, weights: Any) -> None:
+    def __init__(self, part: str, path: Readable, entry: PartEntry, xml: bytes, weights: Any) -> None:
         self._part, self._path, self._entry, self._xml = part, path, entry, xml
         self._weights = weights  # a tensor, which models and what is compiled from them share and keep alive
         self._model: Any = None
@@ -108,7 +110,7 @@ class EngineFile:
     requirements: str
 
 
-def read_engine(part: str, path: Path, entry: PartEntry, precision: str) -> EngineFile:
+def read_engine(part: str, path: Readable, entry: PartEntry, precision: str) -> EngineFile:
     """Raises BackendError for a file that is damaged, or of another part, precision or format."""
     members = _members(part, path)
     about = _description(part, path, bytes(members[DESCRIPTION].data))
@@ -120,7 +122,7 @@ def read_engine(part: str, path: Path, entry: PartEntry, precision: str) -> Engi
     return EngineFile(source, members[BLOB], about["requirements"])
 
 
-def imported(part: str, path: Path, entry: PartEntry, blob: Any, config: dict[str, Any]) -> Any:
+def imported(part: str, path: Readable, entry: PartEntry, blob: Any, config: dict[str, Any]) -> Any:
     """The compiled model of a blob that fits :func:`requirements_here`. Raises BackendError."""
     with Reported(part, f"cannot load {path}: {BLOB}", REBUILD):
         # From a tensor, not from bytes: the model then uses the weights where they are.
@@ -129,7 +131,7 @@ def imported(part: str, path: Path, entry: PartEntry, blob: Any, config: dict[st
     return compiled
 
 
-def check_shapes(part: str, path: Path, model: Any, entry: PartEntry) -> None:
+def check_shapes(part: str, path: Readable, model: Any, entry: PartEntry) -> None:
     """The manifest and a model, compiled or not, agree on what goes in and comes out, beyond the batch."""
     for values, spec in ((model.inputs, entry.input), (model.outputs, entry.output)):
         shapes = [tuple(size.get_length() for size in list(value.partial_shape)[1:]) for value in values]
@@ -138,29 +140,31 @@ def check_shapes(part: str, path: Path, model: Any, entry: PartEntry) -> None:
             raise BackendError(what, got=shapes, expected=[spec.shape], remedy=REBUILD)
 
 
-def _members(part: str, path: Path) -> dict[str, Any]:
+def _members(part: str, path: Readable) -> dict[str, Any]:
     """The members as tensors of bytes, each by its checksum what was written."""
     expected = f"a zip of {', '.join(MEMBERS)}"
+    data = b""
     try:
-        with zipfile.ZipFile(path) as packed:
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as packed:
             missing = [name for name in MEMBERS if name not in packed.namelist()]
             if not missing:
-                return {name: _member(packed, name) for name in MEMBERS}
+                return {name: _member(packed, name, len(data)) for name in MEMBERS}
             got = f"no {' and no '.join(missing)}"
     except OSError as error:
         what = f"{part} [openvino]: cannot read {path}"
         raise BackendError(what, got=error.strerror or "a damaged file", expected=expected, remedy=REBUILD) from error
     except DAMAGE as error:
         what = f"{part} [openvino]: {path} is damaged"
-        got = f"{path.stat().st_size} bytes that are none, or not as they were written"
+        got = f"{len(data)} bytes that are none, or not as they were written"
         raise BackendError(what, got=got, expected=expected, remedy=REBUILD) from error
     raise BackendError(f"{part} [openvino]: {path} is no engine", got=got, expected=expected, remedy=REBUILD)
 
 
-def _member(packed: zipfile.ZipFile, name: str) -> Any:
+def _member(packed: zipfile.ZipFile, name: str, most: int) -> Any:
     """Read in pieces into memory that OpenVINO owns: what whole copies leave behind is not given back to the system."""
     size = packed.getinfo(name).file_size
-    if size > Path(str(packed.filename)).stat().st_size:
+    if size > most:
         raise EOFError(f"{name} is larger than its file")
     tensor = import_openvino().Tensor(import_openvino().Type.u8, [size])
     begin = 0
@@ -173,7 +177,7 @@ def _member(packed: zipfile.ZipFile, name: str) -> Any:
     return tensor
 
 
-def _description(part: str, path: Path, data: bytes) -> dict[str, str]:
+def _description(part: str, path: Readable, data: bytes) -> dict[str, str]:
     what, expected = f"{part} [openvino]: {path}: {DESCRIPTION}", f"an object with {', '.join(FIELDS)}"
     try:
         about = parse_json(data)

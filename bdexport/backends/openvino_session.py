@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error
+from bdexport.backends.base import Readable
 from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks
 from bdexport.backends.openvino_common import BF16, KERNELS, Reported, core, cpu_config, import_openvino
 from bdexport.backends.openvino_engine import (
@@ -46,7 +46,7 @@ class OpenVinoSession(ArrayRows, KeptInForks):
     """See :class:`bdexport.backends.base.Session`. Tensors are numpy arrays."""
 
     def __init__(
-        self, manifest: Manifest, files: Mapping[str, Path], threads: int, note: str, fused: bool = False
+        self, manifest: Manifest, files: Mapping[str, Readable], threads: int, note: str, fused: bool = False
     ) -> None:
         self.device, self.threads = "cpu", threads
         config = cpu_config(manifest.precision, threads)
@@ -290,7 +290,7 @@ class _Path:
 # ---- making engines ----------------------------------------------------------------------------------------------
 
 
-def _opened(part: str, path: Path, manifest: Manifest, config: dict[str, Any]) -> tuple[SourceModel, _Engine]:
+def _opened(part: str, path: Readable, manifest: Manifest, config: dict[str, Any]) -> tuple[SourceModel, _Engine]:
     """A part's engine: imported where it was compiled for what is here, compiled otherwise."""
     entry, precision = manifest.parts[part], manifest.precision
     file = read_engine(part, path, entry, precision)

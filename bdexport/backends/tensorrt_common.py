@@ -6,6 +6,7 @@ and for; ``layers.json``, what TensorRT's inspector says about its layers, where
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import zipfile
@@ -13,11 +14,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bdexport.backends.base import Readable
+from bdexport.backends.first_use import once
 from bdexport.errors import BackendError
 from bdexport.files import writing
 from bdexport.json_text import MalformedError, parse_json, why
@@ -65,7 +67,7 @@ class Api:
         self.version: str = module.__version__
 
 
-@lru_cache
+@once
 def load_api(flavour: Flavour) -> Api:
     """Import it. Raises ImportError; BackendError for a version that this package does not know."""
     module = import_module(flavour.module)
@@ -195,11 +197,11 @@ def write_engine(path: Path, description: EngineDescription, plan: bytes, layers
             packed.writestr(zipfile.ZipInfo(name, ANY_TIME), data)
 
 
-def read_engine(path: Path, part: str, flavour: Flavour, remedy: str) -> tuple[EngineDescription, bytes]:
+def read_engine(path: Readable, part: str, flavour: Flavour, remedy: str) -> tuple[EngineDescription, bytes]:
     """An engine file's description and plan. Raises BackendError for anything that is not this part's engine."""
     where = f"{part} [{flavour.name}]: {path}"
     try:
-        with zipfile.ZipFile(path) as packed:
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as packed:
             data = parse_json(packed.read(DESCRIPTION))
             plan = packed.read(PLAN)
         if data.pop("schema") != SCHEMA:

@@ -222,7 +222,7 @@ class _Loader:
                 raise BackendError(f"{what}; it said: {said.quote()}", remedy="see `bdexport doctor`") from error
 
     def _read(self, part: str) -> tuple[EngineDescription, bytes]:
-        return read_engine(self._bundle.engine(part), part, self.api.flavour, self._remedy)
+        return read_engine(self._bundle.engine_file(part), part, self.api.flavour, self._remedy)
 
     def _load(self, part: str) -> TensorRTEngine:
         description, plan = self._read(part)

@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
-from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, RunOptions, Session
+from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, Readable, RunOptions, Session
 from bdexport.backends.forking import forked_error, note_pool
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
-from bdexport.files import native_path
 from bdexport.packages import install_line
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class TorchBackend(BuildsWhereItRuns):
         skeleton: BlockDropNet | None = None
         modules: dict[str, nn.Module] = {}
         for part in bundle.manifest.parts:
-            specs, state = _read_engine(bundle.engine(part), part)
+            specs, state = _read_engine(bundle.engine_file(part), part)
             skeleton = skeleton or _skeleton(specs)
             modules[part] = _load_part(skeleton, part, state)
         if ordinal is not None:
@@ -168,13 +167,15 @@ def session_from_model(manifest: Manifest, model: BlockDropNet, threads: int | N
     return TorchSession(manifest, {part: part_module(model, part) for part in manifest.parts}, threads)
 
 
-def _read_engine(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+def _read_engine(path: Readable, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with native_path(path) as name, safe_open(name, framework="pt") as file:
-            specs = json.loads(file.metadata()[HEADER])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        data = path.read_bytes()
+        state = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # which load() has checked
+        specs = json.loads(header["__metadata__"][HEADER])
         if specs["part"] != part:
             raise ValueError(f"it holds {specs['part']}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

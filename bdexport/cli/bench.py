@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import FittedTable, err_console, table_console, write_json_result
-from bdexport.cli.options import MaxPixels, refuse, refuse_threads, writable
+from bdexport.cli.options import MaxPixels, VerifyKey, refuse, refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, show_skipped, updates
 from bdexport.config import BenchConfig
 
@@ -51,6 +51,7 @@ def bench(
     turn: Annotated[
         int, typer.Option(min=1, help="Timed calls of one side before it is the other's turn.")
     ] = DEFAULT.turn,
+    verify_key: VerifyKey = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -64,10 +65,17 @@ def bench(
 
     if seconds is not None:
         refuse(context, ("rounds",), "with --seconds, which sets them")
-    name = dataset or known_dataset(read_manifest(bundle))
+    name = dataset or known_dataset(read_manifest(bundle, verify_key))
     check_folder(name, data)  # before a bundle is loaded
     every = executor == ALL
-    opened = load(bundle, threads=threads, device=device, executor="auto" if every else executor, fused=every)
+    opened = load(
+        bundle,
+        threads=threads,
+        device=device,
+        executor="auto" if every else executor,
+        fused=every,
+        verify_key=verify_key,
+    )
     with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
         chosen = load_dataset(name, data, split, limit=images, skip_damaged=skip_damaged, max_pixels=max_pixels)

@@ -106,6 +106,9 @@ def build(
         float, typer.Option(min=0, help="Largest loss of accuracy against torch, in points.")
     ] = VERIFY.max_accuracy_drop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    sign: Annotated[
+        Path | None, typer.Option(help="Sign it with this minisign secret key, one without a password.")
+    ] = None,
     arch: Arch = None,
     shortcut: ShortcutKind = None,
     dropped_transition: DroppedRule = None,
@@ -193,6 +196,7 @@ def build(
             judged=_split(dataset, data, VERIFY.accuracy_split, images, skip_damaged, max_pixels),
             verify=replace(VERIFY, max_accuracy_drop=max_drop),
             mask=mask,
+            sign=sign,
             note=lambda text: err_console.print(text, soft_wrap=True),
         )
     result = _result(bundle, time.perf_counter() - started)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import FittedTable, table_console, write_json_result
-from bdexport.cli.options import writable
+from bdexport.cli.options import VerifyKey, writable
 from bdexport.cli.stages import size_text
 
 if TYPE_CHECKING:
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from bdexport.bundle import Bundle, Manifest
 
 SHOWN_MASKS = 10
+NO_DIGEST = "not checked: it holds no digest, as those of earlier builds"
+NOT_CHECKED = "there, and not checked: pass --verify-key"
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="BUNDLE folder.")],
+    verify_key: VerifyKey = None,
     json: Annotated[
         str | None, typer.Option(help="Write everything to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -29,11 +32,11 @@ def inspect(
     ] = False,
 ) -> None:
     """Print a bundle's manifest, check the hash of every file, and say whether it can run on this machine."""
-    from bdexport.bundle import Bundle, file_problems, read_manifest
+    from bdexport.bundle import SIGNATURE, opened_with_problems
 
-    manifest = read_manifest(bundle)
-    problems = file_problems(bundle, manifest)
-    here = runs_here(Bundle(bundle, manifest), intact=not problems)
+    opened, problems = opened_with_problems(bundle, verify_key)
+    manifest, signed = opened.manifest, (bundle / SIGNATURE).is_file()
+    here = runs_here(opened, intact=not problems)
     out = table_console(json)
     for table in (_overview(manifest, verbose), _parts(manifest), _policy(manifest)):
         if table.row_count:
@@ -43,9 +46,18 @@ def inspect(
         out.print(f"damaged: {problem}")
     if not problems:
         out.print(f"files: all {count} hashes hold, nothing else is there")
+    out.print(f"manifest: {'its digest holds' if manifest.sealed else NO_DIGEST}")
+    if signed:
+        out.print(f"signature: {'holds' if verify_key is not None else NOT_CHECKED}")
     out.print(f"here: {'runs' if here['ok'] else 'does not run'} ({here['reason']})")
     if json is not None:
-        integrity = {"ok": not problems, "problems": [str(problem) for problem in problems]}
+        integrity = {
+            "ok": not problems,
+            "problems": [str(problem) for problem in problems],
+            "manifest_digest_checked": manifest.sealed,
+            "signed": signed,
+            "signature_checked": verify_key is not None,
+        }
         result = {"schema": "bdexport.inspect/1", "bundle": bundle, "integrity": integrity, "here": here}
         write_json_result(json, result | {"manifest": manifest.to_json()})
     if problems:

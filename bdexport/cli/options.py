@@ -20,6 +20,12 @@ MaxPixels: TypeAlias = Annotated[
 ]
 LEAVE_OUT = "leave it out"
 
+# Of every command that opens a bundle.
+VerifyKey: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Refuse the bundle unless it is signed by this minisign public key: its file, or RW...."),
+]
+
 
 def given(context: typer.Context, name: str) -> bool:
     """Whether the option of this parameter was on the command line, even with its default as the value."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import FittedTable, table_console, write_json_result
-from bdexport.cli.options import MaxPixels, refuse, refuse_threads, writable
+from bdexport.cli.options import MaxPixels, VerifyKey, refuse, refuse_threads, writable
 from bdexport.cli.stages import quiet_progress, updates
 from bdexport.config import ProfileConfig
 
@@ -43,6 +43,7 @@ def profile(
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Profiled calls per batch.")] = DEFAULT.rounds,
+    verify_key: VerifyKey = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -67,7 +68,7 @@ def profile(
     if trace is not None:  # before minutes of measuring, not after
         check_writable(trace)
     # The fused paths are timed whatever the executor is.
-    opened = load(bundle, threads=threads, device=device, executor=executor, fused=True)
+    opened = load(bundle, threads=threads, device=device, executor=executor, fused=True, verify_key=verify_key)
     with opened as orchestrator, quiet_progress() as bar:
         refuse_threads(context, orchestrator.device)
         chosen, about = _images(orchestrator, dataset, data, split, images, max_pixels)

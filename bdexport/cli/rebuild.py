@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, progress, table_console, write_json_result
-from bdexport.cli.options import writable
+from bdexport.cli.options import VerifyKey, writable
 from bdexport.cli.stages import stages_of
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def rebuild(
     out: Annotated[
         Path | None, typer.Option(help="Write the new bundle here. Default: in the old one's place, once complete.")
     ] = None,
+    verify_key: VerifyKey = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -35,7 +36,7 @@ def rebuild(
     if out is not None:
         refuse_existing(out, overwrite=False)
     with progress() as bar:
-        made = rebuild_bundle(open_bundle(bundle), out, progress=stages_of(bar))
+        made = rebuild_bundle(open_bundle(bundle, verify_key), out, progress=stages_of(bar))
     for note in made.notes:
         err_console.print(note)
     result = _result(bundle, made)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdexport.cli.console import err_console, table_console, write_json_result
-from bdexport.cli.options import MaxPixels, refuse_threads, writable
+from bdexport.cli.options import MaxPixels, VerifyKey, refuse_threads, writable
 from bdexport.config import RunConfig
 from bdexport.files import shown, usable_path
 
@@ -37,6 +37,7 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
     executor: Annotated[str, typer.Option(help="How paths are run; auto: as measured at build time.")] = "auto",
+    verify_key: VerifyKey = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -51,7 +52,7 @@ def run(
     out = table_console(json)
     entries: list[dict[str, Any]] = []
     problems: list[ImageError] = []
-    with load(bundle, threads=threads, device=device, executor=executor) as orchestrator:
+    with load(bundle, threads=threads, device=device, executor=executor, verify_key=verify_key) as orchestrator:
         refuse_threads(context, orchestrator.device)
         orchestrator.warm_up()
         files = _image_files(image)

@@ -16,7 +16,7 @@ from bdexport.cli.loading import (
     ShortcutKind,
     say_assumed,
 )
-from bdexport.cli.options import MaxPixels, refuse, refuse_threads, writable
+from bdexport.cli.options import MaxPixels, VerifyKey, refuse, refuse_threads, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import VerifyConfig
 
@@ -56,6 +56,7 @@ def verify(
     dropped_transition: DroppedRule = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the backend's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run. Default: the backend's.")] = None,
+    verify_key: VerifyKey = None,
     json: Annotated[
         str | None, typer.Option(help="Write the result to this file ('-': stdout).", callback=writable)
     ] = None,
@@ -74,7 +75,7 @@ def verify(
         about_checkpoint = ("arch", "shortcut", "dropped_transition")
         refuse(context, about_checkpoint, "without a checkpoint as the reference", "pass --reference CKPT")
     loading = Loading(arch, shortcut, dropped_transition)
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, verify_key)
     if threads is not None:
         refuse_threads(context, device or default_device(get_backend(opened.manifest.backend)))
     chosen = replace(DEFAULT, random_masks=masks, seed=seed, max_accuracy_drop=max_drop)

@@ -285,6 +285,7 @@ def load(
     fused: bool = False,
     stream: Any = None,
     rebuild: bool = False,
+    verify_key: str | Path | None = None,
 ) -> Orchestrator:
     """Open a bundle for inference with the backend that it was built for.
 
@@ -298,11 +299,17 @@ def load(
     those. The first time takes seconds to minutes; ``orchestrator.notes`` say what was done. False: such a bundle is
     refused.
 
-    Raises :class:`BundleError` for a damaged bundle, :class:`BackendError` where its engines cannot run here,
+    ``verify_key``: a minisign public key, as a file or as its text (``RW..``): the bundle must be signed by its owner,
+    see docs/bundle-format.md. What ``rebuild`` makes of a bundle that was checked so is made and kept here, not signed.
+
+    Raises :class:`BundleError` for a bundle that is damaged, not signed as asked for, or replaced by another while it
+    is opened; :class:`BackendError` where its engines cannot run here,
     :class:`UsageError` for a wrong argument.
     """
     _check_arguments(bundle, threads, device, executor)
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if verify_key is not None and isinstance(bundle, Bundle):
+        raise UsageError("verify_key has no effect on a bundle that is open", remedy="pass it to open_bundle")
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify_key)
     notes: tuple[str, ...] = ()
     if rebuild:
         from bdexport.rebuild import rebuilt_for_here  # which verifies by running bundles: it stands above this module
@@ -329,6 +336,7 @@ def load(
     check_executor(name, backend, place, opened.manifest)
     session = backend.open(opened, options)
     try:
+        opened.check_in_place()
         return Orchestrator(opened, session, executor, notes)
     except BaseException:
         session.close()

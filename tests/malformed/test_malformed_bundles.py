@@ -7,17 +7,22 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from manifests import change_manifest
+from signing import new_keys
 from tiny import tiny_checkpoint_file
 
 from bdexport.build import build_bundle
 from bdexport.bundle import open_bundle
 from bdexport.config import BuildConfig
 from bdexport.errors import BundleError
+from bdexport.signature import SigningKey
 
 Json = dict[str, Any]
 BROKEN: list[tuple[str, str, Callable[[Path], object]]] = []  # rule, what is wrong, how to do it to a good bundle
@@ -32,14 +37,8 @@ def breaks(rule: str, what: str) -> Callable[[Callable[[Path], object]], Callabl
 
 
 def breaks_manifest(rule: str, what: str, change: Callable[[Json], object]) -> None:
-    """A bundle whose manifest is changed by ``change``, everything else as it was."""
-
-    def apply(bundle: Path) -> None:
-        manifest = json.loads((bundle / "manifest.json").read_text())
-        change(manifest)
-        (bundle / "manifest.json").write_text(json.dumps(manifest))
-
-    BROKEN.append((rule, what, apply))
+    """A bundle whose manifest is changed by ``change``, its digest with it, everything else as it was."""
+    BROKEN.append((rule, what, lambda bundle: change_manifest(bundle, change)))
 
 
 def put(**values: Any) -> Callable[[Json], object]:
@@ -75,6 +74,12 @@ def replace_text(old: str, new: str) -> Callable[[Path], object]:
     return apply
 
 
+def change_text(bundle: Path, pattern: str, new: str) -> None:
+    text, count = re.subn(pattern, new, (bundle / "manifest.json").read_text())
+    assert count == 1
+    (bundle / "manifest.json").write_text(text)
+
+
 # The tiny network has blocks 0, 1 (a transition) and 2; its parts by index in the manifest:
 POLICY, STEM, BLOCK_0, BLOCK_1, SHORTCUT_1, BLOCK_2, HEAD, FULL = range(8)
 
@@ -89,7 +94,7 @@ breaks("R1", "half a surrogate pair")(replace_text('"max_batch": null', '"max_ba
 breaks("R1", "nested without end")(lambda bundle: (bundle / "manifest.json").write_text("[" * 200_000))
 breaks("R1", "nested 100 deep")(replace_text('"extra": {', '"extra": {"deep": ' + "[" * 100 + "]" * 100))
 breaks("R1", "a number that becomes infinite")(replace_text('"extra": {', '"extra": {"large": 1e400'))
-breaks("R1", "larger than 64 MiB")(lambda bundle: os.truncate(bundle / "manifest.json", (64 << 20) + 1))
+breaks("R1", "larger than 4 MiB")(lambda bundle: os.truncate(bundle / "manifest.json", (4 << 20) + 1))
 
 
 @breaks("R1", "manifest is a link to nothing")
@@ -193,6 +198,7 @@ breaks_manifest("R9", "two parts share a file", in_file(STEM, "graph", path="gra
 breaks_manifest("R9", "graph and engine share a file", in_file(STEM, "graph", path="engines/stem.json"))
 breaks_manifest("R9", "equal but for case", in_file(STEM, "graph", path="graphs/HEAD.onnx"))
 breaks_manifest("R9", "the manifest itself", in_file(STEM, "graph", path="manifest.json"))
+breaks_manifest("R9", "its signature", in_file(STEM, "graph", path="manifest.json.minisig"))
 
 # ---- R10 digests
 breaks_manifest("R10", "short digest", in_file(STEM, "engine", sha256="abc"))
@@ -343,6 +349,39 @@ breaks_manifest("R17", "a target of another K", put(mask_mapping=MAPPING | {"tar
 breaks_manifest("R17", "a seen mask of another K", put(mask_mapping=MAPPING | {"seen": {"0101": "000"}}))
 breaks_manifest("R17", "a seen mask's target that is none", put(mask_mapping=MAPPING | {"seen": {"010": "011"}}))
 
+# ---- R18 the manifest's digest
+breaks("R18", "a digit of a mean")(replace_text("0.225", "0.235"))
+breaks("R18", "the digest of another document")(
+    lambda bundle: change_text(bundle, r'"manifest_sha256": "[0-9a-f]{64}"', f'"manifest_sha256": "{"0" * 64}"')
+)
+breaks("R18", "a digest that is none")(
+    lambda bundle: change_text(bundle, r'"manifest_sha256": "[0-9a-f]{64}"', '"manifest_sha256": "unknown"')
+)
+breaks("R18", "a digest that is null")(
+    lambda bundle: change_text(bundle, r'"manifest_sha256": "[0-9a-f]{64}"', '"manifest_sha256": null')
+)
+
+# ---- R19 the signature, which is asked for by a key
+breaks("R19", "not signed")(lambda bundle: (bundle / "manifest.json.minisig").unlink())
+
+
+@breaks("R19", "a folder in its place")
+def _folder_for_signature(bundle: Path) -> None:
+    (bundle / "manifest.json.minisig").unlink()
+    (bundle / "manifest.json.minisig").mkdir()
+
+
+breaks("R19", "an empty signature")(lambda bundle: (bundle / "manifest.json.minisig").write_bytes(b""))
+breaks("R19", "a signature cut off")(lambda bundle: os.truncate(bundle / "manifest.json.minisig", 150))
+breaks("R19", "a signature that is too large")(lambda bundle: os.truncate(bundle / "manifest.json.minisig", 1 << 20))
+breaks("R19", "a manifest with one blank more")(
+    lambda bundle: (bundle / "manifest.json").write_text((bundle / "manifest.json").read_text() + " ")
+)
+breaks("R19", "a manifest that is no JSON, which is not looked at")(
+    lambda bundle: (bundle / "manifest.json").write_text("[" * 100)
+)
+breaks("R19", "another key's signature")(lambda bundle: sign(bundle, Path(bundle.parent / "other.key")))
+
 
 @pytest.fixture(scope="module")
 def good_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -356,6 +395,12 @@ def bundle(good_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good_bundle, tmp_path / "bundle"))
 
 
+def sign(bundle: Path, key: Path) -> None:
+    """Sign the manifest as ``minisign -Sm manifest.json`` does, with a new key at ``key`` and ``key``.pub."""
+    new_keys(key)
+    SigningKey(key).sign(bundle / "manifest.json.minisig", (bundle / "manifest.json").read_bytes())
+
+
 def test_the_untouched_copy_is_accepted(bundle: Path) -> None:
     """Oracle: the writer; otherwise the refusals below would prove nothing."""
     assert open_bundle(bundle).manifest.num_blocks == 3
@@ -364,9 +409,13 @@ def test_the_untouched_copy_is_accepted(bundle: Path) -> None:
 @pytest.mark.parametrize(("rule", "what", "damage"), BROKEN, ids=[f"{rule} {what}" for rule, what, _ in BROKEN])
 def test_refused_with_its_rule(bundle: Path, rule: str, what: str, damage: Callable[[Path], object]) -> None:
     """Oracle: the written rule, named in one printable line together with the bundle."""
+    key = bundle.parent / "own.key"
+    if rule == "R19":
+        sign(bundle, key)
+        assert open_bundle(bundle, key.with_suffix(".pub")).manifest.num_blocks == 3
     damage(bundle)
     with pytest.raises(BundleError) as caught:
-        open_bundle(bundle)
+        open_bundle(bundle, key.with_suffix(".pub") if rule == "R19" else None)
     text = str(caught.value)
     assert f"[{rule}]" in text, text
     assert str(bundle) in text
@@ -392,6 +441,43 @@ def test_every_key_is_written_down(repository: Path, good_bundle: Path) -> None:
     """Oracle: the manifest that the build writes."""
     text = (repository / "docs" / "bundle-format.md").read_text()
     manifest = json.loads((good_bundle / "manifest.json").read_text())
+    assert "manifest_sha256" in manifest
     described = set(re.findall(r"`([a-z_0-9]+)`", text[text.index("## Keys") :]))
     part = manifest["parts"][0]
     assert set(manifest) | set(part) | set(part["graph"]) | set(part["input"]) <= described
+
+
+# ---- what reading one may cost -----------------------------------------------------------------------------------
+
+COSTS = """
+import resource, sys, time
+from pathlib import Path
+from bdexport.bundle import open_bundle
+from bdexport.errors import BundleError
+
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20),) * 2)
+for bundle in sys.argv[1:]:
+    try:
+        open_bundle(bundle)
+    except BundleError as error:
+        print("[R1]" in str(error) or "[R3]" in str(error))
+"""
+LARGEST = 4 << 20
+HOSTILE = {
+    "far too large": b"[" + b"{}," * (20 << 20) + b"1]",
+    "small objects": b"[" + b"{}," * (LARGEST // 3 - 1) + b"1]",
+    "many keys": b"{" + b",".join(b'"%x":1' % number for number in range(LARGEST // 10)) + b"}",
+    "deep": b"[" * LARGEST,
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_the_memory_that_a_manifest_may_take(tmp_path: Path) -> None:
+    """Oracle: the kernel: a process that may take 200 MiB more than it has refuses each of them as it should."""
+    for name, data in HOSTILE.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_bytes(data)
+    words = [sys.executable, "-c", COSTS, *(str(tmp_path / name) for name in HOSTILE)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["True"] * len(HOSTILE), "")

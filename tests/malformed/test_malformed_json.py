@@ -236,7 +236,9 @@ def test_what_a_list_is_told(key: str, value: Any, said: str, tmp_path: Path) ->
         (b'{"a": 1, "a": 2}', 'key "a" occurs twice'),
         (b'"\\ud800"', "half of a surrogate pair"),
         (b"[" * 100 + b"]" * 100, "nested more than 64 deep"),
-        (b"[" * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b'"' + b"[" * 100 + b'\\"' + b"[" * 100, "line 1, column 1 is not JSON"),
+        (b'{"a": "\\udc00"}', "half of a surrogate pair"),
     ],
 )
 def test_what_is_no_json(data: bytes, said: str) -> None:
@@ -255,3 +257,5 @@ def test_words() -> None:
     assert why(ReportError("what", remedy="do")) == "what; do"
     assert why(EOFError("Compressed file ended")) == "damaged"
     assert parse_json('{"ä": [1, -2.5, true, null]}'.encode()) == {"ä": [1, -2.5, True, None]}
+    in_texts = "[" * 100 + '\\"' + "{" * 100
+    assert parse_json(json.dumps([in_texts, "]", "\U0001f600"]).encode()) == [in_texts, "]", "\U0001f600"]

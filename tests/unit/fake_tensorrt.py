@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from cuda_double import CudaDouble, read
+from manifests import with_engines_as_they_are
 from tiny import tiny_checkpoint, tiny_model
 
 from bdexport.backends.base import Availability, BuildOptions
@@ -79,13 +80,13 @@ def make_fake_bundle(folder: Path, flavour: Flavour) -> Bundle:
 
 
 def changed_bundle(folder: Path, bundle: Bundle, faults: dict[str, str] | None = None, **changes: Any) -> Bundle:
-    """A copy with other engines; ``faults`` by part. Its manifest's hashes do not hold: for sessions only."""
+    """Other engines for the same manifest; ``faults`` by part. There are no graphs: for sessions only."""
     for part, entry in bundle.manifest.parts.items():
         assert entry.engine is not None
         write_fake_engine(
             folder / entry.engine.path, part, bundle.manifest.backend, (faults or {}).get(part), **changes
         )
-    return Bundle(folder, bundle.manifest)
+    return with_engines_as_they_are(Bundle(folder, bundle.manifest))
 
 
 class Severity(Enum):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from bundles import assert_close, make_bundle, pixels, some_masks
+from manifests import change_manifest
 from onnx import TensorProto, helper, numpy_helper
 
 import bdexport
@@ -226,14 +227,12 @@ def test_default_threads_depend_on_the_networks_size() -> None:
 # ---- what engines are bound to ------------------------------------------------------------------------------------
 
 
-def changed_manifest(bundle: Bundle, folder: Path, change: Callable[[dict[str, object]], object]) -> Path:
+def changed_manifest(bundle: Bundle, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     import shutil
 
     copy = folder / "bundle"
     shutil.copytree(bundle.path, copy)
-    data = json.loads((copy / "manifest.json").read_text())
-    change(data)
-    (copy / "manifest.json").write_text(json.dumps(data))
+    change_manifest(copy, change)
     return copy
 
 
@@ -246,7 +245,7 @@ def changed_manifest(bundle: Bundle, folder: Path, change: Callable[[dict[str, o
     ],
 )
 def test_engines_for_another_machine_or_version_are_refused(
-    bundle: Bundle, tmp_path: Path, change: Callable[[dict[str, object]], object], names: tuple[str, ...]
+    bundle: Bundle, tmp_path: Path, change: Callable[[dict[str, Any]], object], names: tuple[str, ...]
 ) -> None:
     """Oracle: the contract: both sides are named, and the line that rebuilds."""
     with pytest.raises(BackendError) as caught:

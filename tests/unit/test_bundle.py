@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from manifests import change_manifest
 from tiny import tiny_checkpoint_file
 
 from bdexport.build import build_bundle
@@ -25,6 +28,7 @@ from bdexport.bundle import (
     read_manifest,
     write_manifest,
 )
+from bdexport.bundle_checks import document_sha256
 from bdexport.checkpoint.reading import RUN_FILE
 from bdexport.config import BuildConfig
 from bdexport.errors import BundleError
@@ -182,3 +186,45 @@ def test_droppings_are_named_with_the_line_that_removes_them(bundle_path: Path, 
         open_bundle(copy)
     subprocess.run(str(caught.value.remedy).partition(": ")[2], shell=True, check=True)
     open_bundle(copy)
+
+
+# ---- the manifest's digest ---------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_that_of_the_written_form() -> None:
+    """Oracle: the canonical form of docs/bundle-format.md, by hand: keys, numbers and characters as it says."""
+    document = {"b": [1, 1.0, 0.1, 1e-05, 1e16, -0.0, True, None], "a": {'\u00e4\U0001f600"/\n\x7f': ""}}
+    canonical = '{"a":{"\\u00e4\\ud83d\\ude00\\"/\\n\\u007f":""},"b":[1,1.0,0.1,1e-05,1e+16,-0.0,true,null]}'
+    expected = hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    assert document_sha256(document) == expected
+    assert document_sha256(document | {"manifest_sha256": "whatever"}) == expected
+
+
+def test_a_bundle_without_a_digest_opens(bundle_path: Path, tmp_path: Path) -> None:
+    """Oracle: the manifest: bundles of earlier builds are read as before, and it is known that nothing was checked."""
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    change_manifest(copy, lambda manifest: manifest.pop("manifest_sha256"))
+    old, new = open_bundle(copy).manifest, open_bundle(bundle_path).manifest
+    assert old == new
+    assert (old.sealed, new.sealed) == (False, True)
+
+
+def test_every_flipped_digit_of_the_manifest_is_noticed(bundle_path: Path, tmp_path: Path) -> None:
+    """Property: whatever digit or letter becomes another, the bundle is refused: no number of it may change unseen."""
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    text = (copy / "manifest.json").read_bytes()
+    generator = np.random.default_rng(0)
+    places = [place for place, byte in enumerate(text) if chr(byte).isalnum()]
+    for place in generator.choice(places, 100, replace=False):
+        other = b"8" if text[place : place + 1] != b"8" else b"3"
+        (copy / "manifest.json").write_bytes(text[:place] + other + text[place + 1 :])
+        with pytest.raises(BundleError):
+            read_manifest(copy)
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written(bundle_path: Path, tmp_path: Path) -> None:
+    """Oracle: the limit of R1, held by the writer as well."""
+    manifest = replace(read_manifest(bundle_path), extra={"large": ["x" * 1000] * 5000})
+    with pytest.raises(BundleError, match=r"manifest: got 5\d{6} bytes, expected at most 4194304"):
+        write_manifest(tmp_path, manifest)
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import pytest
+from manifests import change_manifest
 from tiny import SIZE, tiny_checkpoint_file, tiny_model
 
 import bdexport
@@ -111,10 +112,18 @@ def test_inspect_prints_the_manifest(bundle: Path, tmp_path: Path, capsys: pytes
     text = capsys.readouterr().out
     for said in (*PARTS, "cat, dog, newt", "Nx3x24x32", "111", "60.0 %", "onnxruntime", "hashes hold", "here: runs"):
         assert said in text
+    assert "manifest: its digest holds" in text
     result = json.loads((tmp_path / "inspect.json").read_text())
-    assert result["integrity"] == {"ok": True, "problems": []}
+    assert result["integrity"] == {
+        "ok": True,
+        "problems": [],
+        "manifest_digest_checked": True,
+        "signed": False,
+        "signature_checked": False,
+    }
     assert result["here"]["ok"] is True
-    assert result["manifest"] == json.loads((bundle / "manifest.json").read_text())
+    written = json.loads((bundle / "manifest.json").read_text())
+    assert result["manifest"] == {key: value for key, value in written.items() if key != "manifest_sha256"}
 
 
 def test_inspect_damaged(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,9 +141,7 @@ def test_inspect_damaged(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_inspect_elsewhere(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: a bundle built on another machine is whole, but the backend's refusal is shown with both sides."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["fingerprint"] = "sparc nchwc4"
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(bundle, lambda manifest: manifest.update(fingerprint="sparc nchwc4"))
     assert main(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out
     assert "hashes hold" in text
@@ -144,9 +151,7 @@ def test_inspect_elsewhere(bundle: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_inspect_without_its_backend(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: an unknown backend is said, not a crash."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["backend"] = "abacus"
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(bundle, lambda manifest: manifest.update(backend="abacus"))
     assert main(["inspect", str(bundle)]) == 0
     assert "abacus" in capsys.readouterr().out
 
@@ -170,11 +175,9 @@ def test_inspect_says_whether_the_recorded_executor_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Oracle: ``bdexport.load``, which is what ``run`` does; the refusal comes with what to do."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["executor"] = executor
+    change_manifest(bundle, lambda manifest: manifest.update(executor=executor))
     if not keep_fused:
-        del manifest["fused"]
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+        change_manifest(bundle, lambda manifest: manifest.pop("fused"))
     assert main(["inspect", str(bundle), "--json", "-"]) == 0
     out, err = capsys.readouterr()
     here = json.loads(out)["here"]

@@ -63,7 +63,11 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 def test_interrupted_while_the_names_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, when: str
 ) -> None:
-    """Oracle: Ctrl-C before or after each of the two renames leaves the old folder or the new one, and nothing else."""
+    """Oracle: Ctrl-C before or after each of the two renames leaves the old folder or the new one, and nothing else.
+
+    Two of them where names cannot be exchanged.
+    """
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     target = tmp_path / "bundle"
     target.mkdir()
     (target / "a").write_text("old")
@@ -82,6 +86,61 @@ def test_interrupted_while_the_names_change(
         fill(target, "new", overwrite=True, then=lambda: monkeypatch.setattr(os, "rename", interrupted))
     assert content(tmp_path) == {"bundle/a": "new" if (calls, when) == (2, "after") else "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_while_the_names_are_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Oracle: as above, with the one step that exchanges them; the replaced folder goes in either case."""
+    exchange = files._exchange
+    fill(tmp_path / "bundle", "old")
+
+    def interrupted(one: Path, other: Path) -> bool:
+        if when == "after" and not exchange(one, other):
+            pytest.skip("this system cannot exchange two names")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "bundle", "new", overwrite=True)
+    assert content(tmp_path) == {"bundle/a": "new" if when == "after" else "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path) -> None:
+    """Oracle: the kernel: a thread that opens the file all the time, while the folder is replaced a hundred times."""
+    target, missing, end = tmp_path / "bundle", [], threading.Event()
+    fill(target, "0")
+    (tmp_path / "other").mkdir()
+    if not files._exchange(target, tmp_path / "other"):
+        pytest.skip("this system cannot exchange two names")
+    files._exchange(target, tmp_path / "other")
+
+    def look() -> None:
+        while not end.is_set():
+            try:
+                (target / "a").read_text()
+            except OSError as error:
+                missing.append(error)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for number in range(100):
+            fill(target, str(number), overwrite=True)
+    finally:
+        end.set()
+        thread.join(10)
+    assert missing == []
+    assert content(tmp_path) == {"bundle/a": "99"}
+
+
+def test_names_that_must_not_be_exchanged(tmp_path: Path) -> None:
+    """Oracle: the system's own refusal, which is not taken for a system that cannot."""
+    (tmp_path / "one").mkdir()
+    if not hasattr(os, "posix_spawn") or sys.platform != "linux":
+        pytest.skip("renameat2 is Linux's")
+    with pytest.raises(FileNotFoundError):
+        files._exchange(tmp_path / "one", tmp_path / "gone")
 
 
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
@@ -123,7 +182,8 @@ from bdexport import files
 with files.making_folder(Path(sys.argv[1]), overwrite=True) as folder, files.writing(Path(sys.argv[2])) as file:
     (folder / "a").write_text("half")
     file.write_text("half")
-    if sys.argv[3] == "swapping":
+    if sys.argv[3] == "swapping":  # where names cannot be exchanged
+        files._exchange = lambda *names: False
         rename = files.os.rename
         files.os.rename = lambda *names: (rename(*names), print("there", flush=True), time.sleep(600))
         files._swap(folder, Path(sys.argv[1]).absolute())

@@ -17,7 +17,7 @@ from tiny import tiny_model
 import bdexport
 from bdexport.backends.null import NullBackend
 from bdexport.bundle import Bundle
-from bdexport.errors import BackendError, UsageError
+from bdexport.errors import BundleError, UsageError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 BACKENDS = ("onnxruntime", "openvino", "torch")
@@ -136,7 +136,7 @@ def test_a_bundle_that_was_replaced_meanwhile_is_not_taken(tmp_path: Path) -> No
     bundle = make_bundle(tmp_path / "bundle", tiny_model())
     with bdexport.load(bundle.path, threads=2) as orchestrator:
         bundle.engine("stem").write_bytes(b"another")
-        with pytest.raises(BackendError, match="has changed since the bundle was loaded"):
+        with pytest.raises(BundleError, match="was replaced meanwhile"):
             orchestrator.session.in_fork()  # type: ignore[attr-defined]
 
 

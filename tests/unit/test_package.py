@@ -113,11 +113,23 @@ def test_plain_install_brings_the_run_time_half_only(repository: Path) -> None:
 def test_extras(repository: Path) -> None:
     """Oracle: the uses that the README lists, each with the package that makes it work; PyCUDA stands alone."""
     extras = {extra: names(list(found)) for extra, found in project(repository)["optional-dependencies"].items()}
-    assert set(extras) == {"build", "cpu", "openvino", "report", "gpu", "pycuda", "tensorrt", "tensorrt-rtx", "dev"}
+    assert set(extras) == {
+        "build",
+        "cpu",
+        "openvino",
+        "report",
+        "gpu",
+        "pycuda",
+        "sign",
+        "tensorrt",
+        "tensorrt-rtx",
+        "dev",
+    }
     assert extras["build"] >= {"torch", "onnx", "onnxruntime", "safetensors", "scikit-learn"}
     assert extras["cpu"] == {"onnxruntime"}
     assert extras["openvino"] == {"openvino"}
     assert extras["report"] == {"matplotlib"}
+    assert extras["sign"] == {"py-minisign"}
     assert extras["gpu"] == {"onnxruntime-gpu", "cuda-python", "nvidia-cuda-nvrtc"}
     assert extras["tensorrt"] == {"tensorrt", "cuda-python", "nvidia-cuda-nvrtc"}
     assert extras["tensorrt-rtx"] == {"tensorrt-rtx-cu13", "cuda-python", "nvidia-cuda-nvrtc"}
@@ -130,7 +142,7 @@ def test_constraints_pin_what_make_installs(repository: Path) -> None:
     pinned = {Requirement(line).name.lower(): str(Requirement(line).specifier) for line in lines}
     data = project(repository)
     wanted = names(data["dependencies"])
-    for extra in ("build", "cpu", "openvino", "tensorrt-rtx", "report", "dev"):
+    for extra in ("build", "cpu", "openvino", "tensorrt-rtx", "report", "sign", "dev"):
         wanted |= names(data["optional-dependencies"][extra])
     for name in wanted:
         assert pinned[name].startswith("=="), name

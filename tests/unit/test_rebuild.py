@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from bundles import assert_close, calibration_images, make_bundle, pixels, some_masks
+from manifests import change_manifest
 from onnx import numpy_helper
 from tiny import tiny_model
 
@@ -31,11 +33,13 @@ BACKENDS = ("onnxruntime", "openvino")
 
 def strange(bundle: Path, **changes: object) -> Path:
     """The bundle at ``bundle`` with another machine's fingerprint or versions in its manifest."""
-    data = json.loads((bundle / "manifest.json").read_text())
     versions = changes.pop("versions", {})
-    data |= changes
-    data["versions"] |= versions
-    (bundle / "manifest.json").write_text(json.dumps(data))
+
+    def change(data: dict[str, Any]) -> None:
+        data |= changes
+        data["versions"] |= versions
+
+    change_manifest(bundle, change)
     return bundle
 
 
@@ -81,11 +85,8 @@ def test_a_precision_with_scales_is_rebuilt_from_its_own_graphs(tmp_path: Path) 
 def test_int8_without_its_graphs_is_refused_with_both_ways_out(tmp_path: Path) -> None:
     """Oracle: an int8 bundle of before, which has float32 graphs only: float engines must not pass for it."""
     bundle = make_bundle(tmp_path / "b", tiny_model(), precision="int8", calibration=calibration_images(tmp_path)).path
-    data = json.loads((bundle / "manifest.json").read_text())
-    for part in data["parts"]:
-        (bundle / part.pop("source")["path"]).unlink()
-    (bundle / "sources").rmdir()
-    (bundle / "manifest.json").write_text(json.dumps(data))
+    change_manifest(bundle, lambda data: [part.pop("source") for part in data["parts"]])
+    shutil.rmtree(bundle / "sources")
     strange(bundle, versions={"onnxruntime": "1.2.3"})
     with pytest.raises(BundleError, match=r"no graphs in int8; .*bdexport build .*pip install onnxruntime==1\.2\.3"):
         rebuild_bundle(open_bundle(bundle))

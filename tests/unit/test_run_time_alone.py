@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from manifests import change_manifest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -30,8 +31,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if importlib.util.find_spec(request.param) is None:
         pytest.skip(f"{request.param} is not installed")
     copy = Path(shutil.copytree(DATA / "portable", tmp_path / "bundle"))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"backend": request.param}))
+    change_manifest(copy, lambda manifest: manifest.update(backend=request.param))
     return copy
 
 
