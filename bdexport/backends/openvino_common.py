@@ -17,6 +17,7 @@ PRECISIONS = {FP32: "f32", BF16: "bf16", INT8: "f32"}
 KERNELS = {FP32: ("f32",), BF16: ("bf16",), INT8: ("i8", "u8")}  # what a layer of that precision runs in
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # instruction sets that have BF16 products
 TELEMETRY = "openvino_telemetry"
+FAILURES = (OSError, ValueError, KeyError, RuntimeError)  # what OpenVINO raises, which has no class of its own
 
 
 def import_openvino() -> Any:
@@ -56,7 +57,9 @@ def cpu_config(precision: str, threads: int) -> dict[str, Any]:
     """How every model is compiled and imported."""
     return {
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        # No stream: the thread that calls computes. One stream of one thread would do the same, but there infer()
+        # drops every exception (OpenVINO 2026.4), gives the output of the call before, and cannot be cancelled.
+        "NUM_STREAMS": 0 if threads == 1 else 1,
         "INFERENCE_NUM_THREADS": threads,
         # Left to itself, OpenVINO takes BF16 or FP16 where the processor has it.
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
@@ -83,6 +86,11 @@ def no_bf16_reason() -> str | None:
     return None
 
 
+def reason_of(error: BaseException) -> str:
+    """What an exception of OpenVINO says, in one line."""
+    return " ".join(str(error).split())[:500]
+
+
 class Reported:
     """Maps what OpenVINO raises, which are RuntimeErrors. A class: ``@contextmanager`` costs microseconds per call."""
 
@@ -93,6 +101,6 @@ class Reported:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
-            reason = " ".join(str(error).split())[:500]
-            raise BackendError(f"{self._part} [openvino]: {self._what} ({reason})", remedy=self._remedy) from error
+        if isinstance(error, FAILURES):
+            what = f"{self._part} [openvino]: {self._what} ({reason_of(error)})"
+            raise BackendError(what, remedy=self._remedy) from error
