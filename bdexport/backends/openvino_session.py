@@ -165,6 +165,11 @@ class OpenVinoSession(ArrayRows, KeptInForks):
 class _Engine:
     """One model, compiled twice at most: for single images and for any batch, each when it is first needed.
 
+    What was compiled is given up after any exception in a run of it, an interrupt included, and compiled anew when it
+    is next needed: OpenVINO leaves its graph prepared for another batch than its memory is for, and the next run
+    overwrites memory that is not its own (seen). So that no other thread is the next one, runs have a lock of ours;
+    that costs nothing, since a compiled model runs one request at a time anyway.
+
     ``single``: the former, where an engine file holds it. ``compiled_anew``: what that file had been compiled for,
     where it is not this machine.
     """
@@ -182,7 +187,7 @@ class _Engine:
     ) -> None:
         self.part, self.entry, self.compiled_anew = part, entry, compiled_anew
         self._model, self._config, self._precision = model, config, precision
-        self._single: Any = single
+        self.made_single: Any = single
         self._any: Any = None
         self._limit = limit
         self.where = f"{part} [openvino]"
@@ -194,13 +199,13 @@ class _Engine:
     @property
     def single(self) -> Any:
         """The model compiled for single images."""
-        if self._single is None:
+        if self.made_single is None:
             with self._compiling:
-                if self._single is None:
+                if self.made_single is None:
                     single = self._timed("cannot be compiled", lambda: compiled_for_one(self._model(), self._config))
                     self.kernels = self._checked(single)
-                    self._single = single
-        return self._single
+                    self.made_single = single
+        return self.made_single
 
     def prepare(self, batch: int) -> None:
         """Compile what a batch of this size needs, and a group of one image out of it."""
@@ -242,37 +247,26 @@ class _Engine:
             marks = mark(y)
             try:
                 request.set_output_tensor(import_openvino().Tensor(y, shared_memory=True))
-                self.infer(request, len(x), [x if x.flags.writeable else x.copy()])
+                self.infer(request, [x if x.flags.writeable else x.copy()])
                 check_written(self.where, marks, y)
-            except BaseException:
+            except BaseException as error:
                 self._any = None
+                self.report(error, len(x))
                 raise
 
-    def infer(self, request: Any, batch: int, inputs: Any = None) -> None:
-        """Run ``request`` within the time limit, if there is one. Raises BackendError.
+    def infer(self, request: Any, inputs: Any = None) -> None:
+        """Run ``request``, which is this engine's, within the time limit if there is one."""
+        if self._limit is None:
+            request.infer(inputs, share_inputs=True, share_outputs=True)
+            return
+        with self._limit.running(self.where, request):
+            request.infer(inputs, share_inputs=True, share_outputs=True)
 
-        Whoever calls this holds the lock of what the request was made from, and gives that up on any exception, an
-        interrupt included: OpenVINO leaves its graph prepared for another batch than its memory is, and what runs on it
-        next overwrites memory that is not its own (seen). The lock keeps other threads from being next; it costs them
-        nothing, since a compiled model runs one request at a time anyway.
-        """
-        try:
-            if self._limit is None:
-                request.infer(inputs, share_inputs=True, share_outputs=True)
-            else:
-                with self._limit.running(self.where, request):
-                    request.infer(inputs, share_inputs=True, share_outputs=True)
-        except FAILURES as error:
+    def report(self, error: BaseException, batch: int) -> None:
+        """Raises BackendError for what OpenVINO raised in a run."""
+        if isinstance(error, FAILURES):
             what = f"{self.where}: batch {batch} of {self.entry.input.shape} failed ({reason_of(error)})"
             raise BackendError(what, remedy=REMEDY) from error
-
-    def give_up_single(self) -> None:
-        """The model that was compiled for single images is not run again: another one is compiled when it is needed."""
-        self._single = None
-
-    def is_single(self, compiled: Any) -> bool:
-        """Whether that is the model which single images run on now."""
-        return compiled is self._single
 
     def _single_image(self) -> _SingleImage:
         try:
@@ -327,15 +321,16 @@ class _SingleImage:
         """Run what is in the buffers."""
         engine, written = self._engine, self._mark
         with engine.single_running:
-            if not engine.is_single(self._compiled):
+            if self._compiled is not engine.made_single:
                 self._bind()
             written[0] = UNWRITTEN
             try:
-                engine.infer(self._request, 1)
+                engine.infer(self._request)
                 if written[0] == UNWRITTEN:
                     raise unwritten_error(engine.where, self.y, 1)
-            except BaseException:
-                engine.give_up_single()
+            except BaseException as error:
+                engine.made_single = None
+                engine.report(error, 1)
                 raise
 
 
