@@ -247,20 +247,26 @@ class _Engine:
             marks = mark(y)
             try:
                 request.set_output_tensor(import_openvino().Tensor(y, shared_memory=True))
-                self.infer(request, [x if x.flags.writeable else x.copy()])
+                inputs = [x if x.flags.writeable else x.copy()]
+                self.run_of(request)(inputs, share_inputs=True, share_outputs=True)
                 check_written(self.where, marks, y)
             except BaseException as error:
                 self._any = None
                 self.report(error, len(x))
                 raise
 
-    def infer(self, request: Any, inputs: Any = None) -> None:
-        """Run ``request``, which is this engine's, within the time limit if there is one."""
-        if self._limit is None:
-            request.infer(inputs, share_inputs=True, share_outputs=True)
-            return
-        with self._limit.running(self.where, request):
-            request.infer(inputs, share_inputs=True, share_outputs=True)
+    def run_of(self, request: Any) -> Callable[..., object]:
+        """What runs a request of this engine, as its ``infer``: within the time limit, if there is one."""
+        limit = self._limit
+        if limit is None:
+            run: Callable[..., object] = request.infer
+            return run
+
+        def limited(*inputs: Any, **how: bool) -> None:
+            with limit.running(self.where, request):
+                request.infer(*inputs, **how)
+
+        return limited
 
     def report(self, error: BaseException, batch: int) -> None:
         """Raises BackendError for what OpenVINO raised in a run."""
@@ -309,7 +315,7 @@ class _SingleImage:
             request = compiled.create_infer_request()
             request.set_input_tensor(tensor(self.x, shared_memory=True))
             request.set_output_tensor(tensor(self.y, shared_memory=True))
-        self._compiled, self._request = compiled, request
+        self._compiled, self._run = compiled, self._engine.run_of(request)
 
     def run(self, x: Array) -> Array:
         """Copy in, run, copy out."""
@@ -319,14 +325,14 @@ class _SingleImage:
 
     def infer(self) -> None:
         """Run what is in the buffers."""
-        engine, written = self._engine, self._mark
+        engine, left = self._engine, self._mark
         with engine.single_running:
             if self._compiled is not engine.made_single:
                 self._bind()
-            written[0] = UNWRITTEN
+            left[0] = UNWRITTEN
             try:
-                engine.infer(self._request)
-                if written[0] == UNWRITTEN:
+                self._run(share_outputs=True)
+                if left[0] == UNWRITTEN:
                     raise unwritten_error(engine.where, self.y, 1)
             except BaseException as error:
                 engine.made_single = None
