@@ -63,6 +63,11 @@ def load_model(model: str | bytes, threads: int, weights: Mapping[str, Any] | No
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def new_run_options() -> Any:
+    """Options of one call, which the calls' runs are ended by."""
+    return import_onnxruntime().RunOptions()
+
+
 @lru_cache(maxsize=1)
 def failures() -> tuple[type[Exception], ...]:
     """The exceptions of ONNX Runtime, which have no common base of their own."""

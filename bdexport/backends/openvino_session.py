@@ -282,7 +282,7 @@ class _Engine:
         return found
 
     def _any_request(self) -> Any:
-        """This thread's request of the model that is compiled for any batch."""
+        """The calling thread's request of the model that is compiled for any batch."""
         compiled, request = getattr(self._thread, "any", (None, None))
         if compiled is not None and compiled is self._any:
             return request
