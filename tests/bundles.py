@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,6 +47,17 @@ def make_bundle(
         calibration=calibration,
     )
     return Bundle(built.path, built.manifest)
+
+
+def with_engine(bundle: Bundle, folder: Path, part: str, data: bytes) -> Path:
+    """A copy of ``bundle`` in ``folder`` whose engine of ``part`` is ``data``, with hashes that fit: as an attacker would."""
+    copy = Path(shutil.copytree(bundle.path, folder))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entry = next(entry for entry in manifest["parts"] if entry["name"] == part)["engine"]
+    (copy / entry["path"]).write_bytes(data)
+    entry.update(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
 
 
 def calibration_images(folder: Path, count: int = 24) -> CalibrationRequest:

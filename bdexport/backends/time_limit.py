@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from bdexport.errors import BackendError
@@ -38,7 +38,7 @@ class TimeLimit:
         self._calls: set[Call] = set()
         self._starting = threading.Lock()
         self._process: int | None = None  # the one in which the watching thread runs: a fork does not copy it
-        self._closed = threading.Event()
+        self._closed = False
 
     @property
     def current(self) -> Call | None:
@@ -93,7 +93,7 @@ class TimeLimit:
 
     def close(self) -> None:
         """End the watching thread, once no call is under way."""
-        self._closed.set()
+        self._closed = True
 
     def _watch(self) -> None:
         if self._process != os.getpid():
@@ -105,7 +105,8 @@ class TimeLimit:
 
     def _look(self) -> None:
         pause = min(max(self.seconds / LOOKS, SHORTEST_LOOK_S), LONGEST_LOOK_S)
-        while not self._closed.wait(pause) or self._calls:
+        while not self._closed or self._calls:
+            sleep(pause)
             for call in self._calls.copy():
                 if monotonic() > call.deadline:
                     call.over = True
