@@ -50,7 +50,7 @@ def make_bundle(
 
 
 def with_engine(bundle: Bundle, folder: Path, part: str, data: bytes) -> Path:
-    """A copy of ``bundle`` in ``folder`` whose engine of ``part`` is ``data``, with hashes that fit: as an attacker would."""
+    """A copy of ``bundle`` in ``folder`` whose engine of ``part`` is ``data``, with hashes that fit it."""
     copy = Path(shutil.copytree(bundle.path, folder))
     manifest = json.loads((copy / "manifest.json").read_text())
     entry = next(entry for entry in manifest["parts"] if entry["name"] == part)["engine"]
