@@ -60,7 +60,8 @@ def load_model(model: str | bytes, threads: int, weights: Mapping[str, Any] | No
         options.add_session_config_entry("session.use_env_allocators", "1")
     for name, value in (weights or {}).items():
         options.add_initializer(name, value)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # Its fallback would print to stdout and try the same again.
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def new_run_options() -> Any:

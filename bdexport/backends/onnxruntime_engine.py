@@ -50,11 +50,14 @@ def check_ends(part: str, path: Path, session: Any, entry: PartEntry, names: tup
     what = f"{part} [onnxruntime]: {path} does not have the manifest's"
     ends = ((session.get_inputs(), entry.input, names[0]), (session.get_outputs(), entry.output, names[1]))
     for values, spec, name in ends:
-        types = [(value.name, value.type) for value in values]
+        try:
+            types = [(value.name, value.type) for value in values]
+            shapes = [tuple(value.shape[1:]) for value in values]
+        except ValueError as error:  # UnicodeDecodeError
+            raise BundleError(f"{what} {spec.name}", got="names that are no text in UTF-8", remedy=REBUILD) from error
         if types != [(name, FLOAT_TENSOR)]:
             got, expected = shown(types), shown([(name, FLOAT_TENSOR)])
             raise BundleError(f"{what} {spec.name}", got=got, expected=expected, remedy=REBUILD)
-        shapes = [tuple(value.shape[1:]) for value in values]
         if shapes != [spec.shape]:
             raise BackendError(f"{what} {spec.name}", got=shapes, expected=[spec.shape], remedy="rebuild the bundle")
 
