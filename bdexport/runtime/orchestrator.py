@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -95,6 +96,7 @@ class Orchestrator:
 
     def __init__(self, bundle: Bundle, session: Session, executor: str = "auto", notes: tuple[str, ...] = ()) -> None:
         self.bundle, self.session, self._notes = bundle, session, notes
+        self._limit = _limit_of(session)
         self._executor, self.executor_reason = choose_executor(executor, session, bundle.manifest)
         mapping = bundle.manifest.mask_mapping
         self._mapped = None if mapping is None else MaskMapper(mapping, bundle.manifest.num_blocks)
@@ -252,8 +254,7 @@ class Orchestrator:
     def _limited(self) -> AbstractContextManager[None]:
         """One call, in this process, within the time limit if the bundle was loaded with one."""
         self._check_usable()
-        session = self.session
-        return session.limited() if isinstance(session, LimitedSession) else nullcontext()
+        return self._limit()
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -278,6 +279,7 @@ class Orchestrator:
                 why = f"where device {session.device} cannot be used"
                 raise forked_error(f"orchestrator of {self.bundle.path}", why)
             self.session = session.in_fork()
+            self._limit = _limit_of(self.session)
             self._executor, _ = choose_executor(self.executor, self.session, self.manifest)
             self._process = os.getpid()
 
@@ -388,6 +390,11 @@ def executors_of(orchestrator: Orchestrator) -> dict[str, Orchestrator]:
         name: orchestrator if name == orchestrator.executor else Orchestrator(bundle, session, name)
         for name in usable_executors(session, bundle.manifest)
     }
+
+
+def _limit_of(session: Session) -> Callable[[], AbstractContextManager[None]]:
+    """What a call runs inside. Asked once: to ask a class for its protocol takes microseconds."""
+    return session.limited if isinstance(session, LimitedSession) else nullcontext
 
 
 def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any, timeout_s: Any) -> None:
