@@ -336,8 +336,11 @@ def test_graphs_on_a_gpu_do_not_pass_for_engines_of_another_precision(bundle: Bu
 def with_metadata(bundle: Bundle, part: str, change: Callable[[dict[bytes, bytes | int]], object]) -> bytes:
     """The engine of ``part`` with other metadata; an integer is written as a number where protobuf has a text."""
     model = wire.read_fields(bundle.engine(part).read_bytes())
-    entries = [wire.read_fields(value) for number, value in model if number == wire.MODEL_PROPERTIES]
-    properties = {dict(entry)[1]: dict(entry)[2] for entry in entries}
+    properties: dict[bytes, bytes | int] = {}
+    for number, value in model:
+        if number == wire.MODEL_PROPERTIES and isinstance(value, bytes):
+            entry = wire.read_fields(value)
+            properties[wire.only(entry, 1)] = wire.only(entry, 2)
     change(properties)
     kept = [field for field in model if field[0] != wire.MODEL_PROPERTIES]
     added = [(wire.MODEL_PROPERTIES, wire.message([(1, key), (2, value)])) for key, value in properties.items()]

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import make_bundle, pixels, some_masks
+from bundles import assert_close, make_bundle, pixels, some_masks
 from cuda_double import CudaDouble
 from device_cases import DeviceCase
+from numpy.typing import NDArray
 from tiny import tiny_model
 
 import bdexport
@@ -123,17 +124,20 @@ def test_openvino_that_writes_nothing_is_noticed(folder: Path, batch: int, monke
     with bdexport.load(folder / "openvino", threads=1, executor="chain") as orchestrator:
         inputs = orchestrator.manifest.preprocess(pixels(batch))
         masks = np.zeros((batch, orchestrator.manifest.num_blocks), bool)
-        calls = (lambda: orchestrator(inputs, masks=masks).logits, lambda: orchestrator.full(inputs).logits)
-        for part, call in zip(("stem", "full"), calls, strict=True):
-            before = call()
+
+        def logits(part: str) -> NDArray[np.float32]:
+            return (orchestrator.full(inputs) if part == "full" else orchestrator(inputs, masks=masks)).logits
+
+        for part in ("stem", "full"):
+            before = logits(part)
             assert isinstance(orchestrator.session, OpenVinoSession)
             engine = orchestrator.session._parts[part]
             with monkeypatch.context() as patch:
                 patch.setattr(engine, "run_of", lambda _request: nothing)
                 engine.made_single = None  # so that single images are bound anew, to a run that does nothing
                 with pytest.raises(BackendError, match=rf"{part} \[openvino\]: batch {batch}.*not write.*smaller"):
-                    call()
-            np.testing.assert_allclose(call(), before, atol=1e-6)
+                    logits(part)
+            assert_close(logits(part), before)
 
 
 def test_onnxruntime_that_writes_nothing_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -127,19 +129,16 @@ class Negative:
 
 
 class Lying(np.ndarray):
-    """float64 (1, 2, 3, 4) that says it is what would do."""
+    """An array that says it is what would do, whatever it is."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (1, 3, 6, 8)
-
-    @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
-        return np.dtype(np.float32)
+    def __getattribute__(self, name: str) -> Any:
+        return {"shape": (1, 3, 6, 8), "dtype": np.dtype(np.float32), "ndim": 4}.get(name) or super().__getattribute__(
+            name
+        )
 
 
-def tensor(**how: object) -> torch.Tensor:
-    return torch.zeros(1, 3, 6, 8, **how)  # type: ignore[arg-type]
+def tensor(dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> torch.Tensor:
+    return torch.zeros((1, 3, 6, 8), dtype=dtype, requires_grad=requires_grad)
 
 
 @pytest.mark.parametrize(

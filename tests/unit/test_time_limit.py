@@ -40,7 +40,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def looping(bundle: Bundle, part: str, trips: int) -> onnx.ModelProto:
     """An engine of ``part``, which keeps the shape, with as many trips round an addition."""
-    shape = ["N", *bundle.manifest.parts[part].input.shape]
+    shape: list[str | int | None] = ["N", *bundle.manifest.parts[part].input.shape]
     body = helper.make_graph(
         [helper.make_node("Identity", ["again"], ["go_on"]), helper.make_node("Add", ["a", "a"], ["b"])],
         "body",
