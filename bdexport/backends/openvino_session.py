@@ -166,9 +166,10 @@ class _Engine:
     """One model, compiled twice at most: for single images and for any batch, each when it is first needed.
 
     What was compiled is given up after any exception in a run of it, an interrupt included, and compiled anew when it
-    is next needed: OpenVINO leaves its graph prepared for another batch than its memory is for, and the next run
-    overwrites memory that is not its own (seen). So that no other thread is the next one, runs have a lock of ours;
-    that costs nothing, since a compiled model runs one request at a time anyway.
+    is next needed: OpenVINO leaves a graph for any batch prepared for another one than its memory is for, and the next
+    run overwrites memory that is not its own (seen). So that no other thread is the next one, runs of batches have a
+    lock of ours; OpenVINO runs one request of a compiled model at a time anyway. Graphs for single images are prepared
+    when they are compiled, and need none.
 
     ``single``: the former, where an engine file holds it. ``compiled_anew``: what that file had been compiled for,
     where it is not this machine.
@@ -191,7 +192,7 @@ class _Engine:
         self._any: Any = None
         self._limit = limit
         self.where = f"{part} [openvino]"
-        self._compiling, self._any_running, self.single_running = (threading.Lock() for _ in range(3))
+        self._compiling, self._any_running = threading.Lock(), threading.Lock()
         self._thread = threading.local()
         self.seconds = 0.0  # spent on compiling
         self.kernels = Counter[tuple[str, str]]() if single is None else self._checked(single)
@@ -199,13 +200,15 @@ class _Engine:
     @property
     def single(self) -> Any:
         """The model compiled for single images."""
-        if self.made_single is None:
+        made = self.made_single
+        if made is None:
             with self._compiling:
-                if self.made_single is None:
-                    single = self._timed("cannot be compiled", lambda: compiled_for_one(self._model(), self._config))
-                    self.kernels = self._checked(single)
-                    self.made_single = single
-        return self.made_single
+                made = self.made_single
+                if made is None:
+                    made = self._timed("cannot be compiled", lambda: compiled_for_one(self._model(), self._config))
+                    self.kernels = self._checked(made)
+                    self.made_single = made
+        return made
 
     def prepare(self, batch: int) -> None:
         """Compile what a batch of this size needs, and a group of one image out of it."""
@@ -306,8 +309,7 @@ class _SingleImage:
         self.y = np.zeros((1, *engine.entry.output.shape), np.float32) if y is None else y
         self._mark = one_mark(self.y)
         self._compiled: Any = None
-        with engine.single_running:
-            self._bind()
+        self._bind()
 
     def _bind(self) -> None:
         tensor, compiled = import_openvino().Tensor, self._engine.single
@@ -326,18 +328,17 @@ class _SingleImage:
     def infer(self) -> None:
         """Run what is in the buffers."""
         engine, left = self._engine, self._mark
-        with engine.single_running:
-            if self._compiled is not engine.made_single:
-                self._bind()
-            left[0] = UNWRITTEN
-            try:
-                self._run(share_outputs=True)
-                if left[0] == UNWRITTEN:
-                    raise unwritten_error(engine.where, self.y, 1)
-            except BaseException as error:
-                engine.made_single = None
-                engine.report(error, 1)
-                raise
+        if self._compiled is not engine.made_single:
+            self._bind()
+        left[0] = UNWRITTEN
+        try:
+            self._run(share_outputs=True)
+            if left[0] == UNWRITTEN:
+                raise unwritten_error(engine.where, self.y, 1)
+        except BaseException as error:
+            engine.made_single = None
+            engine.report(error, 1)
+            raise
 
 
 class _Path:
