@@ -423,3 +423,15 @@ def test_flipped_and_cut_engines_with_fitting_hashes_end_in_our_errors(bundle: B
             outcomes["refused"] += 1
     assert outcomes["refused"] > 20, outcomes
     assert not [text for text in said if "\n" in text]
+
+
+def test_a_thread_that_cannot_be_had_is_not_called_closed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the text: Python raises the same RuntimeError for a pool that was shut down."""
+
+    def submit(*_arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with bdexport.load(bundle, threads=2, executor="chain") as orchestrator:
+        monkeypatch.setattr(orchestrator.session._pool, "submit", submit)  # type: ignore[attr-defined]
+        with pytest.raises(BackendError, match=r"no thread for a share of the batch .*threads=1"):
+            orchestrator(pixels(4), masks=some_masks(4, bundle.manifest.num_blocks))

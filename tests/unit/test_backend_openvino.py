@@ -27,7 +27,7 @@ from bdexport import hardware
 from bdexport.backends import openvino, openvino_session
 from bdexport.backends.base import BuildOptions
 from bdexport.backends.openvino import OpenVinoBackend
-from bdexport.backends.openvino_common import LEAST_OPENVINO, import_openvino, no_bf16_reason
+from bdexport.backends.openvino_common import KERNEL_CACHE, LEAST_OPENVINO, _Core, import_openvino, no_bf16_reason
 from bdexport.backends.openvino_engine import REBUILD, WEIGHTS, XML, read_engine, requirements_here, write_engine
 from bdexport.backends.openvino_session import OpenVinoSession, _check_bf16
 from bdexport.bundle import Bundle, open_bundle
@@ -483,3 +483,13 @@ def test_a_loop_is_refused_when_a_bundle_is_opened(bundle: Bundle, tmp_path: Pat
     file = read_engine("block_00", tmp_path / "engine", bundle.manifest.parts["block_00"], "fp32")
     with pytest.raises(BundleError, match=r"model.xml holds control flow: got Loop"):
         file.source()
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+def test_a_variable_that_others_read_is_left_as_it_was(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the environment; torch's oneDNN reads the same variable when it makes its first kernel."""
+    monkeypatch.delenv(KERNEL_CACHE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(KERNEL_CACHE, before)
+    _Core()
+    assert os.environ.get(KERNEL_CACHE) == before
