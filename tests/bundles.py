@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from manifests import change_manifest
 from numpy.typing import NDArray
 from PIL import Image
 from tiny import SIZE, tiny_checkpoint
@@ -44,6 +48,19 @@ def make_bundle(
         calibration=calibration,
     )
     return Bundle(built.path, built.manifest)
+
+
+def with_engine(bundle: Bundle, folder: Path, part: str, data: bytes) -> Path:
+    """A copy of ``bundle`` in ``folder`` whose engine of ``part`` is ``data``, with hashes that fit it."""
+    copy = Path(shutil.copytree(bundle.path, folder))
+
+    def put(manifest: dict[str, Any]) -> None:
+        entry = next(entry for entry in manifest["parts"] if entry["name"] == part)["engine"]
+        (copy / entry["path"]).write_bytes(data)
+        entry.update(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+
+    change_manifest(copy, put)
+    return copy
 
 
 def calibration_images(folder: Path, count: int = 24) -> CalibrationRequest:

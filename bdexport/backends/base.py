@@ -9,6 +9,7 @@ A session's tensors are opaque to the loop (numpy arrays on the CPU, device buff
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -73,12 +74,14 @@ class RunOptions:
 
     ``stream``: on a GPU, the caller's stream (a raw handle or an object with ``__cuda_stream__``); None: the session's.
     ``fused``: load the manifest's fused paths too, where the backend can (:class:`FusedSession`).
+    ``timeout_s``: the most seconds that one call may take, for backends that can end a run (:func:`why_no_limit`).
     """
 
     device: str = "cpu"
     threads: int | None = None
     stream: Any = None
     fused: bool = False
+    timeout_s: float | None = None
 
 
 class Session(Protocol):
@@ -168,6 +171,14 @@ class ForkingSession(Protocol):
 
     def in_fork(self) -> Session:
         """What serves in the forked process: itself, or a new one. Raises UsageError where neither can."""
+
+
+@runtime_checkable
+class LimitedSession(Protocol):
+    """A session whose calls may have a time limit (``RunOptions.timeout_s``)."""
+
+    def limited(self) -> AbstractContextManager[None]:
+        """What this thread runs inside is one call: BackendError, and nothing left running, where it takes too long."""
 
 
 @dataclass(frozen=True)
@@ -268,3 +279,10 @@ def default_device(backend: Backend) -> str:
 def fuses_paths(backend: Backend) -> bool:
     """Whether the backend's sessions are :class:`FusedSession`; a backend says so with ``fuses = True``."""
     return bool(getattr(backend, "fuses", False))
+
+
+def why_no_limit(backend: Backend, device: str) -> str | None:
+    """Why calls can have no time limit there; None where they can. A backend says so with ``stops_runs = True``."""
+    if device.startswith("cuda"):
+        return "what is queued on a GPU cannot be ended"
+    return None if getattr(backend, "stops_runs", False) else f"backend {backend.name} cannot end a run"

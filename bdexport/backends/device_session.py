@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bdexport.backends.arrays import closed_error, row_span
 from bdexport.backends.base import Rows
 from bdexport.backends.device_memory import FLOAT, DeviceTensor, StaticBlock, StaticBuffers, nobody
+from bdexport.backends.output_guard import check_written, mark
 from bdexport.cuda.arena import ALIGNMENT, Arena, Block, Staging
 from bdexport.cuda.base import Cuda, DeviceBuffer, Graph, Stream
 from bdexport.cuda.exchange import DeviceArray, adopt, is_device_array
@@ -119,9 +120,11 @@ class DeviceSession:
         with self._lock:
             stream = self._open_stream()
             staged = self._staging.take(tensor.nbytes)
+            marks = mark(staged.bytes.view(FLOAT).reshape(tensor.shape))  # another call's output lay there
             self._cuda.copy_to_host(staged.bytes, tensor.pointer, stream)
         stream.synchronize()  # not under the lock: other threads may queue meanwhile
         result: Array = staged.bytes.view(FLOAT).reshape(tensor.shape).copy()
+        check_written(f"{part} [{self._backend}]", marks, result)
         with self._lock:  # another thread may have closed the session meanwhile
             staged.release(stream)
         return result

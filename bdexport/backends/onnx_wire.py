@@ -1,8 +1,8 @@
 """Just enough of ONNX's file format (protobuf) for graphs without the onnx package, which a production box lacks.
 
 Field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3). A message is read as a
-list of (field number, value): int for a varint, bytes for anything with a length; fixed-size numbers do not occur at
-the levels that are read here (models, graphs, value infos).
+list of (field number, value): int for a varint, bytes for anything with a length, :class:`Fixed` for a number of a
+fixed size.
 """
 
 from __future__ import annotations
@@ -11,14 +11,29 @@ from collections.abc import Iterable, Sequence
 
 Fields = list[tuple[int, int | bytes]]
 
-MODEL_IR_VERSION, MODEL_GRAPH, MODEL_OPSET, MODEL_PROPERTIES = 1, 7, 8, 14
+MODEL_IR_VERSION, MODEL_GRAPH, MODEL_OPSET, MODEL_PROPERTIES, MODEL_FUNCTIONS = 1, 7, 8, 14, 25
 GRAPH_NODE, GRAPH_NAME, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, GRAPH_VALUE_INFO = 1, 2, 5, 11, 12, 13
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 3, 4, 5, 7
-ATTRIBUTE_NAME, ATTRIBUTE_INTEGER, ATTRIBUTE_GRAPH, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 6, 8, 20
+ATTRIBUTE_NAME, ATTRIBUTE_INTEGER, ATTRIBUTE_GRAPH, ATTRIBUTE_INTS, ATTRIBUTE_GRAPHS, ATTRIBUTE_TYPE = (
+    1,
+    3,
+    6,
+    8,
+    11,
+    20,
+)
 TYPE_INTEGER, TYPE_GRAPH, TYPE_INTS = 2, 5, 7  # AttributeProto.AttributeType
 VALUE_NAME, VALUE_TYPE = 1, 2
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_INT64, TENSOR_NAME, TENSOR_RAW = 1, 2, 7, 8, 9
 FLOAT, INT64, BOOL = 1, 7, 9  # TensorProto.DataType
+
+
+FIXED = {1: 8, 5: 4}  # protobuf's wire types of numbers of a fixed size -> bytes
+LARGEST_TAG = (1 << 32) - 1  # protobuf cuts a longer one, and would read another field than is read here
+
+
+class Fixed(bytes):
+    """A number of 4 or 8 bytes."""
 
 
 def read_fields(data: bytes) -> Fields:
@@ -27,10 +42,15 @@ def read_fields(data: bytes) -> Fields:
     position = 0
     while position < len(data):
         tag, position = _read_varint(data, position)
+        size = FIXED.get(tag & 7)
+        if size is not None and tag <= LARGEST_TAG and position + size <= len(data):
+            fields.append((tag >> 3, Fixed(data[position : position + size])))
+            position += size
+            continue
         value, position = _read_varint(data, position)
-        if tag & 7 == 0:
+        if tag & 7 == 0 and tag <= LARGEST_TAG:
             fields.append((tag >> 3, value))
-        elif tag & 7 == 2 and position + value <= len(data):
+        elif tag & 7 == 2 and tag <= LARGEST_TAG and position + value <= len(data):
             fields.append((tag >> 3, data[position : position + value]))
             position += value
         else:
@@ -44,6 +64,8 @@ def message(fields: Iterable[tuple[int, int | bytes | str]]) -> bytes:
     for number, value in fields:
         if isinstance(value, int):
             parts += [_varint(number << 3), _varint(value)]
+        elif isinstance(value, Fixed):
+            parts += [_varint(number << 3 | (5 if len(value) == FIXED[5] else 1)), value]
         else:
             data = value.encode() if isinstance(value, str) else value
             parts += [_varint(number << 3 | 2), _varint(len(data)), data]
@@ -61,6 +83,26 @@ def only(fields: Fields, number: int) -> bytes:
 def text(fields: Fields, number: int) -> str:
     """The field of that number as text; empty where there is none. Raises ValueError for bytes that are no text."""
     return next((value.decode() for field, value in fields if field == number and isinstance(value, bytes)), "")
+
+
+def control_flow(model: bytes) -> str | None:
+    """What of a model may run more than once or not at all, in words; None for a straight line of operators.
+
+    That is an operator that holds a graph, and functions, whose operators stand elsewhere. Raises ValueError for bytes
+    that are no such model.
+    """
+    fields = read_fields(model)
+    if any(number == MODEL_FUNCTIONS for number, _ in fields):
+        return "functions"
+    for number, value in read_fields(only(fields, MODEL_GRAPH)):
+        if number == GRAPH_NODE and isinstance(value, bytes):
+            node_fields = read_fields(value)
+            for kind, attribute in node_fields:
+                if kind == NODE_ATTRIBUTE and isinstance(attribute, bytes):
+                    held = {one for one, _ in read_fields(attribute)} & {ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS}
+                    if held:
+                        return text(node_fields, NODE_OP)
+    return None
 
 
 def integers(fields: Fields, number: int) -> list[int]:

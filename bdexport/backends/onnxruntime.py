@@ -38,6 +38,7 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
     engine_suffix = ".onnx"
     computes = True
     fuses = True
+    stops_runs = True
     no_capture = NO_CAPTURE
 
     def available(self) -> Availability:
@@ -87,7 +88,9 @@ class OnnxRuntimeBackend(BuildsWhereItRuns):
             raise misfit.error(bundle)
         threads, note = chosen_threads(options.threads, bundle.manifest.parts[FULL].flops)
         files = {part: bundle.engine_file(part) for part in bundle.manifest.parts}
-        return OnnxRuntimeSession(bundle.manifest, files, threads, note, fused=options.fused)
+        return OnnxRuntimeSession(
+            bundle.manifest, files, threads, note, fused=options.fused, timeout_s=options.timeout_s
+        )
 
     def misfit(self, manifest: Manifest) -> Misfit | None:
         """See :meth:`bdexport.backends.base.RebuildingBackend.misfit`.

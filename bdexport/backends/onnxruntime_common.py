@@ -60,9 +60,18 @@ def load_model(model: bytes, threads: int, weights: Mapping[str, Any] | None = N
         options.add_session_config_entry("session.use_env_allocators", "1")
     for name, value in (weights or {}).items():
         options.add_initializer(name, value)
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # Its fallback would print to stdout and try the same again.
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     forget_model(session)
     return session
+
+
+def new_run_options() -> Any:
+    """Options of one call, by which its runs are ended."""
+    options = import_onnxruntime().RunOptions()
+    # "No graph capture", as without it; but ONNX Runtime 1.31 asks in every run, and takes 28 us to find nothing.
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    return options
 
 
 def forget_model(session: Any) -> None:

@@ -54,6 +54,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
     engine_suffix = ".openvino"
     computes = True
     fuses = True
+    stops_runs = True
 
     def available(self) -> Availability:
         """Whether openvino can be imported. Its own telemetry is kept out."""
@@ -120,7 +121,7 @@ class OpenVinoBackend(BuildsWhereItRuns):
         threads, note = chosen_threads(options.threads, manifest.parts[FULL].flops)
         note_pool("OpenVINO", threads, one_waits_too=True)  # measured: even an import for one thread never ends
         files = {part: bundle.engine_file(part) for part in manifest.parts}
-        return OpenVinoSession(manifest, files, threads, note, options.fused)
+        return OpenVinoSession(manifest, files, threads, note, options.fused, options.timeout_s)
 
     def misfit(self, manifest: Manifest) -> Misfit | None:
         """See :meth:`bdexport.backends.base.RebuildingBackend.misfit`.

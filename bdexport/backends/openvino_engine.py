@@ -16,6 +16,7 @@ import struct
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ import numpy as np
 from bdexport.backends.base import Readable
 from bdexport.backends.first_use import once
 from bdexport.backends.openvino_common import Reported, core, cpu_config, import_openvino
-from bdexport.errors import BackendError
+from bdexport.errors import BackendError, BundleError
 from bdexport.files import writing
 from bdexport.json_text import MalformedError, json_kind, parse_json, shown
 
@@ -37,6 +38,7 @@ XML, WEIGHTS, BLOB, DESCRIPTION = "model.xml", "model.bin", "compiled.blob", "pa
 MEMBERS = (DESCRIPTION, XML, WEIGHTS, BLOB)
 FIELDS = ("schema", "part", "precision", "requirements")  # of part.json, all of them texts
 REQUIREMENTS = "RUNTIME_REQUIREMENTS"  # OpenVINO's property of a compiled model: release and instruction set
+CONTROL_FLOW = frozenset(("Loop", "TensorIterator", "If"))  # operators of OpenVINO's that hold a model
 ANY_TIME = (1980, 1, 1, 0, 0, 0)  # in the zip, so that equal engines are equal files
 REBUILD = "rebuild the bundle: bdexport build CHECKPOINT --backend openvino --out BUNDLE --overwrite"
 PIECE_BYTES = 1 << 16  # read at a time
@@ -91,6 +93,7 @@ class SourceModel:
             if self._model is None:
                 with Reported(self._part, f"cannot load {self._path}: {XML}", REBUILD):
                     model = core().read_model(self._xml, self._weights)
+                check_straight(self._part, self._path, XML, (each.get_type_name() for each in model.get_ops()))
                 check_shapes(self._part, self._path, model, self._entry)
                 self._model = model
             return self._model
@@ -127,8 +130,18 @@ def imported(part: str, path: Readable, entry: PartEntry, blob: Any, config: dic
     with Reported(part, f"cannot load {path}: {BLOB}", REBUILD):
         # From a tensor, not from bytes: the model then uses the weights where they are.
         compiled = core().import_model(blob, "CPU", config)
+    layers = (each.get_rt_info()["layerType"].astype(str) for each in compiled.get_runtime_model().get_ops())
+    check_straight(part, path, BLOB, layers)
     check_shapes(part, path, compiled, entry)
     return compiled
+
+
+def check_straight(part: str, path: Readable, member: str, kinds: Iterable[str]) -> None:
+    """Raises BundleError for a model with control flow: a loop may have 2^62 trips, and no part has one."""
+    found = sorted(CONTROL_FLOW.intersection(kinds))
+    if found:
+        what = f"{part} [openvino]: {path}: {member} holds control flow"
+        raise BundleError(what, got=", ".join(found), expected="operators only", remedy=REBUILD)
 
 
 def check_shapes(part: str, path: Readable, model: Any, entry: PartEntry) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -20,7 +21,16 @@ from numpy.typing import NDArray
 from bdexport.backends.arrays import ArrayRows, closed_error
 from bdexport.backends.base import Readable
 from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks
-from bdexport.backends.openvino_common import BF16, KERNELS, Reported, core, cpu_config, import_openvino
+from bdexport.backends.openvino_common import (
+    BF16,
+    FAILURES,
+    KERNELS,
+    Reported,
+    core,
+    cpu_config,
+    import_openvino,
+    reason_of,
+)
 from bdexport.backends.openvino_engine import (
     SourceModel,
     compiled_for_one,
@@ -28,6 +38,8 @@ from bdexport.backends.openvino_engine import (
     read_engine,
     requirements_here,
 )
+from bdexport.backends.output_guard import REMEDY, UNWRITTEN, check_written, mark, one_mark, unwritten_error
+from bdexport.backends.time_limit import TimeLimit
 from bdexport.errors import BackendError
 from bdexport.parts import HEAD, STEM
 
@@ -46,11 +58,18 @@ class OpenVinoSession(ArrayRows, KeptInForks):
     """See :class:`bdexport.backends.base.Session`. Tensors are numpy arrays."""
 
     def __init__(
-        self, manifest: Manifest, files: Mapping[str, Readable], threads: int, note: str, fused: bool = False
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Readable],
+        threads: int,
+        note: str,
+        fused: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         self.device, self.threads = "cpu", threads
         config = cpu_config(manifest.precision, threads)
-        opened = {part: _opened(part, path, manifest, config) for part, path in files.items()}
+        self._limit = None if timeout_s is None else TimeLimit(timeout_s, _cancel)
+        opened = {part: _opened(part, path, manifest, config, self._limit) for part, path in files.items()}
         self._sources = {part: source for part, (source, _) in opened.items()}
         self._parts = {part: engine for part, (_, engine) in opened.items()}
         paths = manifest.fused.part_paths(manifest.transitions) if fused and manifest.fused is not None else []
@@ -124,20 +143,33 @@ class OpenVinoSession(ArrayRows, KeptInForks):
             self.threads = 1
         return self
 
+    def limited(self) -> AbstractContextManager[None]:
+        """See :class:`bdexport.backends.base.LimitedSession`."""
+        return nullcontext() if self._limit is None else self._limit.call()
+
     def close(self) -> None:
         # Names are let go of, nothing is emptied: a call that another thread has begun ends as if before.
         self._closed = True
         self._parts, self._fused, self._sources = {}, {}, {}
+        if self._limit is not None:
+            self._limit.close()
 
     def _path_engine(self, path: tuple[str, ...], manifest: Manifest, config: dict[str, Any]) -> _Engine:
         """The path as one model: OpenVINO optimises across what were the parts' ends."""
         entry = replace(manifest.parts[STEM], name="fused", output=manifest.parts[HEAD].output)
         sources = [self._sources[part] for part in path]
-        return _Engine("fused", entry, config, manifest.precision, partial(_linked, sources, self._linking))
+        linked = partial(_linked, sources, self._linking)
+        return _Engine("fused", entry, config, manifest.precision, linked, limit=self._limit)
 
 
 class _Engine:
     """One model, compiled twice at most: for single images and for any batch, each when it is first needed.
+
+    What was compiled is given up after any exception in a run of it, an interrupt included, and compiled anew when it
+    is next needed: OpenVINO leaves a graph for any batch prepared for another one than its memory is for, and the next
+    run overwrites memory that is not its own (seen). So that no other thread is the next one, runs of batches have a
+    lock of ours; OpenVINO runs one request of a compiled model at a time anyway. Graphs for single images are prepared
+    when they are compiled, and need none.
 
     ``single``: the former, where an engine file holds it. ``compiled_anew``: what that file had been compiled for,
     where it is not this machine.
@@ -152,12 +184,15 @@ class _Engine:
         model: Callable[[], Any],
         single: Any | None = None,
         compiled_anew: str | None = None,
+        limit: TimeLimit | None = None,
     ) -> None:
         self.part, self.entry, self.compiled_anew = part, entry, compiled_anew
         self._model, self._config, self._precision = model, config, precision
-        self._single: Any = single
+        self.made_single: Any = single
         self._any: Any = None
-        self._compiling = threading.Lock()
+        self._limit = limit
+        self.where = f"{part} [openvino]"
+        self._compiling, self._any_running = threading.Lock(), threading.Lock()
         self._thread = threading.local()
         self.seconds = 0.0  # spent on compiling
         self.kernels = Counter[tuple[str, str]]() if single is None else self._checked(single)
@@ -165,13 +200,15 @@ class _Engine:
     @property
     def single(self) -> Any:
         """The model compiled for single images."""
-        if self._single is None:
+        made = self.made_single
+        if made is None:
             with self._compiling:
-                if self._single is None:
-                    single = self._timed("cannot be compiled", lambda: compiled_for_one(self._model(), self._config))
-                    self.kernels = self._checked(single)
-                    self._single = single
-        return self._single
+                made = self.made_single
+                if made is None:
+                    made = self._timed("cannot be compiled", lambda: compiled_for_one(self._model(), self._config))
+                    self.kernels = self._checked(made)
+                    self.made_single = made
+        return made
 
     def prepare(self, batch: int) -> None:
         """Compile what a batch of this size needs, and a group of one image out of it."""
@@ -196,20 +233,49 @@ class _Engine:
         """The part's output, fresh."""
         if len(x) == 1:
             return self._single_image().run(x)
-        if len(x) <= LARGEST_CALL:
-            return self._infer(x)
-        result = np.empty((len(x), *self.entry.output.shape), np.float32)
+        y = np.empty((len(x), *self.entry.output.shape), np.float32)
         pieces = -(-len(x) // LARGEST_CALL)
+        if pieces == 1:
+            self._infer(x, y)
+            return y
         for rows in np.array_split(np.arange(len(x)), pieces):
-            result[rows[0] : rows[-1] + 1] = self._infer(x[rows[0] : rows[-1] + 1])
-        return result
+            piece = slice(rows[0], rows[-1] + 1)
+            self._infer(x[piece], y[piece])
+        return y
 
-    def _infer(self, x: Array) -> Array:
-        request = self._any_request()
-        with Reported(self.part, "failed"):
-            results = request.infer([x if x.flags.writeable else x.copy()], share_inputs=True)
-            result: Array = results[0]
-        return result
+    def _infer(self, x: Array, y: Array) -> None:
+        """Run a batch of at most LARGEST_CALL images into ``y``."""
+        with self._any_running:
+            request = self._any_request()
+            marks = mark(y)
+            try:
+                request.set_output_tensor(import_openvino().Tensor(y, shared_memory=True))
+                inputs = [x if x.flags.writeable else x.copy()]
+                self.run_of(request)(inputs, share_inputs=True, share_outputs=True)
+                check_written(self.where, marks, y)
+            except BaseException as error:
+                self._any = None
+                self.report(error, len(x))
+                raise
+
+    def run_of(self, request: Any) -> Callable[..., object]:
+        """What runs a request of this engine, as its ``infer``: within the time limit, if there is one."""
+        limit = self._limit
+        if limit is None:
+            run: Callable[..., object] = request.infer
+            return run
+
+        def limited(*inputs: Any, **how: bool) -> None:
+            with limit.running(self.where, request):
+                request.infer(*inputs, **how)
+
+        return limited
+
+    def report(self, error: BaseException, batch: int) -> None:
+        """Raises BackendError for what OpenVINO raised in a run."""
+        if isinstance(error, FAILURES):
+            what = f"{self.where}: batch {batch} of {self.entry.input.shape} failed ({reason_of(error)})"
+            raise BackendError(what, remedy=REMEDY) from error
 
     def _single_image(self) -> _SingleImage:
         try:
@@ -219,31 +285,39 @@ class _Engine:
         return found
 
     def _any_request(self) -> Any:
-        try:
-            return self._thread.any
-        except AttributeError:
-            pass
+        """The calling thread's request of the model that is compiled for any batch."""
+        compiled, request = getattr(self._thread, "any", (None, None))
+        if compiled is not None and compiled is self._any:
+            return request
         with self._compiling:
             if self._any is None:
-                compiled = partial(core().compile_model, device_name="CPU", config=self._config)
-                self._any = self._timed("cannot be compiled for any batch", lambda: compiled(self._model()))
+                compile_any = partial(core().compile_model, device_name="CPU", config=self._config)
+                self._any = self._timed("cannot be compiled for any batch", lambda: compile_any(self._model()))
+            compiled = self._any
         with Reported(self.part, "cannot be bound"):
-            self._thread.any = self._any.create_infer_request()
-        return self._thread.any
+            request = compiled.create_infer_request()
+        self._thread.any = compiled, request
+        return request
 
 
 class _SingleImage:
     """A request with buffers of one image that are bound once; they belong to one thread."""
 
-    def __init__(self, part: _Engine, x: Array | None = None, y: Array | None = None) -> None:
-        self._part = part.part
-        self.x = np.zeros((1, *part.entry.input.shape), np.float32) if x is None else x
-        self.y = np.zeros((1, *part.entry.output.shape), np.float32) if y is None else y
-        tensor, single = import_openvino().Tensor, part.single
-        with Reported(self._part, "cannot be bound"):
-            self._request = single.create_infer_request()
-            self._request.set_input_tensor(tensor(self.x, shared_memory=True))
-            self._request.set_output_tensor(tensor(self.y, shared_memory=True))
+    def __init__(self, engine: _Engine, x: Array | None = None, y: Array | None = None) -> None:
+        self._engine = engine
+        self.x = np.zeros((1, *engine.entry.input.shape), np.float32) if x is None else x
+        self.y = np.zeros((1, *engine.entry.output.shape), np.float32) if y is None else y
+        self._mark = one_mark(self.y)
+        self._compiled: Any = None
+        self._bind()
+
+    def _bind(self) -> None:
+        tensor, compiled = import_openvino().Tensor, self._engine.single
+        with Reported(self._engine.part, "cannot be bound"):
+            request = compiled.create_infer_request()
+            request.set_input_tensor(tensor(self.x, shared_memory=True))
+            request.set_output_tensor(tensor(self.y, shared_memory=True))
+        self._compiled, self._run = compiled, self._engine.run_of(request)
 
     def run(self, x: Array) -> Array:
         """Copy in, run, copy out."""
@@ -253,8 +327,18 @@ class _SingleImage:
 
     def infer(self) -> None:
         """Run what is in the buffers."""
-        with Reported(self._part, "failed"):
-            self._request.infer(share_outputs=True)
+        engine, left = self._engine, self._mark
+        if self._compiled is not engine.made_single:
+            self._bind()
+        left[0] = UNWRITTEN
+        try:
+            self._run(share_outputs=True)
+            if left[0] == UNWRITTEN:
+                raise unwritten_error(engine.where, self.y, 1)
+        except BaseException as error:
+            engine.made_single = None
+            engine.report(error, 1)
+            raise
 
 
 class _Path:
@@ -290,16 +374,24 @@ class _Path:
 # ---- making engines ----------------------------------------------------------------------------------------------
 
 
-def _opened(part: str, path: Readable, manifest: Manifest, config: dict[str, Any]) -> tuple[SourceModel, _Engine]:
+def _cancel(request: Any) -> None:
+    """End a run, if the request is in one. OpenVINO looks between a graph's nodes."""
+    request.cancel()
+
+
+def _opened(
+    part: str, path: Readable, manifest: Manifest, config: dict[str, Any], limit: TimeLimit | None
+) -> tuple[SourceModel, _Engine]:
     """A part's engine: imported where it was compiled for what is here, compiled otherwise."""
     entry, precision = manifest.parts[part], manifest.precision
     file = read_engine(part, path, entry, precision)
     if file.requirements == requirements_here():
         single = imported(part, path, entry, file.blob, config)
-        return file.source, _Engine(part, entry, config, precision, file.source, single)
+        return file.source, _Engine(part, entry, config, precision, file.source, single, limit=limit)
     with Reported(part, f"cannot compile {path}"):
         single = compiled_for_one(file.source(), config)
-    return file.source, _Engine(part, entry, config, precision, file.source, single, file.requirements)
+    anew = file.requirements
+    return file.source, _Engine(part, entry, config, precision, file.source, single, anew, limit)
 
 
 def _linked(sources: Sequence[SourceModel], linking: threading.Lock) -> Any:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bdexport.backends.arrays import ArrayRows, closed_error, no_device_error
 from bdexport.backends.base import Availability, BuildOptions, BuildsWhereItRuns, Readable, RunOptions, Session
 from bdexport.backends.forking import forked_error, note_pool
+from bdexport.backends.output_guard import check_rows
 from bdexport.backends.torch_cuda import TorchCudaSession, check_torch_cuda
 from bdexport.cuda import cuda_ordinal
 from bdexport.errors import BackendError, BuildError, UsageError
@@ -112,6 +113,7 @@ class TorchSession(ArrayRows):
         self.device, self.threads = "cpu", torch.get_num_threads()
         self.notes: tuple[str, ...] = tuple(notes)
         self._modules = dict(modules)
+        self._outputs = {part: entry.output.shape for part, entry in manifest.parts.items()}
         self._closed = False
 
     def put(self, part: str, array: Array) -> Array:
@@ -129,6 +131,7 @@ class TorchSession(ArrayRows):
         with torch.inference_mode(), _reported(part):
             out = modules[part](torch.from_numpy(x if x.flags.writeable else x.copy()))
         result: Array = out.contiguous().numpy()
+        check_rows(f"{part} [torch]", result, len(x), self._outputs[part])
         return result
 
     def run_path(self, parts: Sequence[str], x: Array) -> Array:

@@ -70,9 +70,17 @@ _dying_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ch
 
 
 def is_device_array(array: Any) -> bool:
-    """Whether ``array`` lies in a GPU's memory, as far as it says so itself; numpy arrays and lists do not."""
-    if hasattr(array, "__dlpack_device__"):
-        return int(array.__dlpack_device__()[0]) in (CUDA_DEVICE, CUDA_MANAGED)
+    """Whether ``array`` lies in a GPU's memory, as far as it says so itself; numpy arrays and lists do not.
+
+    Raises :class:`InputError` where its protocol raises or says what makes no sense.
+    """
+    try:
+        if hasattr(array, "__dlpack_device__"):
+            return int(array.__dlpack_device__()[0]) in (CUDA_DEVICE, CUDA_MANAGED)
+    except Exception as error:  # code of the caller's object: anything may come
+        said = " ".join(str(error).split())[:200]
+        told = f"{type(array).__name__} whose __dlpack_device__ raises {type(error).__name__}: {said}"
+        raise InputError("images: where they lie cannot be told", got=told, remedy="pass a numpy array") from error
     return hasattr(type(array), "__cuda_array_interface__")
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bdexport.errors import BackendError, InputError
 from bdexport.parts import KEEP_THRESHOLD, Masks
+from bdexport.runtime.inputs import as_array
 
 
 def masks_from_probabilities(probabilities: NDArray[np.float32]) -> Masks:
@@ -29,8 +30,8 @@ def all_finite(values: NDArray[np.float32]) -> bool:
 
 
 def checked_masks(masks: Any, batch: int, num_blocks: int) -> Masks:
-    """Masks that a caller forces: bool (N, K). Raises :class:`InputError` for another dtype or shape."""
-    array = np.asarray(masks)
+    """Masks that a caller forces: bool (N, K). Raises :class:`InputError` for anything else."""
+    array = as_array("masks", masks, f"pass one row of {num_blocks} booleans for each image")
     if array.dtype != np.bool_:
         raise InputError("masks: wrong dtype", got=array.dtype, expected="bool", remedy="pass masks.astype(bool)")
     if array.shape != (batch, num_blocks):

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from bdexport.errors import InputError
 from bdexport.preprocess import Preprocess
 
+SAID_CHARACTERS = 200  # of another library's message in ours
+
 
 class _Accepted:
     """What would do, as text; only an error needs it."""
@@ -27,7 +29,7 @@ def network_input(images: Any, preprocess: Preprocess, max_batch: int | None) ->
     uint8 goes through ``preprocess``; float32 is taken as it is. Raises :class:`InputError` for any other dtype, rank
     or channel count, for values that are not finite, an empty batch and a batch beyond ``max_batch``.
     """
-    array = _as_array(images)
+    array = as_array("images", images, "pass each size as a batch of its own")
     accepted = _Accepted(preprocess)
     if array.ndim != 4:
         remedy = "add the batch axis: images[None]" if array.ndim == 3 else None
@@ -52,12 +54,30 @@ def device_input(images: Any, device: str) -> Any:
     return images
 
 
-def _as_array(images: Any) -> NDArray[Any]:
+def as_array(what: str, values: Any, sizes: str) -> NDArray[Any]:
+    """``values`` as an array, by whatever protocol they have. Raises :class:`InputError`, whatever that raises.
+
+    ``sizes``: the remedy where a list holds things of different sizes.
+    """
     try:
-        return np.asarray(images)
-    except ValueError as error:  # a list of images of different sizes
-        remedy = "pass each size as a batch of its own"
-        raise InputError(f"images: not one array ({error})", remedy=remedy) from error
+        return np.asarray(values)
+    except MemoryError:
+        raise
+    except Exception as error:  # code of the caller's objects: anything may come
+        said = " ".join(str(error).split())[:SAID_CHARACTERS]
+        if isinstance(values, list | tuple) and isinstance(error, ValueError):
+            raise InputError(f"{what}: not one array ({said})", remedy=sizes) from error
+        told = f"{type(values).__name__} that raises {type(error).__name__}: {said}"
+        raise InputError(f"{what}: cannot be read as an array", got=told, remedy=_array_remedy(what, said)) from error
+
+
+def _array_remedy(what: str, said: str) -> str:
+    """What to do about what an object said; torch's words for what numpy does not have, without importing torch."""
+    if "requires grad" in said:
+        return f"pass {what}.detach()"
+    if "ScalarType" in said:
+        return f"pass {what}.float(), which is float32"
+    return f"pass a numpy array: {what}.cpu().numpy() of a tensor"
 
 
 def _from_pixels(array: NDArray[np.uint8], preprocess: Preprocess, accepted: _Accepted) -> NDArray[np.float32]:
@@ -86,6 +106,6 @@ def _hint(array: NDArray[Any]) -> str | None:
 
 
 def _dtype_remedy(array: NDArray[Any]) -> str | None:
-    if array.dtype.kind == "f":
+    if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
         return "pass images.astype(numpy.float32) if they are preprocessed"
     return "pass images.astype(numpy.uint8) if the values are pixels in 0..255" if array.dtype.kind in "iu" else None

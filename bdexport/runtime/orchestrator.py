@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,8 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdexport.backends import get_backend
-from bdexport.backends.base import ForkingSession, FusedSession, RunOptions, Session, Tensor, default_device
+from bdexport.backends.base import (
+    ForkingSession,
+    FusedSession,
+    LimitedSession,
+    RunOptions,
+    Session,
+    Tensor,
+    default_device,
+    why_no_limit,
+)
 from bdexport.backends.forking import forked_error
+from bdexport.backends.output_guard import REMEDY
 from bdexport.bundle import Bundle, Manifest, open_bundle
 from bdexport.cuda.exchange import is_device_array
 from bdexport.errors import BackendError, UsageError
@@ -28,6 +40,7 @@ from bdexport.runtime.executors import Fused, check_executor, choose_executor, e
 from bdexport.runtime.grouping import Plan, plan_batch
 from bdexport.runtime.inputs import device_input, network_input
 
+LONGEST_TIMEOUT_S = 86_400  # a day; beyond it, a limit is a mistake
 LEAST_THREAD_LIMIT = 16  # may be asked for anywhere, so that a script runs on any machine
 
 
@@ -83,6 +96,7 @@ class Orchestrator:
 
     def __init__(self, bundle: Bundle, session: Session, executor: str = "auto", notes: tuple[str, ...] = ()) -> None:
         self.bundle, self.session, self._notes = bundle, session, notes
+        self._limit = _limit_of(session)
         self._executor, self.executor_reason = choose_executor(executor, session, bundle.manifest)
         mapping = bundle.manifest.mask_mapping
         self._mapped = None if mapping is None else MaskMapper(mapping, bundle.manifest.num_blocks)
@@ -135,8 +149,13 @@ class Orchestrator:
 
         ``images``: uint8 (N, h, w, 3) of any size, fitted by the manifest's preprocessing, or float32 (N, 3, H, W)
         that is preprocessed already. Raises :class:`InputError` for anything else, :class:`BackendError` when an
-        engine fails or gives numbers that are not finite, :class:`UsageError` after :meth:`close`.
+        engine fails, takes longer than ``load(timeout_s=)`` or gives numbers that are not finite, :class:`UsageError`
+        after :meth:`close`.
         """
+        with self._limited():
+            return self._call(images, masks)
+
+    def _call(self, images: Any, masks: Any) -> Result:
         started = perf_counter_ns()
         inputs = self._inputs(images)
         forced = None if masks is None else checked_masks(masks, inputs.shape[0], self.manifest.num_blocks)
@@ -151,11 +170,15 @@ class Orchestrator:
 
     def full(self, images: Any) -> Result:
         """The undropped network's own engine: the reference that speed-ups are measured against. Same input checks."""
+        with self._limited():
+            return self._full(images)
+
+    def _full(self, images: Any) -> Result:
         started = perf_counter_ns()
         inputs = self._inputs(images)
         prepared = perf_counter_ns()
         x = self.session.put(FULL, inputs)
-        logits = _finite(self.session.get(FULL, self._executor.run_whole(FULL, x)))
+        logits = _answers(self.session.get(FULL, self._executor.run_whole(FULL, x)), inputs.shape[0])
         ended = perf_counter_ns()
         masks = np.ones((inputs.shape[0], self.manifest.num_blocks), dtype=bool)
         timings = _timings_ms(started, prepared, prepared, ended)
@@ -228,12 +251,20 @@ class Orchestrator:
     ) -> None:
         self.close()
 
-    def _inputs(self, images: Any) -> Any:
-        """float32 (N, 3, H, W) on the host; images on the session's device as they are, for the session to check."""
+    def _limited(self) -> AbstractContextManager[None]:
+        """One call, in this process, within the time limit if the bundle was loaded with one."""
+        self._check_usable()
+        return self._limit()
+
+    def _check_usable(self) -> None:
         if self._closed:
             raise UsageError(f"orchestrator of {self.bundle.path}: used after close", remedy="load the bundle again")
         if os.getpid() != self._process:
             self._adopt()
+
+    def _inputs(self, images: Any) -> Any:
+        """float32 (N, 3, H, W) on the host; images on the session's device as they are, for the session to check."""
+        self._check_usable()
         if is_device_array(images):
             return device_input(images, self.device)
         return network_input(images, self.manifest.preprocess, self.manifest.max_batch)
@@ -248,6 +279,7 @@ class Orchestrator:
                 why = f"where device {session.device} cannot be used"
                 raise forked_error(f"orchestrator of {self.bundle.path}", why)
             self.session = session.in_fork()
+            self._limit = _limit_of(self.session)
             self._executor, _ = choose_executor(self.executor, self.session, self.manifest)
             self._process = os.getpid()
 
@@ -259,12 +291,13 @@ class Orchestrator:
     def _decide(self, x: Tensor) -> tuple[NDArray[np.float32], Masks]:
         """The only time that anything but the logits comes to the host."""
         probabilities = self.session.get(POLICY, self._executor.run_whole(POLICY, x))
+        _check_rows("policy", probabilities, x.shape[0])
         masks = masks_from_probabilities(probabilities)
         return probabilities, masks if self._mapped is None else self._mapped(masks)
 
     def _run_blocks(self, x: Tensor, masks: Masks) -> NDArray[np.float32]:
         plan = plan_batch(masks)
-        sorted_logits = _finite(self.session.get(HEAD, self._run_plan(x, plan)))
+        sorted_logits = _answers(self.session.get(HEAD, self._run_plan(x, plan)), len(masks))
         if plan.order is None:
             return sorted_logits
         logits = np.empty_like(sorted_logits)
@@ -286,6 +319,7 @@ def load(
     stream: Any = None,
     rebuild: bool = False,
     verify_key: str | Path | None = None,
+    timeout_s: float | None = None,
 ) -> Orchestrator:
     """Open a bundle for inference with the backend that it was built for.
 
@@ -302,11 +336,14 @@ def load(
     ``verify_key``: a minisign public key, as a file or as its text (``RW..``): the bundle must be signed by its owner,
     see docs/bundle-format.md. What ``rebuild`` makes of a bundle that was checked so is made and kept here, not signed.
 
+    ``timeout_s``: the most seconds that one call may take, waiting for threads and for first-time work included; it is
+    ended then, with :class:`BackendError`, and nothing of it is left running. For ONNX Runtime and OpenVINO on the CPU;
+    other backends cannot end a run, and refuse it. None: no limit.
+
     Raises :class:`BundleError` for a bundle that is damaged, not signed as asked for, or replaced by another while it
-    is opened; :class:`BackendError` where its engines cannot run here,
-    :class:`UsageError` for a wrong argument.
+    is opened; :class:`BackendError` where its engines cannot run here, :class:`UsageError` for a wrong argument.
     """
-    _check_arguments(bundle, threads, device, executor)
+    _check_arguments(bundle, threads, device, executor, timeout_s)
     if verify_key is not None and isinstance(bundle, Bundle):
         raise UsageError("verify_key has no effect on a bundle that is open", remedy="pass it to open_bundle")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify_key)
@@ -323,8 +360,15 @@ def load(
         raise UsageError(
             "stream", got=f"one for device {place!r}", expected="a device with streams", remedy="device='cuda'"
         )
+    if timeout_s is not None and (why := why_no_limit(backend, place)) is not None:
+        remedy = "leave it out, and load the bundle in a process of its own that can be ended"
+        raise UsageError("timeout_s", got=repr(timeout_s), expected=f"None ({why})", remedy=remedy)
     options = RunOptions(
-        place, None if threads is None else int(threads), stream=stream, fused=fused or name == Fused.name
+        place,
+        None if threads is None else int(threads),
+        stream=stream,
+        fused=fused or name == Fused.name,
+        timeout_s=None if timeout_s is None else float(timeout_s),
     )
     if opened.manifest.precision not in backend.precisions:
         raise BackendError(
@@ -355,7 +399,12 @@ def executors_of(orchestrator: Orchestrator) -> dict[str, Orchestrator]:
     }
 
 
-def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any) -> None:
+def _limit_of(session: Session) -> Callable[[], AbstractContextManager[None]]:
+    """What a call runs inside. Asked once: to ask a class for its protocol takes microseconds."""
+    return session.limited if isinstance(session, LimitedSession) else nullcontext
+
+
+def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any, timeout_s: Any) -> None:
     if not isinstance(bundle, str | PathLike | Bundle):
         raise UsageError("bundle", got=repr(bundle), expected="the path of a folder")
     most = max(LEAST_THREAD_LIMIT, usable_cores())  # beyond the cores, threads only take time from each other
@@ -367,6 +416,9 @@ def _check_arguments(bundle: Any, threads: Any, device: Any, executor: Any) -> N
         raise UsageError("device", got=repr(device), expected="a name, or None for the backend's own choice")
     if not isinstance(executor, str):
         raise UsageError("executor", got=repr(executor), expected="a name")
+    number = isinstance(timeout_s, int | float | np.number) and not isinstance(timeout_s, bool)
+    if timeout_s is not None and not (number and 0 < timeout_s <= LONGEST_TIMEOUT_S):
+        raise UsageError("timeout_s", got=repr(timeout_s), expected=f"seconds above 0, at most {LONGEST_TIMEOUT_S}")
 
 
 def _timings_ms(started: int, prepared: int, decided: int, ended: int) -> dict[str, float]:
@@ -378,8 +430,16 @@ def _timings_ms(started: int, prepared: int, decided: int, ended: int) -> dict[s
     }
 
 
-def _finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A NaN would come out as class 0 with no sign of trouble."""
+def _answers(logits: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
+    """The logits of a batch. A row too few would be another batch's answer, and a NaN would come out as class 0."""
+    _check_rows("network", logits, batch)
     if not all_finite(logits):
         raise BackendError("network: logits are not finite", remedy="check the input's range; run `bdexport verify`")
     return logits
+
+
+def _check_rows(where: str, outputs: NDArray[np.float32], batch: int) -> None:
+    if len(outputs) != batch:
+        raise BackendError(
+            f"{where}: batch {batch}: its output is another's", got=f"{len(outputs)} rows", remedy=REMEDY
+        )

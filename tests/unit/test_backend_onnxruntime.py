@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from bundles import assert_close, make_bundle, pixels, some_masks
+from bundles import assert_close, make_bundle, pixels, some_masks, with_engine
 from manifests import change_manifest
 from onnx import TensorProto, helper, numpy_helper
 
 import bdexport
 from bdexport.architecture import PolicySpec, ResNetSpec
 from bdexport.backends import get_backend
+from bdexport.backends import onnx_wire as wire
 from bdexport.backends.arrays import chosen_threads
 from bdexport.backends.base import BuildOptions, RunOptions
 from bdexport.backends.onnx_model import Model
@@ -30,7 +32,7 @@ from bdexport.backends.onnxruntime_build import NotBlockedError, _without_guards
 from bdexport.backends.onnxruntime_common import NCHWC_DOMAIN, Reported, channel_block
 from bdexport.backends.onnxruntime_session import OnnxRuntimeSession, _from_blocked, _to_blocked
 from bdexport.bundle import Bundle
-from bdexport.errors import BackendError, BuildError
+from bdexport.errors import BackendError, BdexportError, BuildError, BundleError
 from bdexport.hardware import usable_cores
 from bdexport.models.pair import BlockDropNet
 from bdexport.parts import part_names, path_parts
@@ -325,3 +327,110 @@ def test_graphs_on_a_gpu_do_not_pass_for_engines_of_another_precision(bundle: Bu
     int8 = replace(bundle, manifest=replace(bundle.manifest, precision="int8"))
     with pytest.raises(BackendError, match=r"float32.*got int8"):
         get_backend("onnxruntime").open(int8, RunOptions("cuda"))
+
+
+# ---- engines whose hashes fit, and whose contents do not ----------------------------------------------------------
+
+
+def with_metadata(bundle: Bundle, part: str, change: Callable[[dict[bytes, bytes | int]], object]) -> bytes:
+    """The engine of ``part`` with other metadata; an integer is written as a number where protobuf has a text."""
+    model = wire.read_fields(bundle.engine(part).read_bytes())
+    properties: dict[bytes, bytes | int] = {}
+    for number, value in model:
+        if number == wire.MODEL_PROPERTIES and isinstance(value, bytes):
+            entry = wire.read_fields(value)
+            properties[wire.only(entry, 1)] = wire.only(entry, 2)
+    change(properties)
+    kept = [field for field in model if field[0] != wire.MODEL_PROPERTIES]
+    added = [(wire.MODEL_PROPERTIES, wire.message([(1, key), (2, value)])) for key, value in properties.items()]
+    return wire.message([*kept, *added])
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "text"),
+    [
+        ("stem", lambda found: found.clear(), "does not say whose engine it is"),
+        ("policy", lambda found: found.pop(b"bdexport.part"), "does not say whose engine it is"),
+        ("stem", lambda found: found.update({b"bdexport.channel_block": b"sixteen"}), 'got "sixteen", expected 1'),
+        ("stem", lambda found: found.update({b"bdexport.channel_block": b"9" * 5000}), "expected 1"),
+        ("full", lambda found: found.update({b"bdexport.channel_block": b"-16"}), 'got "-16", expected 1'),
+        ("stem", lambda found: found.update({b"bdexport.channel_block": b"0"}), 'got "0", expected 1'),
+        ("stem", lambda found: found.update({b"bdexport.channel_block": b""}), 'got "", expected 1'),
+        ("stem", lambda found: found.update({b"bdexport.channel_block": 16}), "expected 1"),
+        ("head", lambda found: found.update({b"bdexport.input": b"sideways"}), 'got "sideways", expected plain or bl'),
+        ("head", lambda found: found.update({b"bdexport.input": b"\xff\xfe"}), ""),
+        ("head", lambda found: found.update({b"\xff": b"\xff"}), ""),
+        ("head", lambda found: found.update({b"bdexport.output": b"b" * 2_000_000}), "expected plain or blocked"),
+        ("policy", lambda found: found.update({b"bdexport.part": b"p" * 2_000_000}), "another part's engine"),
+    ],
+)
+def test_metadata_that_no_build_writes_is_refused(
+    bundle: Bundle, tmp_path: Path, part: str, change: Callable[[dict[bytes, bytes | int]], object], text: str
+) -> None:
+    """Oracle: the contract: one short line that names the part, for an engine whose hash fits."""
+    copy = with_engine(bundle, tmp_path / "copy", part, with_metadata(bundle, part, change))
+    with pytest.raises((BundleError, BackendError)) as caught:
+        bdexport.load(copy)
+    said = str(caught.value)
+    assert said.startswith(f"{part} [onnxruntime]: ")
+    assert text in said
+    assert len(said) < 1000
+
+
+@needs_blocks
+def test_a_layout_that_the_channels_do_not_have_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    """Oracle: three channels are no multiple of a block; taken at its word, the image could not be reshaped."""
+    data = with_metadata(bundle, "stem", lambda found: found.update({b"bdexport.input": b"blocked"}))
+    copy = with_engine(bundle, tmp_path / "copy", "stem", data)
+    with pytest.raises(BundleError, match=r"stem .* its metadata: bdexport.input: got blocked for \(3, .*multiple of"):
+        bdexport.load(copy)
+
+
+def test_an_engine_with_other_ends_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    """Oracle: the contract: the name or the type of an input is not the manifest's."""
+    model = onnx.load_from_string(bundle.engine("policy").read_bytes())
+    for node in model.graph.node:
+        node.input[:] = ["other" if name == "x" else name for name in node.input]
+    model.graph.input[0].name = "other"
+    copy = with_engine(bundle, tmp_path / "copy", "policy", model.SerializeToString())
+    with pytest.raises(BundleError, match=r"policy \[onnxruntime\].*does not have the manifest's x: got .*other"):
+        bdexport.load(copy)
+
+
+def test_flipped_and_cut_engines_with_fitting_hashes_end_in_our_errors(bundle: Bundle, tmp_path: Path) -> None:
+    """Oracle: an answer of the right shape, or an error of ours; weights are left alone, as nobody could tell those."""
+    generator = np.random.default_rng(0)
+    outcomes, said = Counter[str](), list[str]()
+    for number in range(60):
+        part = generator.choice(["policy", "stem", "block_00", "head", "full"])
+        data = bytearray(bundle.engine(part).read_bytes())
+        if number % 4 == 0:
+            data = data[: generator.integers(len(data))]
+        for _ in range(1 + number % 3):
+            if data:  # the graph stands before the weights, the metadata after them
+                place = generator.integers(min(len(data), 600))
+                data[place if number % 2 else len(data) - 1 - place] ^= 1 << generator.integers(8)
+        copy = with_engine(bundle, tmp_path / str(number), part, bytes(data))
+        try:
+            with bdexport.load(copy, threads=1) as orchestrator:
+                masks = some_masks(3, bundle.manifest.num_blocks)
+                assert orchestrator(pixels(3), masks=masks).logits.shape == (3, 3)
+                assert orchestrator(pixels(1)).logits.shape == orchestrator.full(pixels(1)).logits.shape == (1, 3)
+            outcomes["answered"] += 1
+        except BdexportError as error:
+            said.append(str(error))
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 20, outcomes
+    assert not [text for text in said if "\n" in text]
+
+
+def test_a_thread_that_cannot_be_had_is_not_called_closed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the text: Python raises the same RuntimeError for a pool that was shut down."""
+
+    def submit(*_arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with bdexport.load(bundle, threads=2, executor="chain") as orchestrator:
+        monkeypatch.setattr(orchestrator.session._pool, "submit", submit)  # type: ignore[attr-defined]
+        with pytest.raises(BackendError, match=r"no thread for a share of the batch .*threads=1"):
+            orchestrator(pixels(4), masks=some_masks(4, bundle.manifest.num_blocks))

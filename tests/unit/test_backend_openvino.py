@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import assert_close, make_bundle, pixels, some_masks, torch_logits
+from bundles import assert_close, make_bundle, pixels, some_masks, torch_logits, with_engine
 from numpy.typing import NDArray
 from tiny import SIZE, tiny_checkpoint_file, tiny_model
 
@@ -27,12 +27,12 @@ from bdexport import hardware
 from bdexport.backends import openvino, openvino_session
 from bdexport.backends.base import BuildOptions
 from bdexport.backends.openvino import OpenVinoBackend
-from bdexport.backends.openvino_common import LEAST_OPENVINO, no_bf16_reason
-from bdexport.backends.openvino_engine import REBUILD, read_engine, requirements_here
+from bdexport.backends.openvino_common import KERNEL_CACHE, LEAST_OPENVINO, _Core, import_openvino, no_bf16_reason
+from bdexport.backends.openvino_engine import REBUILD, WEIGHTS, XML, read_engine, requirements_here, write_engine
 from bdexport.backends.openvino_session import OpenVinoSession, _check_bf16
 from bdexport.bundle import Bundle, open_bundle
 from bdexport.cli.main import main
-from bdexport.errors import BackendError, BuildError, UsageError
+from bdexport.errors import BackendError, BuildError, BundleError, UsageError
 from bdexport.fused import FusedPath, FusedPaths
 from bdexport.parts import mask_to_text
 
@@ -437,12 +437,59 @@ def test_a_large_batch_is_computed_in_pieces(bundle: Bundle, monkeypatch: pytest
         given: list[int] = []
         infer = openvino_session._Engine._infer
 
-        def noted(self: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        def noted(self: Any, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
             given.append(len(x))
-            return infer(self, x)
+            infer(self, x, y)
 
         monkeypatch.setattr(openvino_session._Engine, "_infer", noted)
         monkeypatch.setattr(openvino_session, "LARGEST_CALL", 6)
         pieces = session.run("full", inputs)
     assert (sum(given), max(given)) == (23, 6)
     assert_close(pieces, whole)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_that_takes_too_long_is_ended(bundle: Bundle, threads: int) -> None:
+    """Oracle: the error; afterwards the same logits as before, also of batches, which are compiled anew."""
+    images = np.random.default_rng(0).standard_normal((6000, 3, *bundle.manifest.preprocess.size), np.float32)
+    with bdexport.load(bundle, threads=threads, timeout_s=0.05) as orchestrator:
+        session = orchestrator.session
+        some = [session.run("full", images[:size]) for size in (1, 5)]  # without a limit: they are compiled here
+        with pytest.raises(BackendError, match=r"full \[openvino\]: was ended.*timeout_s=0\.05"):
+            orchestrator.full(images)
+        for size, expected in zip((1, 5), some, strict=True):
+            assert_close(session.run("full", images[:size]), expected)
+
+
+def test_a_loop_is_refused_when_a_bundle_is_opened(bundle: Bundle, tmp_path: Path) -> None:
+    """Oracle: the error with the operator, for what is compiled and for the model itself, hashes that fit or not."""
+    openvino = import_openvino()
+    operations, shape = openvino.opset13, bundle.manifest.parts["block_00"].input.shape
+    x, inside = (operations.parameter([-1, *shape], np.float32) for _ in range(2))
+    go_on, y = operations.constant(np.array(True)), operations.add(inside, inside)
+    loop = operations.loop(operations.constant(np.int64(2**62)), operations.constant(np.array(True)))
+    loop.set_function(openvino.Model([go_on.output(0), y.output(0)], [inside], "body"))
+    loop.set_special_body_ports([-1, 0])
+    loop.set_merged_input(inside, x.output(0), y.output(0))
+    model = openvino.Model([loop.get_iter_value(y.output(0), -1)], [x], "loop")
+    openvino.serialize(model, str(tmp_path / XML), str(tmp_path / WEIGHTS))
+    members = {name: (tmp_path / name).read_bytes() for name in (XML, WEIGHTS)}
+    write_engine("block_00", tmp_path / "engine", model, "fp32", members)
+    copy = with_engine(bundle, tmp_path / "copy", "block_00", (tmp_path / "engine").read_bytes())
+    with pytest.raises(
+        BundleError, match=r"block_00 \[openvino\].*compiled.blob holds control flow: got TensorIterator"
+    ):
+        bdexport.load(copy)
+    file = read_engine("block_00", tmp_path / "engine", bundle.manifest.parts["block_00"], "fp32")
+    with pytest.raises(BundleError, match=r"model.xml holds control flow: got Loop"):
+        file.source()
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+def test_a_variable_that_others_read_is_left_as_it_was(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the environment; torch's oneDNN reads the same variable when it makes its first kernel."""
+    monkeypatch.delenv(KERNEL_CACHE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(KERNEL_CACHE, before)
+    _Core()
+    assert os.environ.get(KERNEL_CACHE) == before
