@@ -279,12 +279,20 @@ def _is_dead(pid: int) -> bool:
 
 def shown(path: Path) -> str:
     """A file's name on one line, with an escape for what a terminal would obey instead of printing it."""
-    return "".join(ascii(c)[1:-1] if is_control(c) else c for c in str(path))
+    return without_controls(str(path)).replace("\t", "\\t").replace("\n", "\\n")
 
 
-def is_control(character: str) -> bool:
-    """Whether it is one of Unicode's control characters (category Cc)."""
-    return ord(character) < 32 or 127 <= ord(character) < 160
+# Control characters but for the tab and the line feed, the separators of lines and paragraphs, embeddings and overrides of
+# the direction of writing, and halves of surrogate pairs: what bdexport.class_names refuses in a name, too.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def without_controls(text: str) -> str:
+    """``text`` with an escape, such as backslash x1b, for every character that a terminal obeys instead of showing it.
+
+    A tab and the end of a line stay as they are. Also escaped: what turns the direction of the text that follows.
+    """
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextmanager

@@ -9,8 +9,18 @@ import itertools
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from bdexport.bundle_checks import Reader, check_chain, check_path, check_sha256, check_statistics, rule_error
+from bdexport.bundle_checks import (
+    Reader,
+    check_chain,
+    check_path,
+    check_printable,
+    check_sha256,
+    check_statistics,
+    rule_error,
+)
+from bdexport.class_names import EXPECTED, unusable_names
 from bdexport.errors import InputError
+from bdexport.files import without_controls
 from bdexport.fused import FusedPaths, fused_from_json
 from bdexport.mask_map import MaskMapping, mapping_from_json
 from bdexport.parts import part_names
@@ -97,7 +107,11 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as ``manifest.json`` holds it; :func:`manifest_from_json` reads it back."""
         data: dict[str, Any] = {"schema": f"{SCHEMA}/{self.format_version}", "format_version": self.format_version}
-        own = {"preprocess": self.preprocess.to_json(), "parts": [_part_to_json(part) for part in self.parts.values()]}
+        free = {name: _printable(getattr(self, name)) for name in _FREE}
+        own = free | {
+            "preprocess": self.preprocess.to_json(),
+            "parts": [_part_to_json(part) for part in self.parts.values()],
+        }
         plain = {name: getattr(self, name) for name in _FIELDS if name not in own and name not in data}
         lists = {"transitions": list(self.transitions), "class_names": list(self.class_names)}
         later = {name: getattr(self, name) for name in _LATER}
@@ -106,8 +120,19 @@ class Manifest:
         )
 
 
+# What other programs, paths and people wrote: their control characters are stored as escapes.
+_FREE = ("name", "training", "policy_statistics", "verification", "executor", "versions", "extra")
 _LATER = ("fused", "mask_mapping")  # keys that bundles of earlier builds do not have
 _FIELDS = tuple(name for name in Manifest.__dataclass_fields__ if name not in _LATER)
+
+
+def _printable(value: Any) -> Any:
+    """``value``, plain data, with an escape for every character that R4 refuses."""
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return without_controls(value) if isinstance(value, str) else value
 
 
 def _part_to_json(part: PartEntry) -> dict[str, Any]:
@@ -127,6 +152,7 @@ def _part_to_json(part: PartEntry) -> dict[str, Any]:
 def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
     """Inverse of :meth:`Manifest.to_json`. Raises :class:`BundleError` naming ``where``, the key and the rule."""
     reader = Reader(data, f"{where}: {MANIFEST}")
+    check_printable(data, reader.where)
     version = _read_version(reader)
     num_blocks = reader.integer("num_blocks", "R5", 1, MAX_BLOCKS)
     transitions = _read_transitions(reader, num_blocks)
@@ -140,7 +166,7 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         transitions=transitions,
         dropped_transition=reader.choice("dropped_transition", ("shortcut", "shortcut_relu")),
         preprocess=_read_preprocess(reader),
-        class_names=reader.texts("class_names", minimum=2),
+        class_names=_read_class_names(reader),
         layout=reader.choice("layout", (LAYOUT,)),
         backend=reader.text("backend"),
         precision=reader.text("precision"),
@@ -194,6 +220,15 @@ def _read_transitions(reader: Reader, num_blocks: int) -> tuple[int, ...]:
         expected = f"ascending block numbers in 0..{num_blocks - 1}"
         raise rule_error("R5", f"{reader.where}: transitions", got=list(transitions), expected=expected)
     return transitions
+
+
+def _read_class_names(reader: Reader) -> tuple[str, ...]:
+    names = reader.texts("class_names", minimum=2)
+    if refused := unusable_names(names):
+        raise rule_error(
+            "R4", f"{reader.where}: class_names", got=f"{refused[0][0]} ({refused[0][1]})", expected=EXPECTED
+        )
+    return names
 
 
 def _read_preprocess(reader: Reader) -> Preprocess:

@@ -7,16 +7,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 import typer
 
 from bdexport.errors import BdexportError
-from bdexport.files import is_control
+from bdexport.files import without_controls
 from bdexport.packages import install_line
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
@@ -139,11 +139,6 @@ def _line(text: str) -> str:
     return "bdexport: error: " + without_controls(one_line)
 
 
-def without_controls(text: str) -> str:
-    """``text`` with an escape for every control character but the end of a line: file names may hold any of them."""
-    return "".join(ascii(c)[1:-1] if is_control(c) and c not in "\n\t" else c for c in text)
-
-
 def _exit_code(error: SystemExit) -> int:
     if error.code is None:
         return 0
@@ -178,3 +173,39 @@ def discard_stdout_if_broken() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
+
+
+class EscapingStream:
+    """A text stream that shows control characters as escapes: what a terminal would obey becomes ordinary text.
+
+    File names, class names and the exceptions of libraries may hold any character. Everything that is printed passes
+    through here except what Rich writes, whose colours and cursor movements are codes that a terminal shall obey; the
+    texts that Rich is given are escaped by :class:`bdexport.cli.console.WideConsole`.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream  # the attribute in which Rich looks for the stream to write to
+
+    def write(self, text: str) -> int:
+        """Write ``text``, escaped; returns the number of characters of ``text``."""
+        self.rich_proxied_file.write(without_controls(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write every line, escaped."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def escaping_streams() -> Iterator[None]:
+    """Inside, everything that Python code prints to stdout or stderr passes through an :class:`EscapingStream`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, EscapingStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

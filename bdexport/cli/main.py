@@ -18,11 +18,12 @@ from bdexport.cli.app import DEBUG_VARIABLE, run_line
 from bdexport.cli.failures import (
     INTERRUPTED,
     discard_stdout_if_broken,
+    escaping_streams,
     explain,
     open_closed_streams,
     terminable,
-    without_controls,
 )
+from bdexport.files import without_controls
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Pillow refuses bombs; that it warns of half of one says nothing to who has a camera of 100 megapixels.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     warnings.showwarning = _show_warning
-    with terminable() as terminated:
+    with escaping_streams(), terminable() as terminated:
         try:
             code = run_line(arguments)
             sys.stdout.flush()
@@ -70,10 +71,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *_where: Any,
     preprocess = sys.modules.get("bdexport.preprocess")
     path = None if preprocess is None else preprocess.image_being_read()
     about = "" if path is None else f"{path}: "
-    _say(without_controls(f"bdexport: warning: {about}{' '.join(str(message).split())} ({category.__name__})"))
+    _say(f"bdexport: warning: {about}{' '.join(str(message).split())} ({category.__name__})")
 
 
 def _say(text: str | None) -> None:
     if text:
         with suppress(OSError):  # a full disk or a terminal that is gone: the exit code still says that it failed
-            print(text, file=sys.stderr, flush=True)
+            print(without_controls(text), file=sys.stderr, flush=True)
