@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from bdexport.errors import BundleError, InputError
-from bdexport.files import CONTROLS
+from bdexport.files import CONTROLS, without_controls
 from bdexport.json_text import MalformedError, json_kind, parse_json, shown
 from bdexport.parts import FULL, HEAD, POLICY, STEM, block_part, mask_from_text, shortcut_part
 from bdexport.tensors import TensorSpec
@@ -34,7 +34,7 @@ def rule_error(
 def _clipped(value: object) -> object:
     if value is None:
         return None
-    text = repr(value) if isinstance(value, dict | list | tuple) else str(value)
+    text = without_controls(repr(value) if isinstance(value, dict | list | tuple) else str(value))
     return text[:SHOWN_CHARACTERS] + ".." if len(text) > SHOWN_CHARACTERS else text
 
 

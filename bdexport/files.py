@@ -282,8 +282,8 @@ def shown(path: Path) -> str:
     return without_controls(str(path)).replace("\t", "\\t").replace("\n", "\\n")
 
 
-# Control characters but for the tab and the line feed, the separators of lines and paragraphs, embeddings and overrides of
-# the direction of writing, and halves of surrogate pairs: what bdexport.class_names refuses in a name, too.
+# Control characters but for the tab and the line feed, the separators of lines and paragraphs, embeddings and
+# overrides of the direction of writing, and halves of surrogate pairs: what bdexport.class_names refuses, too.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

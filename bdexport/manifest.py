@@ -152,7 +152,6 @@ def _part_to_json(part: PartEntry) -> dict[str, Any]:
 def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
     """Inverse of :meth:`Manifest.to_json`. Raises :class:`BundleError` naming ``where``, the key and the rule."""
     reader = Reader(data, f"{where}: {MANIFEST}")
-    check_printable(data, reader.where)
     version = _read_version(reader)
     num_blocks = reader.integer("num_blocks", "R5", 1, MAX_BLOCKS)
     transitions = _read_transitions(reader, num_blocks)
@@ -190,6 +189,7 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         manifest = replace(manifest, mask_mapping=mapping_from_json(mapping, num_blocks, reader.where))
     check_chain(manifest, reader.where)
     check_statistics(manifest.policy_statistics, num_blocks, reader.where)
+    check_printable(data, reader.where)
     return manifest
 
 
