@@ -277,6 +277,7 @@ def _frontier_legend(axes: Axes, frontier: Frontier, colours: dict[str | None, s
 
 # ---- block usage ---------------------------------------------------------------------------------------------------
 
+LONGEST_NAME = 40  # characters of a class beside a heat map
 STAGE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 
 
@@ -333,6 +334,11 @@ def keep_rates(usage: Usage) -> Figure:
     return figure
 
 
+def _short(name: str) -> str:
+    """A name that leaves room for the plot beside it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 2]}.."
+
+
 def class_keep_rates(usage: Usage, most: int) -> Figure:
     """Keep-rate per block and class as a heat map; stages parted by lines, transitions marked T."""
     assert usage.class_keep_rate is not None
@@ -345,7 +351,8 @@ def class_keep_rates(usage: Usage, most: int) -> Figure:
     image.set_gid("heat-map")
     for edge in np.cumsum(usage.stages)[:-1]:
         axes.axvline(edge - 0.5, color=WHITE, lw=2.5)
-    axes.set_yticks(range(len(rows)), [usage.class_names[row] for row in rows], fontsize=9 if len(rows) <= 30 else 7)
+    names = [_short(usage.class_names[row]) for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=9 if len(rows) <= 30 else 7)
     step = 1 if usage.num_blocks <= 30 else 2
     ticks = [block for block in range(usage.num_blocks) if block % step == 0 or block in usage.transitions]
     labels = [f"{block}\nT" if block in usage.transitions else str(block) for block in ticks]
@@ -359,7 +366,7 @@ def class_keep_rates(usage: Usage, most: int) -> Figure:
     axes.set_title(f"Keep-rate per class of {usage.name}")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    longest = max(len(usage.class_names[row]) for row in rows)
+    longest = max(len(name) for name in names)
     width = float(figure.get_figwidth())
     figure.subplots_adjust(
         left=(0.35 + 0.085 * longest) / width, right=1 - 0.15 / width, top=1 - 0.45 / height, bottom=0.65 / height

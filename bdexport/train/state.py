@@ -31,7 +31,7 @@ from torch import nn
 from bdexport.config import TrainConfig
 from bdexport.errors import TrainingError
 from bdexport.files import write_bytes, write_json, write_text
-from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.json_text import MalformedError, finite, parse_json, why
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
 LAST_GOOD_FILE, BASE_FILE, TEACHER_FILE = "last_good.safetensors", "base.safetensors", "teacher.safetensors"
@@ -92,7 +92,7 @@ def save_state(run: Path, state: RunState) -> None:
 
 def save_metrics(run: Path, state: RunState) -> None:
     """Write the epochs of the state as ``metrics.jsonl``."""
-    write_text(run / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in state.history))
+    write_text(run / METRICS_FILE, "".join(json.dumps(finite(row)) + "\n" for row in state.history))
 
 
 def load_state(run: Path) -> RunState | None:
