@@ -83,7 +83,8 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         else:
             found.trained.append(Trained(names[path], path))
     if not (found.trained or found.points or found.latencies or found.benchmarks):
-        raise UsageError("nothing to report on", got="; ".join(found.skipped), remedy=NAME_SOMETHING)
+        empty = "; ".join(f"{shown_path(path)}: no result in it" for path in paths)
+        raise UsageError("nothing to report on", got="; ".join(found.skipped) or empty, remedy=NAME_SOMETHING)
     return found
 
 
