@@ -109,7 +109,10 @@ def _of_card(sha256: str | None) -> BaseFigures | None:
         except BdexportError:  # a damaged card is said to be so by the commands that need it
             continue
         if card["sha256"] == sha256:
-            return figures_of_card(card)
+            try:
+                return figures_of_card(card)
+            except (LookupError, TypeError, AttributeError):  # damaged, as above
+                return None
     return None
 
 
