@@ -1,4 +1,4 @@
-"""Documents that a report reads, mutated: each is refused in one line or skipped, or gives a page; never anything else."""
+"""Documents that a report reads, mutated: each is refused in one line, skipped, or gives a page; nothing else."""
 
 from __future__ import annotations
 
@@ -122,9 +122,13 @@ def attempt(path: Path, draw: bool = False) -> str:
     try:
         _, page = shown_of(path, draw)
     except BdexportError as error:
-        assert str(path.name) in str(error) or str(path.parent.name) in str(error), error
-        assert "\n" not in str(error)
-        assert len(str(error)) < 1500
+        said = str(error)
+    else:
+        said = ""
+    if said:
+        assert path.name in said
+        assert "\n" not in said
+        assert len(said) < 1500
         return "refused"
     assert not any(ord(character) < 32 and character != "\n" for character in page)
     return "page"
