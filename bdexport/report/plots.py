@@ -43,6 +43,7 @@ PHASE_COLOURS = {
     "finetune": GREEN,
     "finetune_fixed": GREEN,
 }
+LONGEST_NAME = 40  # characters of a class, a network or a method beside a plot
 FEW_EPOCHS = 40  # up to here, every epoch has a dot
 
 
@@ -119,6 +120,11 @@ def _epochs(first: int, last: int) -> str:
 
 def _phase_colour(name: str) -> str:
     return PHASE_COLOURS.get(name, GREY)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the plot beside it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 2]}.."
 
 
 def _floats(series: Series) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -264,7 +270,7 @@ def _frontier_legend(axes: Axes, frontier: Frontier, colours: dict[str | None, s
     top = 1.0
     for title, entries in groups.items():
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, top), "borderaxespad": 0}
-        labels, handles = [label for label, _ in entries], [handle for _, handle in entries]
+        labels, handles = [_short(label) for label, _ in entries], [handle for _, handle in entries]
         axes.add_artist(Legend(axes, handles, labels, title=title, alignment="left", **place))
         top -= 0.075 + 0.049 * len(entries)
     below = [mark for mark in frontier.marks if mark.below]
@@ -277,7 +283,6 @@ def _frontier_legend(axes: Axes, frontier: Frontier, colours: dict[str | None, s
 
 # ---- block usage ---------------------------------------------------------------------------------------------------
 
-LONGEST_NAME = 40  # characters of a class beside a heat map
 STAGE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 
 
@@ -332,11 +337,6 @@ def keep_rates(usage: Usage) -> Figure:
     whole_ticks(axes)
     figure.subplots_adjust(left=0.09, right=0.98, top=0.84, bottom=0.14)
     return figure
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for the plot beside it."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 2]}.."
 
 
 def class_keep_rates(usage: Usage, most: int) -> Figure:

@@ -50,7 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     checkpoint = folder / f"{HOSTILE}.safetensors"
     tiny_checkpoint_file(checkpoint)
-    build_bundle(BuildConfig(checkpoint, folder / f"bundle {HOSTILE}", backend="null"))
+    bundle = folder / f"bundle {HOSTILE}"
+    build_bundle(checkpoint, bundle, config=BuildConfig("null"), cache_dir=folder / "cache")
     images = folder / "images"
     images.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
