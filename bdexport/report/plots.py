@@ -244,8 +244,8 @@ def _number_marks(axes: Axes, frontier: Frontier, unit: float) -> None:
         places = UPPER_PLACES if mark.below else NUMBER_PLACES
         wider = 1 + 0.2 * (len(mark.number) - 1)  # longer numbers stand further to the side
         spots = [np.asarray(place) + np.asarray((x * wider, y)) for x, y in places]
-        crowds = [sum(max(0.0, 14 - float(np.abs(spot - other).max())) for other in taken) for spot in spots]
-        spot = spots[int(np.argmin(crowds))]
+        distances = np.abs(np.stack(spots)[:, None] - np.stack(taken)).max(axis=2)  # of each spot to what is there
+        spot = spots[int(np.argmin(np.maximum(0.0, 14 - distances).sum(axis=1)))]
         taken.append(spot)
         x, y = axes.transData.inverted().transform(spot)
         text = axes.text(x, y, mark.number, ha="center", va="center", fontsize=8, color=INK, zorder=4)
