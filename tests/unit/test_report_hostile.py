@@ -14,14 +14,22 @@ from typing import Any
 import pytest
 from report_cases import epoch
 from test_report_benchmarks import ROWS, result
+from tiny import tiny_checkpoint_file
 
-from bdexport.config import ReportConfig
-from bdexport.errors import BdexportError, ReportError
+from bdexport import zoo
+from bdexport.build import build_bundle
+from bdexport.cli.inspect import _overview, _policy
+from bdexport.cli.main import main
+from bdexport.config import BuildConfig, ReportConfig
+from bdexport.errors import BdexportError, BundleError, ReportError
+from bdexport.json_text import MalformedError, parse_json
+from bdexport.manifest import manifest_from_json
 from bdexport.report.collect import Report, collect
 from bdexport.report.document import document, drawings
 from bdexport.report.page import markdown_page
 from bdexport.report.sources import read_sources
 from bdexport.report.style import styled
+from bdexport.zoo import zoo_card
 
 Place = tuple[str | int, ...]
 FIGURES = {"accuracy": 60.0, "flops": {"mean": 5e6, "std": 1e6}, "blocks_used": {"mean": 2.0, "std": 0.5}}
@@ -178,7 +186,7 @@ def test_the_documents_are_right_as_they_are(tmp_path: Path) -> None:
 
 def test_a_mutated_document_is_refused_in_a_line_or_shown(tmp_path: Path) -> None:
     """Oracle: BdexportError naming the file, or a page; both happen."""
-    counts = campaign(tmp_path, seed=19, share=0.08, drawn=0.01)
+    counts = campaign(tmp_path, seed=19, share=0.05, drawn=0.01)
     assert min(counts.values()) > 50, counts
 
 
@@ -215,3 +223,50 @@ def test_long_files_and_texts_end_soon(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="at most"):
         read_sources([many])
     assert time.monotonic() - began < 60
+
+
+def test_a_mutated_card_of_the_zoo_is_named_or_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: exit code 0, or 1 with one line that names the card."""
+    card = zoo_card("resnet20-digits")
+    path = tmp_path / "resnet20-digits.json"
+    monkeypatch.setattr(zoo, "zoo_folder", lambda: tmp_path)
+    rng = random.Random(21)
+    codes = set()
+    for place in rng.sample(list(leaves(card)), 40):
+        path.write_text(mutated(card, place, rng.choice([*ODD, None])))
+        for words in (["zoo", "zoo:resnet20-digits"], ["zoo"]):
+            code = main(words)
+            said = capsys.readouterr().err
+            assert code == 0 or ("resnet20-digits.json" in said and "internal" not in said), (place, said)
+            assert said.count("\n") == code
+            codes.add(code)
+    assert codes == {0, 1}
+
+
+def test_a_mutated_record_in_a_manifest_is_refused_or_shown(tmp_path: Path) -> None:
+    """Oracle: `inspect` gives its tables, or BundleError names the rule."""
+    built = build_bundle(
+        tiny_checkpoint_file(tmp_path / "tiny.safetensors"),
+        tmp_path / "bundle",
+        config=BuildConfig("null"),
+        cache_dir=tmp_path / "cache",
+    )
+    data = json.loads((built.path / "manifest.json").read_text())
+    data |= {"verification": {"ok": True, "reference": "torch"}, "executor": {"choice": "chain", "reason": "fast"}}
+    data["extra"] = {"fixed_mask": "101", "loading": ["a note"]}
+    data["training"] = {"settings": {"preset": "p", "seed": 1}, "validation": {"policy": OUTCOME}, "accuracy": 1.0}
+    free = [place for place in leaves(data) if place[0] in ("verification", "executor", "extra", "training")]
+    others = random.Random(22).sample([place for place in leaves(data) if place not in free], 8)
+    refused = 0
+    for place in (*free, *others):
+        for odd in [*ODD, None]:
+            try:
+                manifest = manifest_from_json(parse_json(mutated(data, place, odd).encode()))
+            except (BundleError, MalformedError):
+                refused += 1
+                continue
+            for table in (_overview(manifest, False), _overview(manifest, True), _policy(manifest)):
+                assert len(table.columns) > 0
+    assert refused > 100
