@@ -28,7 +28,7 @@ from bdexport.cli.failures import escaping_streams
 from bdexport.cli.main import main
 from bdexport.config import BuildConfig
 from bdexport.files import without_controls
-from bdexport.report.document import Heading, Items
+from bdexport.report.document import Element, Heading, Items
 from bdexport.report.page import html_page
 
 HOSTILE = "x\x1b]0;evil\x07\x1b[31m\x9b1m\u202egpj\x7f\r"  # title, red (7 and 8 bits), direction, delete, line start
@@ -105,8 +105,8 @@ def test_a_debug_traceback_is_escaped(capsys: pytest.CaptureFixture[str], place:
 
 def test_a_page_has_no_raw_name() -> None:
     """Oracle: HTML's own escapes of what would be a tag."""
-    elements = [Heading("<script>alert(1)</script>"), Items(("<img src=x onerror=y>",))]
-    page = html_page(list(elements), lambda _: ("", b"", 1.0))
+    elements: list[Element] = [Heading("<script>alert(1)</script>"), Items(("<img src=x onerror=y>",))]
+    page = html_page(elements, lambda _: ("", b"", 1.0))
     assert "<script>" not in page
     assert "<img" not in page
 
