@@ -109,7 +109,10 @@ def _of_card(sha256: str | None) -> BaseFigures | None:
         except BdexportError:  # a damaged card is said to be so by the commands that need it
             continue
         if card["sha256"] == sha256:
-            return figures_of_card(card)
+            try:
+                return figures_of_card(card)
+            except (LookupError, TypeError, AttributeError):  # damaged, as above
+                return None
     return None
 
 
@@ -130,9 +133,13 @@ def figures_of_card(card: Mapping[str, Any]) -> BaseFigures | None:
     )
 
 
+def _is_sound(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < 2**53
+
+
 def _checked(*, accuracy: Any, images: Any, full: Any, dynamic: Any, **others: str) -> BaseFigures | None:
     """Records are written by others, too: without sound figures there is nothing to show."""
     numbers = [value for value in (accuracy, images, full, dynamic) if value is not None]
-    if accuracy is None or not isinstance(images, int) or not all(isinstance(n, int | float) for n in numbers):
+    if accuracy is None or not isinstance(images, int) or not all(_is_sound(number) for number in numbers):
         return None
     return BaseFigures(accuracy=accuracy, images=images, full=full, dynamic=dynamic, here=False, **others)

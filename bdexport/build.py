@@ -31,7 +31,7 @@ from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache
 from bdexport.errors import OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
-from bdexport.files import default_cache_folder, making_folder, sha256_file, utf8_text
+from bdexport.files import default_cache_folder, making_folder, sha256_file, shown
 from bdexport.fixed_mask import KEY, chosen_mask, model_with_mask, with_mask
 from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
@@ -311,7 +311,7 @@ def _manifest(
     network = model.network.spec
     training = {key: value for key, value in checkpoint.training.items() if key != STATISTICS}
     return Manifest(
-        name=utf8_text(out.absolute().name),
+        name=shown(Path(out.absolute().name)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         architecture=network.name,
         network=network.to_json(),

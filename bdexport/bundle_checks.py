@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from bdexport.errors import BundleError, InputError
+from bdexport.files import CONTROLS, without_controls
 from bdexport.json_text import MalformedError, json_kind, parse_json, shown
 from bdexport.parts import FULL, HEAD, POLICY, STEM, block_part, mask_from_text, shortcut_part
 from bdexport.tensors import TensorSpec
@@ -36,7 +37,7 @@ def rule_error(
 def _clipped(value: object) -> object:
     if value is None:
         return None
-    text = repr(value) if isinstance(value, dict | list | tuple) else str(value)
+    text = without_controls(repr(value) if isinstance(value, dict | list | tuple) else str(value))
     return text[:SHOWN_CHARACTERS] + ".." if len(text) > SHOWN_CHARACTERS else text
 
 
@@ -84,8 +85,10 @@ class Reader:
     def text(self, key: str, rule: str = "R4") -> str:
         """A string that is not empty."""
         value: str = self._take(key, rule, (str,), "a string")
-        if not value.strip():
-            raise rule_error(rule, f"{self.where}: {key}", got=shown(value), expected="a string that is not empty")
+        if not value.strip() or "\n" in value or "\t" in value:  # see check_printable for every other character
+            raise rule_error(
+                rule, f"{self.where}: {key}", got=shown(value), expected="a line of text that is not empty"
+            )
         return value
 
     def optional_text(self, key: str, rule: str = "R4") -> str | None:
@@ -182,6 +185,25 @@ class Reader:
         if unknown:
             remedy = "put what other tools add under 'extra'"
             raise rule_error("R3", f"{self.where}: unknown keys", got=unknown, remedy=remedy)
+
+
+def check_printable(data: Any, where: str) -> None:
+    """R4: no string in the document holds a character that a terminal would obey instead of showing it."""
+    pending = [data]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, str) and CONTROLS.search(value):
+            raise rule_error(
+                "R4",
+                f"{where}: a text",
+                got=ascii(value),
+                expected="no control characters",
+                remedy="do not trust this bundle",
+            )
 
 
 def check_path(text: str, where: str) -> None:

@@ -380,12 +380,20 @@ def shown(path: Path | str) -> str:
     text = str(path)
     if len(text) > MOST_SHOWN:
         text = f"{text[: MOST_SHOWN // 4]}..{text[-MOST_SHOWN // 4 :]}"
-    return "".join(ascii(c)[1:-1] if is_control(c) else c for c in text)
+    return without_controls(text).replace("\t", "\\t").replace("\n", "\\n")
 
 
-def is_control(character: str) -> bool:
-    """Whether it is one of Unicode's control characters (category Cc)."""
-    return ord(character) < 32 or 127 <= ord(character) < 160
+# Control characters but for the tab and the line feed, the separators of lines and paragraphs, embeddings and
+# overrides of the direction of writing, and halves of surrogate pairs: what bdexport.class_names refuses, too.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def without_controls(text: str) -> str:
+    """``text`` with an escape, such as backslash x1b, for every character that a terminal obeys instead of showing it.
+
+    A tab and the end of a line stay as they are. Also escaped: what turns the direction of the text that follows.
+    """
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextmanager

@@ -15,11 +15,14 @@ from bdexport.bundle_checks import (
     check_chain,
     check_document,
     check_path,
+    check_printable,
     check_sha256,
     check_statistics,
     rule_error,
 )
+from bdexport.class_names import EXPECTED, unusable_names
 from bdexport.errors import InputError
+from bdexport.files import without_controls
 from bdexport.fused import FusedPaths, fused_from_json
 from bdexport.mask_map import MaskMapping, mapping_from_json
 from bdexport.parts import part_names
@@ -109,7 +112,11 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as ``manifest.json`` holds it, without its digest; :func:`manifest_from_json` reads it back."""
         data: dict[str, Any] = {"schema": f"{SCHEMA}/{self.format_version}", "format_version": self.format_version}
-        own = {"preprocess": self.preprocess.to_json(), "parts": [_part_to_json(part) for part in self.parts.values()]}
+        free = {name: _printable(getattr(self, name)) for name in _FREE}
+        own = free | {
+            "preprocess": self.preprocess.to_json(),
+            "parts": [_part_to_json(part) for part in self.parts.values()],
+        }
         plain = {name: getattr(self, name) for name in _FIELDS if name not in own and name not in data}
         lists = {"transitions": list(self.transitions), "class_names": list(self.class_names)}
         later = {name: getattr(self, name) for name in _LATER}
@@ -118,8 +125,19 @@ class Manifest:
         )
 
 
+# What other programs, paths and people wrote: their control characters are stored as escapes.
+_FREE = ("name", "training", "policy_statistics", "verification", "executor", "versions", "extra")
 _LATER = ("fused", "mask_mapping")  # keys that bundles of earlier builds do not have
 _FIELDS = tuple(name for name in Manifest.__dataclass_fields__ if name not in (*_LATER, "sealed"))
+
+
+def _printable(value: Any) -> Any:
+    """``value``, plain data, with an escape for every character that R4 refuses."""
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return without_controls(value) if isinstance(value, str) else value
 
 
 def _part_to_json(part: PartEntry) -> dict[str, Any]:
@@ -152,7 +170,7 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         transitions=transitions,
         dropped_transition=reader.choice("dropped_transition", ("shortcut", "shortcut_relu")),
         preprocess=_read_preprocess(reader),
-        class_names=reader.texts("class_names", minimum=2),
+        class_names=_read_class_names(reader),
         layout=reader.choice("layout", (LAYOUT,)),
         backend=reader.text("backend"),
         precision=reader.text("precision"),
@@ -177,6 +195,7 @@ def manifest_from_json(data: Any, where: str = "bundle") -> Manifest:
         manifest = replace(manifest, mask_mapping=mapping_from_json(mapping, num_blocks, reader.where))
     check_chain(manifest, reader.where)
     check_statistics(manifest.policy_statistics, num_blocks, reader.where)
+    check_printable(data, reader.where)
     return replace(manifest, sealed=check_document(data, digest, reader.where))
 
 
@@ -207,6 +226,15 @@ def _read_transitions(reader: Reader, num_blocks: int) -> tuple[int, ...]:
         expected = f"ascending block numbers in 0..{num_blocks - 1}"
         raise rule_error("R5", f"{reader.where}: transitions", got=list(transitions), expected=expected)
     return transitions
+
+
+def _read_class_names(reader: Reader) -> tuple[str, ...]:
+    names = reader.texts("class_names", minimum=2)
+    if refused := unusable_names(names):
+        raise rule_error(
+            "R4", f"{reader.where}: class_names", got=f"{refused[0][0]} ({refused[0][1]})", expected=EXPECTED
+        )
+    return names
 
 
 def _read_preprocess(reader: Reader) -> Preprocess:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from bdexport.cli.app import COMMANDS
-from bdexport.cli.failures import FAILED, INTERRUPTED, TERMINATED, WRONG_USAGE
+from bdexport.cli.failures import FAILED, HUNG_UP, INTERRUPTED, TERMINATED, WRONG_USAGE
 
 BLOCK = re.compile(r"^(<!-- test -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Finetuning on noise rightly ends with "the policy has collapsed", hence none here.
@@ -149,7 +149,7 @@ def test_exit_codes_are_those_of_the_code(readme: str) -> None:
     """Oracle: the constants."""
     table = readme[readme.index("| exit code") :].split("\n\n")[0]
     codes = {int(code) for row in re.findall(r"^\| ([\d, ]+)\|", table, re.MULTILINE) for code in row.split(",")}
-    assert codes == {0, FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED}
+    assert codes == {0, FAILED, WRONG_USAGE, HUNG_UP, INTERRUPTED, TERMINATED}
 
 
 def test_links_and_paths_exist(readme: str, repository: Path) -> None:

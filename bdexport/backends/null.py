@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bdexport.models.pair import BlockDropNet
 
 SCHEMA = "bdexport-null-engine/1"
+MAX_LATENCY_MS = 60_000  # of a declared part: nobody waits for longer
 KEPT, DROPPED = 0.9, 0.1  # keep-probabilities that the null policy gives
 Array = NDArray[Any]
 
@@ -144,7 +145,7 @@ def _wait(seconds: float) -> None:
 def _read_engine(path: Readable, part: str) -> dict[str, Any]:
     try:
         data = parse_json(path.read_bytes())
-        if data["schema"] != SCHEMA or data["part"] != part or not data["latency_ms"] >= 0:
+        if data["schema"] != SCHEMA or data["part"] != part or not 0 <= data["latency_ms"] <= MAX_LATENCY_MS:
             raise MalformedError("not this part's declaration")
         if data["masks"] is not None and not (data["masks"] and all(isinstance(mask, str) for mask in data["masks"])):
             raise MalformedError("masks must be a list of texts")

@@ -267,13 +267,24 @@ def _class_names(field: _Field, network: ResNetSpec) -> tuple[str, ...]:
 
 
 def _training(field: _Field, network: ResNetSpec) -> dict[str, Any]:
-    """Any object; the policy statistics in it are used by the build and are checked."""
+    """Any object; checked is what is used in it: the policy statistics and the fixed mask."""
     if not isinstance(field.value, dict):
         raise field.wrong("an object")
     if field.value.get("policy_statistics") is not None:
         statistics = _Field(f"{field.where}.policy_statistics", field.value["policy_statistics"])
         _check_statistics(statistics, network.num_blocks)
+    if field.value.get("fixed_mask") is not None:
+        _check_fixed_mask(_Field(f"{field.where}.fixed_mask", field.value["fixed_mask"]), network.num_blocks)
     return field.value
+
+
+def _check_fixed_mask(field: _Field, num_blocks: int) -> None:
+    fields = field.object("mask", "kept", more=True)
+    text = fields["mask"].text(max(200, num_blocks))
+    if not set(text) - {"0", "1"} and len(text) != num_blocks:
+        raise fields["mask"].wrong(f"the name of a rule, or {num_blocks} characters, each 0 or 1")
+    if fields["kept"].value is not None:
+        fields["kept"].integer(0, num_blocks)
 
 
 def _check_statistics(field: _Field, num_blocks: int) -> None:

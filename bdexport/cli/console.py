@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
-from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
@@ -29,11 +29,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from bdexport.cli.failures import without_controls
-from bdexport.files import utf8_text, write_json
+from bdexport.files import utf8_text, without_controls, write_json
 
 STDOUT = "-"  # ``--json -``
 PIPED_WIDTH = 160  # columns: enough for every table of ours, so that nothing is cut off in a file
@@ -56,9 +56,29 @@ class WideConsole(Console):
     def size(self, new_size: tuple[int, int]) -> None:
         self._width, self._height = new_size
 
-    def print(self, *objects: Any, **settings: Any) -> None:
-        """As Rich's; control characters in a text, which a terminal would obey, are printed as escapes."""
-        super().print(*(without_controls(item) if isinstance(item, str) else item for item in objects), **settings)
+    @property
+    def file(self) -> IO[str]:
+        """Where to write: below every stream that would escape the colours and cursor movements of this console."""
+        file: IO[str] = super().file
+        while hasattr(file, "rich_proxied_file"):
+            file = file.rich_proxied_file
+        return file
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """As Rich's, for every text and every cell of a table; control characters become escapes before it is laid out.
+
+        A terminal would obey them: names of files and classes may hold any.
+        """
+        return super().render_str(without_controls(text), **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As Rich's; what did not pass through :meth:`render_str` is escaped here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(without_controls(segment.text), segment.style)
 
 
 console = WideConsole(markup=False, highlight=False, emoji=False)

@@ -7,19 +7,24 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 import typer
 
 from bdexport.errors import BdexportError
-from bdexport.files import is_control, shown
+from bdexport.files import shown, without_controls
 from bdexport.packages import install_line
 
-FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # 128 + the signal's number for the last two
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # the last: 128 and the number of SIGINT
+LONGEST_LINE, ENDING = 5000, 500  # characters of an error's line; of its end, where it is shortened
+# SIGTERM, and SIGHUP of a terminal that is closed. No Windows has the second.
+TERMINATED, HUNG_UP = 143, 129
+ENDED_BY = {INTERRUPTED: "interrupted", TERMINATED: "terminated", HUNG_UP: "hung up"}
+ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
     "torch": "build",
@@ -40,31 +45,36 @@ EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
 
 @dataclass
 class Terminated:
-    """Set when SIGTERM arrived."""
+    """Set when SIGTERM or SIGHUP arrived: 128 and the signal's number, as a shell says it."""
 
     exit_code: int | None = None
 
 
 @contextmanager
 def terminable() -> Iterator[Terminated]:
-    """Inside, SIGTERM is a KeyboardInterrupt, so that whatever Ctrl-C cleans up is cleaned up for it too."""
+    """Inside, SIGTERM and SIGHUP are a KeyboardInterrupt: whatever Ctrl-C cleans up is cleaned up for them too.
+
+    A signal that is ignored stays ignored: ``nohup`` starts a command so that SIGHUP does not end it.
+    """
     state = Terminated()
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield state
         return
     owner = os.getpid()
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a worker forked from here just ends; its parent cleans up
-            os._exit(TERMINATED)
-        state.exit_code = TERMINATED
+            os._exit(128 + number)
+        state.exit_code = 128 + number
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield state
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
@@ -135,13 +145,11 @@ def _usage_line(error: BaseException) -> str:
 
 
 def _line(text: str) -> str:
-    one_line = " ".join(part.strip() for part in text.splitlines() if part.strip())
-    return "bdexport: error: " + without_controls(one_line)
-
-
-def without_controls(text: str) -> str:
-    """``text`` with an escape for every control character but the end of a line: file names may hold any of them."""
-    return "".join(ascii(c)[1:-1] if is_control(c) and c not in "\n\t" else c for c in text)
+    one_line = without_controls(" ".join(part.strip() for part in text.splitlines() if part.strip()))
+    if len(one_line) > LONGEST_LINE:  # a text out of a damaged file; the remedy stands at the end
+        left_out = len(one_line) - LONGEST_LINE
+        one_line = f"{one_line[: LONGEST_LINE - ENDING]} .. ({left_out} characters left out) .. {one_line[-ENDING:]}"
+    return "bdexport: error: " + one_line
 
 
 def _exit_code(error: SystemExit) -> int:
@@ -178,3 +186,39 @@ def discard_stdout_if_broken() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
+
+
+class EscapingStream:
+    """A text stream that shows control characters as escapes: what a terminal would obey becomes ordinary text.
+
+    File names, class names and the exceptions of libraries may hold any character. Everything that is printed passes
+    through here except what Rich writes, whose colours and cursor movements are codes that a terminal shall obey; the
+    texts that Rich is given are escaped by :class:`bdexport.cli.console.WideConsole`.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream  # the attribute in which Rich looks for the stream to write to
+
+    def write(self, text: str) -> int:
+        """Write ``text``, escaped; returns the number of characters of ``text``."""
+        self.rich_proxied_file.write(without_controls(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write every line, escaped."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def escaping_streams() -> Iterator[None]:
+    """Inside, everything that Python code prints to stdout or stderr passes through an :class:`EscapingStream`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, EscapingStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

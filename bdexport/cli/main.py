@@ -1,13 +1,16 @@
 """The command ``bdexport``: the one place where errors become a line and an exit code.
 
-Exit codes: 0 done; 1 the job failed; 2 wrong usage; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM).
+Exit codes: 0 done; 1 the job failed; 2 wrong usage; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM);
+129 hung up (SIGHUP: the terminal was closed).
 """
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -16,24 +19,28 @@ from typing import Any
 
 from bdexport.cli.app import DEBUG_VARIABLE, run_line
 from bdexport.cli.failures import (
+    ENDED_BY,
     INTERRUPTED,
     discard_stdout_if_broken,
+    escaping_streams,
     explain,
     open_closed_streams,
     terminable,
-    without_controls,
 )
+from bdexport.files import without_controls
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` by default) and return the exit code; prints at most one line of error."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see bdexport.__main__
     open_closed_streams()
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     _print_any_name()
     # Pillow refuses bombs; that it warns of half of one says nothing to who has a camera of 100 megapixels.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     warnings.showwarning = _show_warning
-    with terminable() as terminated:
+    with escaping_streams(), terminable() as terminated:
         try:
             code = run_line(arguments)
             sys.stdout.flush()
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(text)
         if code == INTERRUPTED:
             code = terminated.exit_code or INTERRUPTED
-            _say("bdexport: terminated" if terminated.exit_code else "bdexport: interrupted")
+            _say(f"bdexport: {ENDED_BY[code]}")
     return code
 
 
@@ -70,10 +77,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *_where: Any,
     preprocess = sys.modules.get("bdexport.preprocess")
     path = None if preprocess is None else preprocess.image_being_read()
     about = "" if path is None else f"{path}: "
-    _say(without_controls(f"bdexport: warning: {about}{' '.join(str(message).split())} ({category.__name__})"))
+    _say(f"bdexport: warning: {about}{' '.join(str(message).split())} ({category.__name__})")
 
 
 def _say(text: str | None) -> None:
     if text:
         with suppress(OSError):  # a full disk or a terminal that is gone: the exit code still says that it failed
-            print(text, file=sys.stderr, flush=True)
+            print(without_controls(text), file=sys.stderr, flush=True)

@@ -21,13 +21,15 @@ def zoo(
     ] = None,
 ) -> None:
     """List the trained models that ship with bdexport. Every command that takes a checkpoint takes zoo:NAME."""
-    from bdexport.zoo import zoo_card, zoo_names
+    from bdexport.zoo import reading_card, zoo_card, zoo_names
     from bdexport.zoo.card import card_to_markdown
 
     out = table_console(json)
     if name is not None:
         card = zoo_card(name)
-        out.print(card_to_markdown(card), end="", soft_wrap=True)
+        with reading_card(name):
+            text = card_to_markdown(card)
+        out.print(text, end="", soft_wrap=True)
         result = card
     else:
         cards = [zoo_card(known) for known in zoo_names()]
@@ -40,7 +42,7 @@ def zoo(
 
 
 def _table(cards: list[dict[str, Any]]) -> Table:
-    from bdexport.zoo import PREFIX
+    from bdexport.zoo import PREFIX, reading_card
 
     table = FittedTable(
         title=f"{len(cards)} model{'s' * (len(cards) != 1)} in the zoo", expendable=("size", "masks", "FLOPs", "full")
@@ -50,17 +52,22 @@ def _table(cards: list[dict[str, Any]]) -> Table:
     for heading in ("base", "full", "policy", "blocks run", "FLOPs", "masks", "size"):
         table.add_column(heading, justify="right")
     for card in cards:
-        full, policy = card["result"]["full"], card["result"]["policy"]
-        used = policy["blocks_used"]
-        table.add_row(
-            PREFIX + card["name"],
-            card["data"]["name"],
-            f"{card['base'].get('origin', card['base'])['accuracy']:.2f} %",
-            f"{full['accuracy']:.2f} %",
-            f"{policy['accuracy']:.2f} %",
-            f"{used['mean']:.1f} +- {used['std']:.1f} of {card['num_blocks']}",
-            f"{policy['flops']['mean']:.3g} ({policy['flops']['mean'] / full['flops'] - 1:+.0%})",
-            str(policy["unique_masks"]),
-            size_text(card["bytes"]),
-        )
+        with reading_card(str(card.get("name"))):
+            table.add_row(*_row(PREFIX, card))
     return table
+
+
+def _row(prefix: str, card: dict[str, Any]) -> tuple[str, ...]:
+    full, policy = card["result"]["full"], card["result"]["policy"]
+    used = policy["blocks_used"]
+    return (
+        prefix + card["name"],
+        card["data"]["name"],
+        f"{card['base'].get('origin', card['base'])['accuracy']:.2f} %",
+        f"{full['accuracy']:.2f} %",
+        f"{policy['accuracy']:.2f} %",
+        f"{used['mean']:.1f} +- {used['std']:.1f} of {card['num_blocks']}",
+        f"{policy['flops']['mean']:.3g} ({policy['flops']['mean'] / full['flops'] - 1:+.0%})",
+        str(policy["unique_masks"]),
+        size_text(card["bytes"]),
+    )

@@ -15,8 +15,10 @@ from bdexport.base_figures import BaseFigures, known_base, was_trained
 from bdexport.config import ReportConfig
 from bdexport.dataset import Dataset
 from bdexport.errors import DatasetError
+from bdexport.json_text import MalformedError, shown
 from bdexport.report import paper, tables
 from bdexport.report.curves import Curves, curves_of
+from bdexport.report.fields import count, figure, optional, text
 from bdexport.report.points import (
     FIXED_MASKS,
     Point,
@@ -162,8 +164,8 @@ def collect(
         else:
             try:
                 _add_stored(report, source, found, kind, measure.flops_of(found).full)
-            except (KeyError, TypeError, ValueError):
-                report.skipped.append(f"{source.name}: no results: its training record is incomplete")
+            except MalformedError as error:
+                report.skipped.append(f"{source.name}: no results: its training record is incomplete ({error})")
     if refusals and len(refusals) == len(models):
         raise refusals[0]
     report.points = with_training(without_repeats([*report.points, *sources.points]), trained)
@@ -185,11 +187,12 @@ def _add_run(report: Report, source: Trained) -> None:
         report.curves.append(curves_of(source.name, source.run.rows))
     else:
         report.skipped.append(f"{source.name}: no training curves: no epoch is finished")
-    if source.run.description.get("base") is not None:
+    base = source.run.description.get("base")
+    if base is not None:
         report.notes.append(
-            f"{source.name} started from a base network ({source.run.description['base']}). Its validation split was "
-            "kept from this run, but the base may have learned from it (public CIFAR checkpoints were trained on the "
-            "whole training set): its validation accuracy may be too high; compare on the test set."
+            f"{source.name} started from a base network ({base if isinstance(base, str) else shown(base)}). Its "
+            "validation split was kept from this run, but the base may have learned from it (public CIFAR checkpoints "
+            "were trained on the whole training set): its validation accuracy may be too high; compare on the test set."
         )
     if not source.run.finished:
         report.skipped.append(f"{source.name}: no results: the run is not finished, so it has no model yet")
@@ -285,19 +288,19 @@ def _add_stored(
     if not isinstance(validation, dict) or not isinstance(dataset, dict):
         report.skipped.append(f"{source.name}: no results: nothing is stored in it and no data set was given")
         return
-    common = _common(source, found) | {"dataset": dataset.get("name"), "split": "validation"}
-    common["images"] = dataset.get("validation")
+    common = _common(source, found) | {"dataset": text(dataset, "name"), "split": "validation"}
+    common["images"] = count(dataset, "validation")
     _add_base(
         report, source, found, known_base(found.training, None, common["dataset"], "validation", common["images"])
     )
-    outcome = validation.get("policy") or next(iter((validation.get("fixed") or {}).values()), None)
+    fixed = optional(validation, "fixed", dict) or {}
+    outcome = optional(validation, "policy", dict) or next(iter(fixed.values()), None)
     tuned = (kind[1] or None) if outcome else None
-    report.points.append(
-        full_point(f"{source.name}: full", validation["full_accuracy"], full_flops, finetuned=tuned, **common)
-    )
+    full_accuracy = figure(validation, "full_accuracy", high=100)
+    report.points.append(full_point(f"{source.name}: full", full_accuracy, full_flops, finetuned=tuned, **common))
     if outcome:
         report.points.append(outcome_point(_label(source, found), kind[0], kind[1], outcome, **common))
-    usage = usage_of_statistics(source.name, found.network, found.training.get("policy_statistics") or {})
+    usage = usage_of_statistics(source.name, found.network, found.training.get("policy_statistics"))
     if usage is not None:
         report.usages.append(usage)
 

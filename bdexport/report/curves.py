@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bdexport.errors import ReportError
 from bdexport.json_text import MalformedError, why
+from bdexport.report.fields import is_figure, object_of, read_bytes, text
 
 Series = tuple[float | None, ...]
 
@@ -58,22 +58,22 @@ class Curves:
         }
 
 
+MAX_SPANS = 50  # changes of the phase; a run has four phases, and every change is drawn
 MENDED = "give the run's command again, which mends it"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``. Raises ReportError naming the line that is damaged."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ReportError(f"{path}: not text ({why(error)})", remedy=MENDED) from error
-    for number, line in enumerate(lines, start=1):
+    rows: list[dict[str, Any]] = []
+    spans = 0
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("phase"), str):
-                raise MalformedError("no object with a phase")
-        except (ValueError, RecursionError) as error:
+            row = object_of(line)
+            phase = text(row, "phase")
+            spans += not rows or phase != rows[-1]["phase"]
+            if spans > MAX_SPANS:
+                raise MalformedError(f"the phase changes more than {MAX_SPANS} times")
+        except MalformedError as error:
             raise ReportError(f"{path}: line {number} is damaged ({why(error)})", remedy=MENDED) from error
         rows.append(row)
     return rows
@@ -94,7 +94,7 @@ def _figure(row: dict[str, Any], place: tuple[str, ...]) -> float | None:
     value: Any = row
     for key in place:
         value = value.get(key) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if is_figure(value) else None
 
 
 def _phases(rows: list[dict[str, Any]]) -> tuple[PhaseSpan, ...]:
@@ -109,6 +109,8 @@ def _phases(rows: list[dict[str, Any]]) -> tuple[PhaseSpan, ...]:
 
 def _chosen(rows: list[dict[str, Any]]) -> int | None:
     scored = [
-        (tuple(row["score"]), epoch) for epoch, row in enumerate(rows, start=1) if isinstance(row.get("score"), list)
+        (tuple(row["score"]), epoch)
+        for epoch, row in enumerate(rows, start=1)
+        if isinstance(row.get("score"), list) and all(is_figure(value) for value in row["score"])
     ]
     return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else None

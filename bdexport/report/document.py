@@ -19,6 +19,7 @@ from bdexport.report.usage import Usage
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MAX_NAME = 100  # characters of a plot's file name, far below what file systems allow
 TITLE = "BlockDrop: results of training"
 
 
@@ -170,7 +171,7 @@ def _sheet(sheet: Sheet, taken: set[str]) -> Drawing:
 
 def _name(text: str, taken: set[str]) -> str:
     """A file name that no other figure has."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.").lower() or "figure"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.").lower()[:MAX_NAME] or "figure"
     name, count = plain, 1
     while name in taken:
         count += 1

@@ -43,6 +43,7 @@ PHASE_COLOURS = {
     "finetune": GREEN,
     "finetune_fixed": GREEN,
 }
+LONGEST_NAME = 40  # characters of a class, a network or a method beside a plot
 FEW_EPOCHS = 40  # up to here, every epoch has a dot
 
 
@@ -119,6 +120,11 @@ def _epochs(first: int, last: int) -> str:
 
 def _phase_colour(name: str) -> str:
     return PHASE_COLOURS.get(name, GREY)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the plot beside it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 2]}.."
 
 
 def _floats(series: Series) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -238,8 +244,8 @@ def _number_marks(axes: Axes, frontier: Frontier, unit: float) -> None:
         places = UPPER_PLACES if mark.below else NUMBER_PLACES
         wider = 1 + 0.2 * (len(mark.number) - 1)  # longer numbers stand further to the side
         spots = [np.asarray(place) + np.asarray((x * wider, y)) for x, y in places]
-        crowds = [sum(max(0.0, 14 - float(np.abs(spot - other).max())) for other in taken) for spot in spots]
-        spot = spots[int(np.argmin(crowds))]
+        distances = np.abs(np.stack(spots)[:, None] - np.stack(taken)).max(axis=2)  # of each spot to what is there
+        spot = spots[int(np.argmin(np.maximum(0.0, 14 - distances).sum(axis=1)))]
         taken.append(spot)
         x, y = axes.transData.inverted().transform(spot)
         text = axes.text(x, y, mark.number, ha="center", va="center", fontsize=8, color=INK, zorder=4)
@@ -264,7 +270,7 @@ def _frontier_legend(axes: Axes, frontier: Frontier, colours: dict[str | None, s
     top = 1.0
     for title, entries in groups.items():
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, top), "borderaxespad": 0}
-        labels, handles = [label for label, _ in entries], [handle for _, handle in entries]
+        labels, handles = [_short(label) for label, _ in entries], [handle for _, handle in entries]
         axes.add_artist(Legend(axes, handles, labels, title=title, alignment="left", **place))
         top -= 0.075 + 0.049 * len(entries)
     below = [mark for mark in frontier.marks if mark.below]
@@ -345,7 +351,8 @@ def class_keep_rates(usage: Usage, most: int) -> Figure:
     image.set_gid("heat-map")
     for edge in np.cumsum(usage.stages)[:-1]:
         axes.axvline(edge - 0.5, color=WHITE, lw=2.5)
-    axes.set_yticks(range(len(rows)), [usage.class_names[row] for row in rows], fontsize=9 if len(rows) <= 30 else 7)
+    names = [_short(usage.class_names[row]) for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=9 if len(rows) <= 30 else 7)
     step = 1 if usage.num_blocks <= 30 else 2
     ticks = [block for block in range(usage.num_blocks) if block % step == 0 or block in usage.transitions]
     labels = [f"{block}\nT" if block in usage.transitions else str(block) for block in ticks]
@@ -359,7 +366,7 @@ def class_keep_rates(usage: Usage, most: int) -> Figure:
     axes.set_title(f"Keep-rate per class of {usage.name}")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    longest = max(len(usage.class_names[row]) for row in rows)
+    longest = max(len(name) for name in names)
     width = float(figure.get_figwidth())
     figure.subplots_adjust(
         left=(0.35 + 0.085 * longest) / width, right=1 - 0.15 / width, top=1 - 0.45 / height, bottom=0.65 / height

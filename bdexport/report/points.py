@@ -6,7 +6,6 @@ results that were measured earlier, get into a report; ``docs/report.md`` descri
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,8 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from bdexport.errors import ReportError
-from bdexport.json_text import MalformedError, json_kind, why
+from bdexport.json_text import MalformedError, json_kind, shown, why
+from bdexport.report.fields import count, field, figure, is_figure, optional, text
 
 Source = Literal["measured", "paper"]
 POINTS_SCHEMA = "bdexport.report.points/1"
@@ -37,6 +37,7 @@ METHODS = {  # what is known by name, in the order in which tables list them; an
     "blockdrop-pfec": "BlockDrop + PFEC",
     "lccl": "LCCL",
 }
+MAX_POINTS = 500  # of one file: each has its number in the plots, which is placed beside all the others
 FIXED_MASKS = ("first-k", "random-k", "distribute-k", "fixed", "searched")
 
 
@@ -108,6 +109,9 @@ def points_from_file(data: dict[str, Any], where: str) -> list[Point]:
     entries = data.get("points")
     if not isinstance(entries, list):
         raise ReportError(f"{where}: points", got=json_kind(entries), expected="a list")
+    if len(entries) > MAX_POINTS:
+        expected = f"at most {MAX_POINTS}, as many as a plot can show"
+        raise ReportError(f"{where}: points", got=len(entries), expected=expected, remedy="split the file")
     shared = {key: value for key, value in data.items() if key in _FIELDS}
     return [
         _point({**shared, **_object(entry, f"{where}: point {index}")}, f"{where}: point {index}", where)
@@ -118,11 +122,8 @@ def points_from_file(data: dict[str, Any], where: str) -> list[Point]:
 def points_from_evaluation(data: dict[str, Any], where: str) -> list[Point]:
     """What ``bdexport evaluate --json`` wrote: the full network, the policy and each fixed mask. Raises ReportError."""
     try:
-        found = _evaluated(data, where)
-        if not all(math.isfinite(point.accuracy) for point in found):
-            raise MalformedError("an accuracy is not a number")
-        return found
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _evaluated(data, where)
+    except MalformedError as error:
         raise ReportError(
             f"{where}: not a complete result of 'bdexport evaluate --json' ({why(error)})",
             remedy="write it again",
@@ -130,44 +131,45 @@ def points_from_evaluation(data: dict[str, Any], where: str) -> list[Point]:
 
 
 def _evaluated(data: dict[str, Any], where: str) -> list[Point]:
-    name = checkpoint_name(data["checkpoint"])
-    trained = data.get("trained") or {}
-    dataset = data["dataset"]
+    checkpoint = text(data, "checkpoint")
+    name = checkpoint_name(checkpoint)
+    trained = optional(data, "trained", dict) or {}
+    finetuned = optional(trained, "finetuned", bool)
     common: dict[str, Any] = {
         "source": "measured",
-        "num_blocks": int(data["num_blocks"]),
-        "architecture": str(data["architecture"]),
-        "dataset": str(dataset["name"]),
-        "split": str(dataset["split"]),
-        "images": int(dataset["images"]),
-        "checkpoint": checkpoint_key(data["checkpoint"]),
+        "num_blocks": count(data, "num_blocks"),
+        "architecture": text(data, "architecture"),
+        "dataset": text(data, "dataset.name"),
+        "split": text(data, "dataset.split"),
+        "images": count(data, "dataset.images"),
+        "checkpoint": checkpoint_key(checkpoint),
         "where": where,
     }
-    words = ["bdexport", "evaluate", str(data["checkpoint"]), "--dataset", common["dataset"]]
+    words = ["bdexport", "evaluate", checkpoint, "--dataset", common["dataset"]]
     words += ["--split", common["split"]]
-    full = data["full"]
-    base = data.get("base")  # absent in results of older versions
-    before = [] if base is None or not base["here"] else [base_point(name, base, **common)]
-    outcome = data.get("policy", data.get("gates"))  # of a comparison system: what its gates decide
+    base = optional(data, "base", dict)  # absent in results of older versions
+    before = [] if base is None or not field(base, "here") else [base_point(name, base, **common)]
+    decider = "policy" if "policy" in data else "gates"  # of a comparison system: what its gates decide
+    outcome = optional(data, decider, dict)
     has_policy = outcome is not None
     found = [
         *before,
         full_point(
             f"{name}: full",
-            float(full["accuracy"]),
-            float(full["flops"]),
+            figure(data, "full.accuracy", high=100),
+            figure(data, "full.flops"),
             finetuned=trained.get("finetuned", True) or None if has_policy else None,
             command=shlex.join(words),
             **common,
         ),
     ]
     if outcome is not None:
-        method = method_key(data["gates"]["kind"] if "gates" in data else trained.get("method", BLOCKDROP))
-        found.append(
-            outcome_point(name, method, trained.get("finetuned"), outcome, command=shlex.join(words), **common)
+        method = method_key(
+            text(data, "gates.kind") if "gates" in data else optional(trained, "method", str) or BLOCKDROP
         )
-    for title, fixed in data.get("fixed", {}).items():
-        found.append(_fixed(name, str(title), fixed, trained, has_policy, words, common))
+        found.append(outcome_point(name, method, finetuned, outcome, command=shlex.join(words), **common))
+    for title, fixed in (optional(data, "fixed", dict) or {}).items():
+        found.append(_fixed(name, title, fixed, trained, has_policy, words, common))
     return found
 
 
@@ -185,11 +187,11 @@ def _fixed(
     method = kind if kind in METHODS else "fixed"
     tuned, note = False, None
     if title == trained.get("mask"):
-        method, tuned = method_key(trained["method"]), trained["finetuned"]
+        method, tuned = method_key(text(trained, "method")), optional(trained, "finetuned", bool)
     elif has_policy:
         note = "a fixed mask on a network that was trained with a policy, not for this mask"
     elif trained.get("mask"):
-        note = f"on a network that was finetuned under another mask, {trained['mask']}"
+        note = f"on a network that was finetuned under another mask, {text(trained, 'mask')}"
     words = [*words, "--fixed", kind, *(["--kept", kept] if kept else [])]
     label = f"{name}: {title}"
     return outcome_point(label, method, tuned, outcome, note=note, command=shlex.join(words), **common)
@@ -212,26 +214,29 @@ def full_point(label: str, accuracy: float, flops: float, *, num_blocks: int, **
 def base_point(name: str, base: dict[str, Any], **others: Any) -> Point:
     """The network that ``name`` was trained from, from the JSON of :class:`bdexport.base_figures.BaseFigures`."""
     return Point(
-        label=f"{name}: its base ({base['name']})",
+        label=f"{name}: its base ({text(base, 'name')})",
         method=BASE,
-        accuracy=float(base["accuracy"]),
+        accuracy=figure(base, "accuracy", high=100),
         blocks=Spread(float(others["num_blocks"]), 0.0),
         unique_masks=1,
-        note=f"accuracy {base['how']}",
+        note=f"accuracy {text(base, 'how')}",
         **others,
     )
 
 
-def outcome_point(label: str, method: str, finetuned: bool | None, outcome: dict[str, Any], **others: Any) -> Point:
-    """From what :meth:`bdexport.evaluate.Outcome.to_json` gives."""
+def outcome_point(
+    label: str, method: str, finetuned: bool | None, outcome: Any, *, num_blocks: int, **others: Any
+) -> Point:
+    """From what :meth:`bdexport.evaluate.Outcome.to_json` gives. Raises MalformedError naming the field."""
     return Point(
         label=label,
         method=method,
         finetuned=finetuned,
-        accuracy=float(outcome["accuracy"]),
-        flops=Spread(float(outcome["flops"]["mean"]), float(outcome["flops"]["std"])),
-        blocks=Spread(float(outcome["blocks_used"]["mean"]), float(outcome["blocks_used"]["std"])),
-        unique_masks=int(outcome["unique_masks"]),
+        accuracy=figure(outcome, "accuracy", high=100),
+        flops=Spread(figure(outcome, "flops.mean"), figure(outcome, "flops.std")),
+        blocks=Spread(*(figure(outcome, f"blocks_used.{name}", high=num_blocks) for name in ("mean", "std"))),
+        unique_masks=count(outcome, "unique_masks"),
+        num_blocks=num_blocks,
         **others,
     )
 
@@ -253,18 +258,18 @@ def _point(entry: dict[str, Any], what: str, where: str) -> Point:
         raise ReportError(f"{what}: unknown field", got=unknown[0], expected=f"one of {', '.join(_FIELDS)}")
     label = entry.get("label")
     if not isinstance(label, str) or not label:
-        raise ReportError(f"{what}: label", got=repr(label), expected="a text")
+        raise ReportError(f"{what}: label", got=shown(label), expected="a text")
     source = entry.get("source", "measured")
     if source not in ("measured", "paper"):
-        raise ReportError(f"{what}: source", got=repr(source), expected="measured or paper")
+        raise ReportError(f"{what}: source", got=shown(source), expected="measured or paper")
     accuracy = _number(entry, "accuracy", what)
     if accuracy is None or not 0 <= accuracy <= 100:
         raise ReportError(f"{what}: accuracy", got=accuracy, expected="0 to 100 (percent)")
     for name in ("method", "architecture", "dataset", "split", "command", "checkpoint", "where", "note"):
         if not isinstance(entry.get(name), str | None):
-            raise ReportError(f"{what}: {name}", got=repr(entry[name]), expected="a text or null")
+            raise ReportError(f"{what}: {name}", got=shown(entry[name]), expected="a text or null")
     if not isinstance(entry.get("finetuned"), bool | None):
-        raise ReportError(f"{what}: finetuned", got=repr(entry["finetuned"]), expected="true, false or null")
+        raise ReportError(f"{what}: finetuned", got=shown(entry["finetuned"]), expected="true, false or null")
     return Point(
         label=label,
         source="paper" if source == "paper" else "measured",
@@ -299,8 +304,8 @@ def _number(entry: dict[str, Any], name: str, what: str) -> float | None:
     value = entry.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ReportError(f"{what}: {name}", got=repr(value), expected="a number, 0 or more")
+    if not is_figure(value, low=0):
+        raise ReportError(f"{what}: {name}", got=shown(value), expected="a number, 0 or more")
     return float(value)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from bdexport.bundle import MANIFEST
 from bdexport.errors import ReportError, UsageError
-from bdexport.json_text import MalformedError, json_kind, parse_json, shown, why
+from bdexport.files import shown as shown_path
+from bdexport.json_text import MalformedError, shown, why
 from bdexport.report.benchmarks import BENCHMARK_SCHEMA, Benchmark, read_benchmark
 from bdexport.report.curves import read_metrics
+from bdexport.report.fields import figure, object_of, read_bytes, text
 from bdexport.report.points import (
     BLOCKDROP,
     EVALUATE_SCHEMA,
@@ -81,7 +83,8 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         else:
             found.trained.append(Trained(names[path], path))
     if not (found.trained or found.points or found.latencies or found.benchmarks):
-        raise UsageError("nothing to report on", got="; ".join(found.skipped), remedy=NAME_SOMETHING)
+        empty = "; ".join(f"{shown_path(path)}: no result in it" for path in paths)
+        raise UsageError("nothing to report on", got="; ".join(found.skipped) or empty, remedy=NAME_SOMETHING)
     return found
 
 
@@ -96,7 +99,7 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
             break
         for path, name in names.items():
             depth[path] += name in repeated
-    return {path: "/".join(plain[path].parts[-depth[path] :]) or str(path) for path in plain}
+    return {path: shown_path(Path("/".join(plain[path].parts[-depth[path] :]) or path)) for path in plain}
 
 
 def trained_as(settings: dict[str, Any]) -> tuple[str, bool | None]:
@@ -151,16 +154,13 @@ def _read_run(path: Path) -> RunFolder | None:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        data = parse_json(path.read_bytes())
+        return object_of(read_bytes(path))
     except MalformedError as error:
-        raise ReportError(f"{path}: not JSON ({error})", remedy="write it again") from error
-    if not isinstance(data, dict):
-        raise ReportError(f"{path}", got=json_kind(data), expected="an object", remedy="write it again")
-    return data
+        raise ReportError(f"{path}: not JSON that a report reads ({error})", remedy="write it again") from error
 
 
 def _read_result(path: Path, found: Sources) -> None:
-    data, where = _json_object(path), path.as_posix()
+    data, where = _json_object(path), shown_path(path)
     schema = data.get("schema")
     if schema == EVALUATE_SCHEMA:
         found.points += points_from_evaluation(data, where)
@@ -190,21 +190,22 @@ def _read_result(path: Path, found: Sources) -> None:
 def _read_bench(data: dict[str, Any], where: str, found: Sources) -> None:
     """The latency of one image, for Table 2; accuracy comes from ``evaluate``, which sees the whole split."""
     try:
-        if data["batch"] != 1:
-            found.skipped.append(f"{where}: measured at batch {data['batch']}; Table 2 is about one image at a time")
+        if (batch := figure(data, "batch", low=1)) != 1:
+            found.skipped.append(f"{where}: measured at batch {batch:g}; Table 2 is about one image at a time")
             return
-        threads = f", threads {data['threads']}" if data.get("threads") is not None else ""
+        threads = f", threads {figure(data, 'threads'):g}" if data.get("threads") is not None else ""
+        place = f"{text(data, 'backend')} {text(data, 'precision')} on {text(data, 'device')}"
         found.latencies.append(
             Latency(
-                label=Path(str(data["bundle"])).name,
-                architecture=str(data["architecture"]),
-                dataset=str(data["dataset"]["name"]),
-                where=f"{data['backend']} {data['precision']} on {data['device']}{threads} ({data['machine']['cpu']})",
-                full_ms=float(data["full"]["latency_ms"]["mean"]),
-                dynamic_ms=float(data["dynamic"]["latency_ms"]["mean"]),
+                label=Path(text(data, "bundle")).name,
+                architecture=text(data, "architecture"),
+                dataset=text(data, "dataset.name"),
+                where=f"{place}{threads} ({text(data, 'machine.cpu')})",
+                full_ms=figure(data, "full.latency_ms.mean", low=1e-6),
+                dynamic_ms=figure(data, "dynamic.latency_ms.mean", low=1e-6),
             )
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except MalformedError as error:
         raise ReportError(
             f"{where}: not a complete result of 'bdexport bench --json' ({why(error)})",
             remedy="write it again",

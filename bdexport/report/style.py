@@ -43,6 +43,7 @@ _STYLE = {
     "hatch.linewidth": 0.8,
     "figure.facecolor": WHITE,
     "savefig.dpi": 144,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.hashsalt": "bdexport",  # ids in the file are the same every time
 }
 

@@ -160,7 +160,7 @@ def saving_text(point: Point, full: Point | None) -> str:
     """FLOPs saved against the full network of the same source, in percent; a dash for the full network itself."""
     if point.method == FULL:
         return "-"
-    if full is None or full.flops is None or point.flops is None:
+    if full is None or full.flops is None or point.flops is None or not full.flops.mean:
         return NOT_MEASURED
     return f"{100 * (1 - point.flops.mean / full.flops.mean):.1f} %"
 

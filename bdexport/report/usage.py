@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bdexport.architecture import ResNetSpec
 from bdexport.errors import InputError
 from bdexport.parts import Masks, frequent_masks, mask_from_text
+from bdexport.report.fields import count, field, figure, text
 
 LISTED_MASKS = 10
 
@@ -82,34 +83,34 @@ def usage_of_masks(
     )
 
 
-def usage_of_statistics(name: str, network: ResNetSpec, statistics: dict[str, Any]) -> Usage | None:
+def usage_of_statistics(name: str, network: ResNetSpec, statistics: Any) -> Usage | None:
     """From the ``policy_statistics`` that a checkpoint carries; None where they are not of this network or incomplete.
 
     They hold the most frequent masks only, so the histogram covers the images that use one of these.
     """
     try:
-        pairs = [(str(mask["mask"]), float(mask["share"])) for mask in statistics["masks"]]
+        pairs = [(text(mask, "mask"), figure(mask, "share", high=1)) for mask in field(statistics, "masks")]
         histogram = np.zeros(network.num_blocks + 1)
-        for text, share in pairs:
-            histogram[mask_from_text(text, network.num_blocks).sum()] += share
-        keep_rate = np.asarray(statistics["keep_rate"], dtype=np.float64)
-        if keep_rate.shape != (network.num_blocks,):
+        for mask, share in pairs:
+            histogram[mask_from_text(mask, network.num_blocks).sum()] += share
+        keep_rate = np.asarray(field(statistics, "keep_rate"), dtype=np.float64)
+        if keep_rate.shape != (network.num_blocks,) or not ((keep_rate >= 0) & (keep_rate <= 1)).all():
             return None
         return Usage(
             name=name,
-            data=f"{statistics['split']} split, as stored in the checkpoint",
-            images=int(statistics["images"]),
+            data=f"{text(statistics, 'split')} split, as stored in the checkpoint",
+            images=count(statistics, "images"),
             stages=network.stages,
             transitions=_transitions(network),
-            mean=float(statistics["blocks_used"]["mean"]),
-            std=float(statistics["blocks_used"]["std"]),
-            unique_masks=int(statistics["unique_masks"]),
+            mean=figure(statistics, "blocks_used.mean", high=network.num_blocks),
+            std=figure(statistics, "blocks_used.std", high=network.num_blocks),
+            unique_masks=count(statistics, "unique_masks"),
             histogram=histogram,
             covered=float(histogram.sum()),
             keep_rate=keep_rate,
             masks=tuple(pairs[:LISTED_MASKS]),
         )
-    except (KeyError, TypeError, ValueError, InputError):
+    except (TypeError, ValueError, OverflowError, InputError):
         return None
 
 

@@ -29,7 +29,7 @@ from bdexport.checkpoint.reading import read_torch
 from bdexport.config import TrainConfig
 from bdexport.errors import CheckpointError, TrainingError
 from bdexport.files import read_bytes, write_bytes, write_json, write_text
-from bdexport.json_text import MalformedError, parse_json, why
+from bdexport.json_text import MalformedError, finite, parse_json, why
 from bdexport.limits import MAX_RESULT_BYTES
 
 RUN_FILE, STATE_FILE, METRICS_FILE, MODEL_FILE = "run.json", "state.pt", "metrics.jsonl", "model.safetensors"
@@ -91,7 +91,7 @@ def save_state(run: Path, state: RunState) -> None:
 
 def save_metrics(run: Path, state: RunState) -> None:
     """Write the epochs of the state as ``metrics.jsonl``."""
-    write_text(run / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in state.history))
+    write_text(run / METRICS_FILE, "".join(json.dumps(finite(row)) + "\n" for row in state.history))
 
 
 def load_state(run: Path) -> RunState | None:

@@ -10,6 +10,8 @@ Reading the list or a card needs neither torch nor numpy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -64,11 +66,23 @@ def zoo_card(name: str) -> dict[str, Any]:
         card = parse_json(path.read_bytes())
     except (OSError, MalformedError) as error:
         raise CheckpointError(f"{path}: cannot be read ({why(error)})", remedy="install bdexport again") from error
-    if not isinstance(card, dict) or card.get("schema") != CARD_SCHEMA:
+    if not isinstance(card, dict) or card.get("schema") != CARD_SCHEMA or not isinstance(card.get("sha256"), str):
         raise CheckpointError(
             f"{path}: not a model card", expected=f"schema {CARD_SCHEMA}", remedy="install bdexport again"
         )
     return card
+
+
+@contextmanager
+def reading_card(name: str) -> Iterator[None]:
+    """Inside, a field of a card that is missing or of another kind is a CheckpointError that names the card."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        path = zoo_folder() / f"{name.removeprefix(PREFIX)}.json"
+        raise CheckpointError(
+            f"{path}: a damaged model card ({why(error)})", remedy="install bdexport again"
+        ) from error
 
 
 def zoo_model(name: str) -> Path:

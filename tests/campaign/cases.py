@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from bdexport.cli.failures import explain
 from bdexport.errors import BdexportError
-from bdexport.files import is_control
+from bdexport.files import CONTROLS
 
 LONGEST_LINE = 6000  # characters of an error: more fills a screen
 
@@ -77,7 +77,7 @@ def attempt(tally: Tally, what: str, call: Callable[[], Any]) -> Any:
         return call()
     except BdexportError as error:
         text, _ = explain(error)
-        if not text or len(text) > LONGEST_LINE or any(is_control(character) for character in text):
+        if not text or len(text) > LONGEST_LINE or CONTROLS.search(text) or "\n" in text:
             shown = f"{(text or '')[:200]!r} ({len(text or '')} characters)"
             tally.failures.append(f"{what}: refused with an unclean text {shown}")
         else:

@@ -140,6 +140,11 @@ breaks_manifest("R4", "executor is a string", put(executor="chain"))
 breaks_manifest("R4", "negative FLOPs", in_part(STEM, flops=-1))
 breaks_manifest("R4", "FLOPs are a fraction", in_part(STEM, flops=1.5))
 breaks_manifest("R4", "FLOPs beyond 2^53", in_part(STEM, flops=10**400))
+breaks_manifest("R4", "a class is called with an escape sequence", put(class_names=["a", "\x1b[31mb", "c"]))
+breaks_manifest("R4", "a class name of two lines", put(class_names=["a", "b\nb", "c"]))
+breaks_manifest("R4", "a name that is turned round", put(name="bundle\u202egpj"))
+breaks_manifest("R4", "a name of two lines", put(name="bundle\nbdexport: all is well"))
+breaks_manifest("R4", "a control character in a key of the training record", in_object("training", **{"a\x9bb": 1}))
 breaks_manifest("R4", "checkpoint without form", lambda manifest: manifest["checkpoint"].pop("form"))
 
 # ---- R5 blocks

@@ -381,6 +381,10 @@ def take(*place: str) -> Callable[[dict[str, Any]], None]:
         (put("training", "policy_statistics", "images", value=0), r"policy_statistics\.images: got 0"),
         (put("training", "policy_statistics", "masks", 0, "mask", value="10110"), r"masks\[0\]\.mask: got \"10110\""),
         (put("training", "policy_statistics", "masks", 0, "share", value=1.5), r"masks\[0\]\.share: got 1\.5"),
+        (put("training", "fixed_mask", value={"mask": "1", "kept": 1}), r"fixed_mask\.mask: got \"1\""),
+        (put("training", "fixed_mask", value={"mask": "first-k", "kept": 10**380}), r"fixed_mask\.kept: got 1000"),
+        (put("training", "fixed_mask", value={"mask": [1, [0]], "kept": 1}), r"fixed_mask\.mask: got \[1, \[0\]\]"),
+        (put("training", "fixed_mask", value="101"), r"fixed_mask: got \"101\", expected an object"),
     ],
 )
 def test_header_fields_are_checked(saved: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:

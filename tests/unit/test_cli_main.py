@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any, NoReturn
 
 import pytest
@@ -184,7 +185,8 @@ def test_interrupt(failing: Callable[[BaseException], None], capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted"), (signal.SIGHUP, 129, "hung up")],
 )
 def test_a_signal_runs_cleanup(tmp_path: Path, number: signal.Signals, code: int, said: str) -> None:
     """Oracle: the file that cleanup leaves, the exit code and the line, in a process that gets a real signal."""
@@ -211,6 +213,48 @@ sys.exit(cli.main(["doctor"]))
         _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (code, f"bdexport: {said}\n")
     assert cleaned.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_in_the_first_moments(tmp_path: Path, number: signal.Signals) -> None:
+    """Oracle: the shell's codes, no traceback and no file, whenever the signal comes while modules are imported."""
+    random, ended = Random(5), []
+    for _ in range(8):
+        words = [sys.executable, "-m", "bdexport", "run", str(tmp_path / "none"), str(tmp_path)]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+            time.sleep(0.03 + random.random() * 0.12)  # Python itself begins in the first hundredths
+            process.send_signal(number)
+            _, err = process.communicate(timeout=20)
+        code = process.returncode
+        ended.append(128 - code if code < 0 else code)
+        assert "Traceback" not in err
+        assert code in (-number, 128 + number, 1)  # 1: it had ended by itself, as there is no such bundle
+        assert not list(tmp_path.iterdir())
+    assert 128 + number in ended
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    """Oracle: a command that is started with SIGHUP ignored runs to its end."""
+    words = [
+        "sh",
+        "-c",
+        'trap "" HUP; exec "$@"',
+        "sh",
+        sys.executable,
+        "-m",
+        "bdexport",
+        "inspect",
+        str(tmp_path / "none"),
+    ]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(0.1)  # until the shell has set it
+        for _ in range(40):
+            if process.poll() is None:
+                process.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "no such bundle" in err
 
 
 def test_a_closed_pipe_is_quiet() -> None:

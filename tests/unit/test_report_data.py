@@ -270,7 +270,7 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"metrics\.jsonl: line 2 is damaged"):
         read_metrics(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ReportError, match="not text"):
+    with pytest.raises(ReportError, match=r"line 1 is damaged \(byte 0 is not UTF-8"):
         read_metrics(path)
 
 
