@@ -12,7 +12,7 @@ from bdexport.errors import InputError
 from campaign.cases import Kind, Tally, attempt
 from campaign.mutations import CANARY
 
-WAYS = ("right", "refused", "wrong", "unclean", "traceback", "hang", "death", "memory", "code")
+WAYS = ("right", "refused", "wrong", "traceback", "hang", "death", "memory", "code")
 
 
 class SelfTest(Kind):
@@ -34,8 +34,6 @@ class SelfTest(Kind):
                 attempt(tally, "file", lambda: _raise(InputError("file: damaged")))
             case "wrong":
                 tally.check(False, "wrong: other logits")
-            case "unclean":
-                attempt(tally, "unclean", lambda: _raise(InputError("x" * 10_000)))
             case "traceback":
                 _raise(ValueError("traceback"))
             case "hang":

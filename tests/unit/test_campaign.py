@@ -17,7 +17,6 @@ from campaign.selftest import WAYS, SelfTest
 
 SIGNS = {  # what the campaign says of each way to fail
     "wrong": "other logits",
-    "unclean": "unclean text",
     "traceback": "ValueError: traceback",
     "hang": "no answer within 2 s",
     "death": "the process died",
