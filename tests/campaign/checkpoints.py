@@ -29,6 +29,8 @@ from campaign.pickles import hostile_pickle, hostile_storage_pickle
 
 OWN, ZIP, OLD, FOREIGN = "own.safetensors", "zip.pt", "old.pt", "foreign.safetensors"
 
+AS_IT_IS = "as it is"
+
 
 class Checkpoints(Kind):
     """Four files of one network."""
@@ -58,14 +60,16 @@ class Checkpoints(Kind):
         path, tally = scratch / name, Tally()
         path.write_bytes((self.good / name).read_bytes())
         hows: dict[str, list[Callable[[Path, Random], str]]] = {
-            OWN: [damage_file, damage_file, _odd_header, _claimed_sizes],
-            FOREIGN: [damage_file, _odd_header, _claimed_sizes],
-            ZIP: [damage_file, _hostile_zip, _hostile_zip, _huge_views, _deflated],
-            OLD: [damage_file, _hostile_old],
+            OWN: [_as_it_is, damage_file, damage_file, _odd_header, _claimed_sizes],
+            FOREIGN: [_as_it_is, damage_file, _odd_header, _claimed_sizes],
+            ZIP: [_as_it_is, damage_file, _hostile_zip, _hostile_zip, _huge_views, _deflated],
+            OLD: [_as_it_is, damage_file, _hostile_old],
         }
         what = f"{name} {random.choice(hows[name])(path, random)}"
         loaded = attempt(tally, what, lambda: load_checkpoint(path))
         if loaded is None:
+            if what.endswith(AS_IT_IS):
+                tally.failures.append(f"{what}: refused")
             return tally
         if name == OWN:
             same = loaded.state.keys() == self.state.keys() and all(
@@ -76,6 +80,10 @@ class Checkpoints(Kind):
             finite = all(bool(torch.isfinite(value).all()) for value in loaded.state.values())
             tally.check(finite, f"{what}: accepted with tensors that are not finite")
         return tally
+
+
+def _as_it_is(_path: Path, _random: Random) -> str:
+    return AS_IT_IS
 
 
 def _header_of(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -91,7 +91,7 @@ def odd_value(random: Random, old: Any) -> Any:
     if isinstance(old, bool):
         near: list[Any] = [not old]
     elif isinstance(old, int):
-        near = [old + 1, old - 1, -old, old * 1000 + 7, float(old), old + 0.5]
+        near = [old + 1, old - 1, -old, old * 1000 + 7, *((float(old), old + 0.5) if abs(old) < HUGE else ())]
     elif isinstance(old, float):
         near = [old * 1.05, -old, old + 1e-6, old * 1e300, round(old) if isfinite(old) else 0]
     elif isinstance(old, str):
