@@ -64,7 +64,7 @@ test-long: $(STAMP)
 MINUTES ?= 20
 SEED ?= 1
 campaign: $(STAMP)
-	@PYTHONPATH=tests $(BIN)/python -m campaign $(if $(REPLAY),--replay $(REPLAY),--minutes $(MINUTES) --seed $(SEED) \
+	@PYTHONPATH=tests:tests/unit $(BIN)/python -m campaign $(if $(REPLAY),--replay $(REPLAY),--minutes $(MINUTES) --seed $(SEED) \
 	  --json $(or $(JSON),campaign.json))
 
 # With GPU_PYTHON=python3 the tests run in that Python as it is: where torch for CUDA is installed already. Its packages

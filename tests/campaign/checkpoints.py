@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
+from foreign_networks import PublicResNet, lived_in
 from tiny import tiny_checkpoint_file
 
 from bdexport.checkpoint import load_checkpoint
@@ -46,7 +47,7 @@ class Checkpoints(Kind):
         with once(folder / "good") as making:
             if making is not None:
                 tiny_checkpoint_file(making / OWN, model_of(0))
-                state = model_of(0).network.state_dict()
+                state = public_state()
                 torch.save(state, making / ZIP)
                 torch.save({"state_dict": state, "epoch": 3}, making / OLD, _use_new_zipfile_serialization=False)
                 safetensors.torch.save_file({name: value.clone() for name, value in state.items()}, making / FOREIGN)
@@ -80,6 +81,12 @@ class Checkpoints(Kind):
             finite = all(bool(torch.isfinite(value).all()) for value in loaded.state.values())
             tally.check(finite, f"{what}: accepted with tensors that are not finite")
         return tally
+
+
+def public_state() -> dict[str, torch.Tensor]:
+    """The tensors of a public CIFAR ResNet with three blocks."""
+    torch.manual_seed(0)
+    return dict(lived_in(PublicResNet((1, 1, 1), (16, 32, 64), 10)).state_dict())
 
 
 def _as_it_is(_path: Path, _random: Random) -> str:
@@ -150,7 +157,7 @@ def _hostile_zip(path: Path, random: Random) -> str:
 def _huge_views(path: Path, random: Random) -> str:
     """Tensors that are views of a few bytes and claim gigabytes."""
     rows = random.choice((10**6, 10**8, 10**10))
-    state = OrderedDict(model_of(0).network.state_dict())
+    state = OrderedDict(public_state())
     name = random.choice([name for name in state if state[name].dim() > 0])
     how = random.randrange(3)
     if how == 0:

@@ -33,7 +33,7 @@ def drawn(number: int, seed: int = 0) -> str:
 @pytest.fixture(autouse=True)
 def found_by_workers(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
     """Workers import the campaign as this process does."""
-    monkeypatch.setenv("PYTHONPATH", f"{repository / 'tests'}:{repository}")
+    monkeypatch.setenv("PYTHONPATH", f"{repository / 'tests'}:{repository / 'tests' / 'unit'}:{repository}")
 
 
 def test_every_way_to_fail_is_noticed(tmp_path: Path) -> None:
