@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache
 from bdexport.errors import OutputError, UsageError
 from bdexport.export import Progress, Specs, export_parts
-from bdexport.files import default_cache_folder, making_folder, sha256_file, shown
+from bdexport.files import check_new_folder, default_cache_folder, making_folder, scratch_folder, sha256_file, shown
 from bdexport.fixed_mask import KEY, chosen_mask, model_with_mask, with_mask
 from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
@@ -112,6 +111,8 @@ def build_bundle(
     backend = checked_backend(config)
     signing = None if sign is None else SigningKey(sign)
     path = Path(checkpoint_path)
+    if out is not None:
+        check_new_folder(Path(out), overwrite)
     if progress is not None:
         progress("load", 0, 1)
     checkpoint = named_by(load_checkpoint(path, **loading or {}), counted or judged)
@@ -123,6 +124,9 @@ def build_bundle(
     else:
         check_static(config.fused)
         model, checkpoint = model_with_mask(checkpoint, fixed), with_mask(checkpoint, fixed)
+    place = default_bundle_path(path)
+    place = Path(out) if out is not None else place if mask is None else place.with_name(f"{place.name}-{mask}")
+    check_new_folder(place, overwrite)
     checked = None if check_against is None else compare_logits(model, checkpoint, Path(check_against))
     if progress is not None:
         progress("load", 1, 1)
@@ -131,11 +135,10 @@ def build_bundle(
         counted_blocks = (checkpoint.training.get(STATISTICS) or {}).get("blocks_used") or {}
         table = count_flops(model, checkpoint.preprocess.size)
         note(share_text(table, counted_blocks.get("mean")))
-    place = default_bundle_path(path)
     built = bundle_from_model(
         model,
         checkpoint,
-        Path(out) if out is not None else place if mask is None else place.with_name(f"{place.name}-{mask}"),
+        place,
         backend,
         config=config,
         checkpoint_sha256=sha256_file(checkpoint_file(path)),
@@ -182,12 +185,12 @@ def bundle_from_model(
     """:func:`build_bundle` for a model in memory and any backend object; ``checkpoint.state`` is not read."""
     report: Progress = progress or (lambda _what, _done, _total: None)
     options = backend.resolved(_build_options(config))
-    with making_folder(out, overwrite) as staging, tempfile.TemporaryDirectory() as typed_folder:
+    with making_folder(out, overwrite) as staging, scratch_folder(staging / "typed") as typed_folder:
         specs = part_specs(model, checkpoint.preprocess)
         graphs = export_parts(model, checkpoint.preprocess, staging / GRAPHS, specs=specs, progress=report)
         scales = _scales(graphs, model, checkpoint, config, calibration, report)
         rebuilds = isinstance(backend, RebuildingBackend)
-        typed_place = staging / SOURCES if rebuilds else Path(typed_folder)
+        typed_place = staging / SOURCES if rebuilds else typed_folder
         typed = typed_graphs(graphs, config.precision, backend.name, typed_place, scales)
         engines, outcomes, notes = build_engines(
             typed, staging / ENGINES, backend, options, config.jobs, model, cache, report

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from bdexport.calibration_list import CalibrationList, list_images, make_list, r
 from bdexport.config import CalibrationConfig
 from bdexport.dataset import needs_folder
 from bdexport.errors import CalibrationError, UsageError
-from bdexport.files import read_bytes, sha256_file, write_text
+from bdexport.files import read_bytes, scratch_folder, sha256_file, write_text
 from bdexport.json_text import MalformedError, parse_json, why
 from bdexport.limits import MAX_RESULT_BYTES
 from bdexport.models.pair import BlockDropNet
@@ -172,7 +171,7 @@ def calibrated(
         if multiplies and not len(rows):
             notes.append(f"calibration: none of the {len(x)} images runs {part}; its scales are from all of them")
             rows = np.arange(len(x))
-        ranges[part] = part_ranges(part, graph, x, rows, config.batch) if multiplies else {}
+        ranges[part] = part_ranges(part, graph, x, rows, config.batch, graphs[part]) if multiplies else {}
     if progress is not None:
         progress("calibrate", len(graphs), len(graphs))
     return Scales(ranges, seen, tuple(notes))
@@ -212,9 +211,12 @@ def _run(model: BlockDropNet, part: str, x: Array, rows: NDArray[np.intp], batch
 
 
 def part_ranges(
-    part: str, graph: onnx.ModelProto, x: Array, rows: NDArray[np.intp], batch: int
+    part: str, graph: onnx.ModelProto, x: Array, rows: NDArray[np.intp], batch: int, beside: Path
 ) -> dict[str, tuple[float, float]]:
-    """Lowest and highest value of every input and output of a layer that is quantised, on the given rows of ``x``."""
+    """Lowest and highest value of every input and output of a layer that is quantised, on the given rows of ``x``.
+
+    Scratch stands beside ``beside`` meanwhile.
+    """
     import_onnxruntime()
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
@@ -226,7 +228,7 @@ def part_ranges(
             piece = next(self._pieces, None)
             return None if piece is None else {graph.graph.input[0].name: piece}
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder(beside) as folder:
         source = Path(folder, f"{part}.onnx")
         onnx.save_model(graph, source)
         calibrator = create_calibrator(

@@ -1,7 +1,8 @@
 """Files that are either whole or not there: atomic writes, folders that appear at once, hashes.
 
-What is being written has a hidden sibling's name, ``.NAME.HOST-PID.XXXX.partial``, which says whose it is: a process
-that was killed leaves it, and the next one that writes into that folder removes it (:func:`remove_stale`).
+What is being written has a hidden sibling's name, ``.NAME.HOST-PID-START.XXXX.partial``, which says whose it is: a
+process that was killed leaves it, and the next one that writes into that folder removes it (:func:`remove_stale`).
+Scratch that is needed on the way is named in the same manner (:func:`scratch_folder`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ MOST_SHOWN = 1000  # characters of a path in a message
 _HERE, _EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 SHOWN_NAME = 40  # characters of the whole's name in a partial's: names have limits
-_OWNED = re.compile(r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(\.[a-z0-9_]+)?(\.partial|\.old)")
+_OWNED = re.compile(
+    r"\..+\.(?P<host>[0-9a-f]{10})-(?P<pid>\d{1,10})(-(?P<start>\d{1,20}))?(\.[a-z0-9_]+)?(\.partial|\.old)"
+)
 
 
 def default_cache_folder() -> Path:
@@ -116,13 +119,71 @@ def check_writable(path: Path) -> None:
     with _reported(usable_path(path)):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-        if not path.exists() or path.is_file():
-            # Asked of the file system: permissions, read-only mounts and file systems of the kernel's own all count.
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+        _try_beside(path)
+
+
+def check_new_folder(path: Path, overwrite: bool = False) -> None:
+    """Raise :class:`OutputError` where :func:`making_folder` could not make ``path``; for use before long work.
+
+    Leaves nothing, as :func:`check_writable`.
+    """
+    path = usable_path(path).absolute()
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError(f"{path}: exists and is not a folder", remedy="choose another name")
+    with _reported(path):
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise OutputError(
+                f"{path}: exists already", remedy="choose another name, or pass --overwrite to replace it"
+            )
+        _try_beside(path)
+
+
+def _try_beside(path: Path) -> None:
+    """Raise OSError where nothing could be written beside ``path``, which may be in folders that are missing."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not path.exists() or not _is_special(path):
+        # Asked of the file system: permissions, read-only mounts and file systems of the kernel's own all count.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device, a pipe or a socket, which is written to and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside ``beside``, named after it, which is gone when the block ends.
+
+    A process that is killed inside leaves it, and the next one that writes beside ``beside`` removes it
+    (:func:`remove_stale`). Where the folder's name is no UTF-8, which libraries need (:func:`native_path`), it is in
+    the system's temporary folder, with a name of the same form.
+    """
+    with _partial_folder(beside if is_utf8(beside) else _without_output()) as folder:
+        yield folder
+
+
+@contextmanager
+def _partial_folder(beside: Path) -> Iterator[Path]:
+    with _reported(beside):
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(beside.parent)
+        folder = Path(tempfile.mkdtemp(prefix=f"{_owned_name(beside)}.", suffix=PARTIAL, dir=beside.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _without_output() -> Path:
+    """What stands for the output where there is none on a disk: scratch goes to the system's temporary folder.
+
+    The next process that does the same sweeps it.
+    """
+    return Path(tempfile.gettempdir(), "bdexport")
 
 
 @contextmanager
@@ -134,11 +195,11 @@ def writing(path: Path) -> Iterator[Path]:
     with _reported(usable_path(path)):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if path.exists() and not path.is_file():
-            with tempfile.TemporaryDirectory() as folder:
-                yield Path(folder) / "whole"
+        if _is_special(path):
+            with scratch_folder(_without_output()) as folder:
+                yield folder / "whole"
                 with open(path, "wb") as special:
-                    special.write((Path(folder) / "whole").read_bytes())
+                    special.write((folder / "whole").read_bytes())
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent)
@@ -163,25 +224,17 @@ def making_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = usable_path(path).absolute()
     remove_stale(path.parent)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise OutputError(f"{path}: exists and is not a folder", remedy="choose another name")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise OutputError(f"{path}: exists already", remedy="choose another name, or pass --overwrite to replace it")
-    with _reported(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f"{_owned_name(path)}.", suffix=PARTIAL, dir=path.parent))
-        try:
-            yield staging
-            os.chmod(staging, 0o777 & ~_umask())
-            for file in sorted(staging.rglob("*")):
-                if file.is_file():
-                    _sync(file)
-            if overwrite:
-                _swap(staging, path)
-            else:
-                _claim(staging, path)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    check_new_folder(path, overwrite)
+    with _reported(path), _partial_folder(path) as staging:
+        yield staging
+        os.chmod(staging, 0o777 & ~_umask())
+        for file in sorted(staging.rglob("*")):
+            if file.is_file():
+                _sync(file)
+        if overwrite:
+            _swap(staging, path)
+        else:
+            _claim(staging, path)
 
 
 @contextmanager
@@ -232,7 +285,7 @@ def _swap(staging: Path, path: Path) -> None:
         return
     if _exchange(staging, path):
         return
-    old = path.with_name(f".{path.name}.{_host()}-{os.getpid()}{OLD}")  # the whole name: a kill may leave it alone
+    old = path.with_name(f".{path.name}.{_owner()}{OLD}")  # the whole name: a kill may leave it alone
     try:
         os.rename(path, old)
         os.rename(staging, path)
@@ -270,7 +323,7 @@ def remove_stale(folder: Path) -> None:
     with suppress(OSError):
         for name in os.listdir(folder):
             owner = _OWNED.fullmatch(name)
-            if owner is not None and owner["host"] == _host() and _is_dead(int(owner["pid"])):
+            if owner is not None and owner["host"] == _host() and _is_dead(int(owner["pid"]), owner["start"]):
                 _remove(folder / name)
 
 
@@ -285,7 +338,25 @@ def _remove(leftover: Path) -> None:
 
 
 def _owned_name(path: Path) -> str:
-    return f".{path.name[:SHOWN_NAME]}.{_host()}-{os.getpid()}"
+    return f".{path.name[:SHOWN_NAME]}.{_owner()}"
+
+
+def _owner() -> str:
+    """The process as names of partials have it: the machine, its number and, where that is known, its start."""
+    start = _start(os.getpid())
+    return f"{_host()}-{os.getpid()}" + ("" if start is None else f"-{start}")
+
+
+def _start(pid: int) -> str | None:
+    """When a process began, in clock ticks since the machine did; None where the system does not say.
+
+    Numbers of processes are given again, soon so in containers; a number together with its start is not.
+    """
+    try:
+        # Field 22 of proc(5); the second one, the program's name in parentheses, may have spaces and parentheses.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+    except (OSError, IndexError):
+        return None
 
 
 @cache
@@ -299,8 +370,8 @@ def _host() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:10]
 
 
-def _is_dead(pid: int) -> bool:
-    """Whether no process has this number; in doubt, one has."""
+def _is_dead(pid: int, start: str | None) -> bool:
+    """Whether no process has this number, or one that began at another time than ``start``; in doubt, it lives."""
     if os.name != "posix":  # where asking is killing
         return False
     try:
@@ -308,8 +379,8 @@ def _is_dead(pid: int) -> bool:
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):  # somebody else's, for one
-        return False
-    return False
+        pass
+    return start is not None and _start(pid) not in (start, None)
 
 
 def usable_path(path: str | Path) -> Path:
@@ -406,7 +477,7 @@ def native_path(path: Path) -> Iterator[str]:
     if is_utf8(path):
         yield str(path)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder(_without_output()) as folder:
         link = Path(folder, f"linked{path.suffix}" if is_utf8(Path(path.suffix)) else "linked")
         link.symlink_to(path.absolute())
         yield str(link)

@@ -70,23 +70,22 @@ def typed_graphs(
         return dict(graphs)
     typed: dict[str, Path] = {}
     for part, graph in graphs.items():
-        model = onnx.load(graph)
+        model, typed[part] = onnx.load(graph), folder / f"{part}.onnx"
         if precision in CALIBRATED:
             assert scales is not None
-            model = _calibrated(part, model, precision, backend, scales.ranges.get(part))
+            model = _calibrated(part, model, precision, backend, scales.ranges.get(part), typed[part])
         else:
             model = half_graph(part, model, precision)
-        typed[part] = folder / f"{part}.onnx"
         write_bytes(typed[part], model.SerializeToString(deterministic=True))
     return typed
 
 
 def _calibrated(
-    part: str, model: onnx.ModelProto, precision: str, backend: str, ranges: Mapping[str, Any] | None
+    part: str, model: onnx.ModelProto, precision: str, backend: str, ranges: Mapping[str, Any] | None, beside: Path
 ) -> onnx.ModelProto:
     if precision == FP8:
-        return fp8_graph(part, model, ranges)
-    return int8_graph(part, model, ranges, kernels=backend in INTEGER_KERNELS)
+        return fp8_graph(part, model, ranges, beside)
+    return int8_graph(part, model, ranges, beside, kernels=backend in INTEGER_KERNELS)
 
 
 # ---- floating point ---------------------------------------------------------------------------------------------

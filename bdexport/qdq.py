@@ -11,7 +11,6 @@ stand.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from onnx import numpy_helper
 from bdexport.backends.onnxruntime_common import import_onnxruntime
 from bdexport.calibrate import QUANTISED, QUANTISER_MARK, write_ranges
 from bdexport.errors import BuildError
+from bdexport.files import scratch_folder
 
 FP8_OPERATORS = ("Conv",)  # linear layers take no time, and round a mask's logits to 4 significant bits
 FP8_OPSET, FP8_IR_VERSION = 19, 9  # the first in which Q/DQ nodes are defined for FP8
@@ -42,6 +42,7 @@ def int8_graph(
     part: str,
     model: onnx.ModelProto,
     ranges: Mapping[str, Any] | None,
+    beside: Path,
     kernels: bool = False,
     operators: tuple[str, ...] = QUANTISED,
 ) -> onnx.ModelProto:
@@ -50,8 +51,8 @@ def int8_graph(
     ``ranges`` are what :func:`bdexport.calibrate.calibrated` has for the part. Zero points are 0, weights carry a Q/DQ
     pair and biases stay float32: the form that TensorRT takes. ``kernels``: the form of :data:`INTEGER_KERNELS`: uint8
     activations with a zero point, outputs quantised too, after their ReLU where nothing else reads them. A part without
-    a layer that multiplies comes back as it is. Raises :class:`BuildError` naming part, node and operator that cannot
-    be quantised.
+    a layer that multiplies comes back as it is. Scratch stands beside ``beside`` meanwhile. Raises :class:`BuildError`
+    naming part, node and operator that cannot be quantised.
     """
     layers = _layers(part, model, operators)
     if not layers:
@@ -72,9 +73,9 @@ def int8_graph(
     }
     if not kernels:
         options["OpTypesToExcludeOutputQuantization"] = list(operators)
-    source = marked(model)
-    with tempfile.TemporaryDirectory() as folder:
-        target, cache = Path(folder, f"{part}.onnx"), Path(folder, "ranges.json")
+    with scratch_folder(beside) as folder:
+        source, target, cache = folder / f"{part}.onnx", folder / "quantised.onnx", folder / "ranges.json"
+        onnx.save_model(marked(model), source)  # a model in memory would be written to the system's temporary folder
         write_ranges(cache, ranges)
         quantize_static(
             source,
@@ -96,12 +97,12 @@ def int8_graph(
     return quantised
 
 
-def fp8_graph(part: str, model: onnx.ModelProto, ranges: Mapping[str, Any] | None) -> onnx.ModelProto:
+def fp8_graph(part: str, model: onnx.ModelProto, ranges: Mapping[str, Any] | None, beside: Path) -> onnx.ModelProto:
     """The graph as :func:`int8_graph` has it, with E4M3 in place of int8: weights and inputs of convolutions.
 
     Raises as :func:`int8_graph`.
     """
-    quantised = int8_graph(part, model, ranges, operators=FP8_OPERATORS)
+    quantised = int8_graph(part, model, ranges, beside, operators=FP8_OPERATORS)
     if quantised is model:  # nothing to quantise
         return model
     converted = onnx.version_converter.convert_version(quantised, FP8_OPSET)

@@ -12,7 +12,6 @@ other. A part that ONNX Runtime does not block inside is wrapped in conversions.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +54,7 @@ def build_engine(part: str, graph: Path, engine: Path, block: int) -> None:
             # Among integer kernels, which have no blocked layout, a float convolution costs two conversions of layout.
             conv_from_pad(model)
         cut_in, cut_out = _blocked_ends(part, model, block)
-        built = _cut(model, part, cut_in, cut_out) if cut_in or cut_out else _optimised(model, part)
+        built = _cut(model, part, cut_in, cut_out, engine) if cut_in or cut_out else _optimised(model, part, engine)
         _name_ends(built, part)
     except (OSError, ValueError, *failures()) as error:  # type: ignore[misc]
         reason = " ".join(str(error).split())
@@ -89,11 +88,14 @@ def _blocked_ends(part: str, model: Model, block: int) -> tuple[bool, bool]:
     return cut_in, cut_out
 
 
-def _optimised(model: Model, part: str) -> Model:
-    """The model as ONNX Runtime would run it, its CPU-specific optimisations included."""
-    with tempfile.TemporaryDirectory() as folder:
+def _optimised(model: Model, part: str, beside: Path) -> Model:
+    """The model as ONNX Runtime would run it, its CPU-specific optimisations included.
+
+    Scratch stands beside ``beside`` meanwhile.
+    """
+    with files.scratch_folder(beside) as folder:
         options = session_options(threads=1, optimise=True)
-        options.optimized_model_filepath = str(Path(folder) / f"{part}.onnx")
+        options.optimized_model_filepath = str(folder / f"{part}.onnx")
         import_onnxruntime().InferenceSession(model.to_bytes(), options, providers=["CPUExecutionProvider"])
         return Model(Path(options.optimized_model_filepath).read_bytes())
 
@@ -101,11 +103,11 @@ def _optimised(model: Model, part: str) -> Model:
 # ---- boundaries in the blocked layout -----------------------------------------------------------------------------
 
 
-def _cut(model: Model, part: str, cut_in: bool, cut_out: bool) -> Model:
+def _cut(model: Model, part: str, cut_in: bool, cut_out: bool, beside: Path) -> Model:
     try:
-        return _without_guards(_optimised(_guarded(model, cut_in, cut_out), part), cut_in, cut_out)
+        return _without_guards(_optimised(_guarded(model, cut_in, cut_out), part, beside), cut_in, cut_out)
     except NotBlockedError:
-        return _wrapped(_optimised(model, part), cut_in, cut_out)
+        return _wrapped(_optimised(model, part, beside), cut_in, cut_out)
 
 
 def _guarded(model: Model, cut_in: bool, cut_out: bool) -> Model:

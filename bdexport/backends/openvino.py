@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +31,7 @@ from bdexport.backends.openvino_common import (
 from bdexport.backends.openvino_engine import WEIGHTS, XML, requirements_here, write_engine
 from bdexport.backends.openvino_session import OpenVinoSession
 from bdexport.errors import BackendError, BuildError
+from bdexport.files import scratch_folder
 from bdexport.packages import install_line
 from bdexport.parts import FULL
 
@@ -103,8 +103,8 @@ class OpenVinoBackend(BuildsWhereItRuns):
         model = core().read_model(source.to_bytes())
         for number, operation in enumerate(model.get_ordered_ops()):  # names count on through a process otherwise
             operation.set_friendly_name(f"{operation.get_type_name()}_{number}")
-        with tempfile.TemporaryDirectory() as folder:
-            xml, weights = Path(folder, XML), Path(folder, WEIGHTS)
+        with scratch_folder(engine) as folder:
+            xml, weights = folder / XML, folder / WEIGHTS
             import_openvino().serialize(model, str(xml), str(weights))
             members = {XML: xml.read_bytes(), WEIGHTS: weights.read_bytes()}
         write_engine(part, engine, model, precision, members)

@@ -152,6 +152,7 @@ def build(
     from bdexport.backends.base import fuses_paths
     from bdexport.build import build_bundle, checked_backend
     from bdexport.calibrate import CalibrationRequest
+    from bdexport.files import check_new_folder
 
     tensorrt = TensorRTConfig(
         min_batch=min_batch,
@@ -173,6 +174,8 @@ def build(
     )
     config = BuildConfig(backend, precision, max_batch, jobs, fused=settings, tensorrt=tensorrt)
     fuses = fuses_paths(checked_backend(config))  # before a data set is read
+    if out is not None:
+        check_new_folder(out, overwrite)
     if mask is not None:
         refuse(context, ("mask_images", "quantise_masks"), "with --mask, which every image runs")
     _refuse_without_effect(context, dataset, calibration, scaled=precision in CALIBRATED, fuses=fuses)

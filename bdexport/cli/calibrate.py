@@ -79,6 +79,7 @@ def calibrate(
     if list_file is not None:
         why, remedy = "with --list, which names its data set and images", "leave it out, or --list to draw new images"
         refuse(context, ("dataset", "out", "images", "split"), why, remedy)
+    check_writable(folder / "scales")
     if list_file is None:
         check_writable(out or folder / f"{dataset}.json")
     # Before the parts are exported.
@@ -102,16 +103,15 @@ def calibrate(
 
 
 def _gather(checkpoint: Checkpoint, request: Any) -> tuple[Scales, CalibrationList | None]:
-    import tempfile
-
     from bdexport.calibrate import scales_for
     from bdexport.checkpoint import build_model
     from bdexport.export import export_parts
+    from bdexport.files import scratch_folder
 
     model = build_model(checkpoint)
-    with progress() as bar, tempfile.TemporaryDirectory() as folder:
+    with progress() as bar, scratch_folder(Path(request.config.folder, "parts")) as folder:
         report = stages_of(bar)
-        graphs = export_parts(model, checkpoint.preprocess, Path(folder), progress=report)
+        graphs = export_parts(model, checkpoint.preprocess, folder, progress=report)
         names = checkpoint.class_names
         return scales_for(model, graphs, checkpoint.preprocess, request, class_names=names, progress=report)
 

@@ -48,7 +48,9 @@ def export(
 ) -> None:
     """Write every part as an ONNX graph of its own: batch norm folded, batch size free, weights inside."""
     from bdexport.checkpoint import load_checkpoint, loading_record
+    from bdexport.files import check_new_folder
 
+    check_new_folder(out, overwrite)  # before minutes of exporting, not after
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     found = load_checkpoint(checkpoint, **loading.arguments())
     say_assumed(found, checkpoint)

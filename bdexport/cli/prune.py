@@ -50,11 +50,12 @@ def prune(
 ) -> None:
     """Remove the filters of smallest L1 norm inside each block (PFEC); a policy stays. Finetune the result."""
     from bdexport.checkpoint import check_suffix, load_checkpoint, loading_record, save_checkpoint
-    from bdexport.files import refuse_existing
+    from bdexport.files import check_writable, refuse_existing
     from bdexport.prune import prune_checkpoint
 
     refuse_existing(out, overwrite)
     check_suffix(out)
+    check_writable(out)
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     before = load_checkpoint(checkpoint, **loading.arguments())
     say_assumed(before, checkpoint)

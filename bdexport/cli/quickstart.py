@@ -50,8 +50,11 @@ def quickstart(
 
     Every step is shown as the command that it is. A quickstart that was cut off goes on where it was.
     """
+    from bdexport.files import check_writable
+
     began = time.perf_counter()
     plan = training_plan(out, preset, threads) if model is None else zoo_plan(model, out, preset, threads)
+    check_writable(plan.out / RESULT)
     if plan.model is not None:
         write_images(plan)
     for line in plan.lines:

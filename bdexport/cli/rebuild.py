@@ -30,11 +30,12 @@ def rebuild(
     The checkpoint, torch and onnx are not needed. The new engines are verified against the graphs.
     """
     from bdexport.bundle import open_bundle
-    from bdexport.files import refuse_existing
+    from bdexport.files import check_new_folder, refuse_existing
     from bdexport.rebuild import rebuild_bundle
 
     if out is not None:
         refuse_existing(out, overwrite=False)
+        check_new_folder(out)
     with progress() as bar:
         made = rebuild_bundle(open_bundle(bundle, verify_key), out, progress=stages_of(bar))
     for note in made.notes:

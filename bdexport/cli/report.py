@@ -66,8 +66,7 @@ def report(
     """
     from dataclasses import replace
 
-    from bdexport.errors import OutputError
-    from bdexport.files import usable_path
+    from bdexport.files import check_new_folder, usable_path
     from bdexport.report.collect import collect
     from bdexport.report.sources import read_sources
     from bdexport.report.write import write_report
@@ -76,8 +75,7 @@ def report(
     if dataset is None:
         needing = ("data", "split", "images", "batch", "max_pixels")
         refuse(context, needing, "without a data set to measure on", "pass --dataset too, or leave it out")
-    if usable_path(out).is_dir() and any(out.iterdir()) and not overwrite:  # before minutes of measuring, not after
-        raise OutputError(f"{out}: exists already", remedy="choose another name, or pass --overwrite to replace it")
+    check_new_folder(out, overwrite)  # before minutes of measuring, not after
     config = replace(DEFAULT, split=split, batch=batch)
     found = read_sources([usable_path(path) for path in sources])
     loading = Loading(None, shortcut, dropped_transition, mean, std, size, resize_short, class_names)

@@ -122,8 +122,8 @@ def train(
     none about the network that is trained. A foreign --teacher is read with them, too, and always with the base's
     preprocessing; a teacher in bdexport's own form says everything itself.
     """
-    from bdexport.checkpoint.reading import checkpoint_file
-    from bdexport.files import sha256_file, utf8_name
+    from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
+    from bdexport.files import check_writable, sha256_file, utf8_name
     from bdexport.train.distributed import joined
     from bdexport.train.request import goes_on
     from bdexport.train.unused import check_used
@@ -156,6 +156,7 @@ def train(
     loading = Loading(arch, shortcut, dropped_transition, mean, std, size, resize_short, class_names)
     if base is None:
         refuse(context, ("class_names",), "without --base: a new network has the data set's")
+    check_writable(out / RUN_FILE)  # before data sets are read, not after
     with joined(device) as world:
         found, num_blocks = _base(base, loading)
         config = resolved_config(preset, num_blocks, settings, set_ or [])

@@ -109,7 +109,8 @@ class Kills(Kind):
         """After the command has ended by itself nothing may be left of the one that was killed."""
         left = sorted(path.name for path in scratch.iterdir() if path.name not in wanted)
         left += sorted(path.name for path in scratch.rglob("*.partial"))
-        left += sorted(path.name for path in Path(os.environ["TMPDIR"]).glob("tmp*"))
+        temporary = Path(os.environ["TMPDIR"])
+        left += sorted(path.name for named in ("tmp*", "ort.*", ".*.partial") for path in temporary.glob(named))
         tally.check(not left, f"left behind after a kill: {', '.join(left[:3])}")
 
     def _build(self, out: Path, precision: str, scratch: Path) -> None:

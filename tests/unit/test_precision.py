@@ -87,8 +87,8 @@ def test_int8_is_per_channel_and_near(graphs: dict[str, Path], kernels: bool) ->
     """Oracle: ONNX's reference evaluator; the form TensorRT asks for (int8, zero points 0, one scale per channel)."""
     graph = onnx.load(graphs[BLOCK])
     x = inputs(graph, 16)
-    ranges = part_ranges(BLOCK, graph, x, np.arange(16), 8)
-    quantised = int8_graph(BLOCK, graph, ranges, kernels=kernels)
+    ranges = part_ranges(BLOCK, graph, x, np.arange(16), 8, graphs[BLOCK])
+    quantised = int8_graph(BLOCK, graph, ranges, graphs[BLOCK], kernels=kernels)
     expected, got = run(graph, x), run(quantised, x)
     gap = np.abs(got - expected)
     assert gap.mean() <= 0.05 * np.abs(expected).mean(), f"largest {gap.max():.1e}, mean {gap.mean():.1e}"
@@ -111,8 +111,8 @@ def test_fp8_is_rounding_to_e4m3(graphs: dict[str, Path]) -> None:
     """
     graph = onnx.load(graphs[BLOCK])
     x = inputs(graph, 16)
-    ranges = part_ranges(BLOCK, graph, x, np.arange(16), 8)
-    quantised = fp8_graph(BLOCK, graph, ranges)
+    ranges = part_ranges(BLOCK, graph, x, np.arange(16), 8, graphs[BLOCK])
+    quantised = fp8_graph(BLOCK, graph, ranges, graphs[BLOCK])
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
     nodes = {node.output[0]: node for node in quantised.graph.node}
     rounded = {name: node for name, node in nodes.items() if node.op_type == "DequantizeLinear"}
@@ -133,29 +133,31 @@ def test_fp8_is_rounding_to_e4m3(graphs: dict[str, Path]) -> None:
             assert np.abs(values / scale).max() == pytest.approx(448, rel=1e-5)
     gap, reference = np.abs(y - run(graph, x)), run(graph, x)
     assert 0 < gap.mean() <= 0.1 * np.abs(reference).mean(), f"largest {gap.max():.1e}, mean {gap.mean():.1e}"
-    assert fp8_graph("head", onnx.load(graphs["head"]), None) == onnx.load(graphs["head"])  # a linear layer alone
+    assert fp8_graph("head", onnx.load(graphs["head"]), None, graphs["head"]) == onnx.load(
+        graphs["head"]
+    )  # a linear layer alone
 
 
 def test_a_part_that_does_not_multiply_stays_as_it_is(graphs: dict[str, Path]) -> None:
     graph = onnx.load(graphs["shortcut_01"])
-    assert int8_graph("shortcut_01", graph, None) == graph
+    assert int8_graph("shortcut_01", graph, None, graphs["shortcut_01"]) == graph
 
 
-def test_what_cannot_be_quantised_is_named() -> None:
+def test_what_cannot_be_quantised_is_named(tmp_path: Path) -> None:
     """Oracle: the contract: part, node, operator."""
     value = helper.make_tensor_value_info
     ends = [value("x", TensorProto.FLOAT, ["N", 4, 8, 8])], [value("y", TensorProto.FLOAT, None)]
     odd = helper.make_node("Softplus", ["x"], ["y"], name="odd")
     with pytest.raises(BuildError, match=r"block_00: node odd \(Softplus\) cannot be quantised, expected one of Conv"):
-        int8_graph("block_00", helper.make_model(helper.make_graph([odd], "g", *ends)), {})
+        int8_graph("block_00", helper.make_model(helper.make_graph([odd], "g", *ends)), {}, tmp_path / "graph")
     conv = helper.make_node("Conv", ["x", "x"], ["y"], name="dynamic")
     with pytest.raises(BuildError, match=r"node dynamic \(Conv\) cannot be quantised: got weights x that are computed"):
-        int8_graph("block_00", helper.make_model(helper.make_graph([conv], "g", *ends)), {})
+        int8_graph("block_00", helper.make_model(helper.make_graph([conv], "g", *ends)), {}, tmp_path / "graph")
 
 
 def test_a_range_that_is_missing_is_named(graphs: dict[str, Path]) -> None:
     with pytest.raises(BuildError, match=f"{BLOCK}: no calibrated range: got x"):
-        int8_graph(BLOCK, onnx.load(graphs[BLOCK]), {})
+        int8_graph(BLOCK, onnx.load(graphs[BLOCK]), {}, graphs[BLOCK])
 
 
 def test_fp32_and_hints_take_the_graphs_as_exported(graphs: dict[str, Path], tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_onnxruntime_has_no_fp16_kernels_of_its_own(graphs: dict[str, Path]) -> 
     from bdexport.backends.onnxruntime_build import _optimised
 
     half = Model(half_graph(BLOCK, onnx.load(graphs[BLOCK]), "fp16").SerializeToString())
-    built = onnx.shape_inference.infer_shapes(onnx.load_from_string(_optimised(half, BLOCK).to_bytes()))
+    built = onnx.shape_inference.infer_shapes(onnx.load_from_string(_optimised(half, BLOCK, graphs[BLOCK]).to_bytes()))
     weights = {tensor.name: tensor.data_type for tensor in built.graph.initializer}
     convolutions = [node for node in built.graph.node if node.op_type in ("Conv", "FusedConv")]
     assert {weights[node.input[1]] for node in convolutions} == {TensorProto.FLOAT}
