@@ -20,7 +20,7 @@ from bdexport.cli.loading import (
     Std,
     say_assumed,
 )
-from bdexport.cli.options import MaxPixels, refuse, writable
+from bdexport.cli.options import MaxPixels, check_json_target, refuse, writable
 from bdexport.cli.stages import stages_of
 from bdexport.config import CalibrationConfig
 
@@ -81,7 +81,7 @@ def calibrate(
         refuse(context, ("dataset", "out", "images", "split"), why, remedy)
     check_writable(folder / "scales")
     if list_file is None:
-        check_writable(out or folder / f"{dataset}.json")
+        check_json_target(out or folder / f"{dataset}.json", "--out")
     # Before the parts are exported.
     check_folder(read_list(list_file).dataset if list_file is not None else str(dataset), data)
     config = CalibrationConfig(images, split, DEFAULTS.batch, str(folder))

@@ -48,13 +48,17 @@ def writable(target: str | None) -> str | None:
     if target == STDOUT and is_discarded(sys.stdout):
         raise OutputError("--json -: stdout is closed", remedy="name a file, as in --json result.json")
     if target is not None and target != STDOUT:
-        from bdexport.files import check_writable
-
-        path = Path(target)
-        check_writable(path)
-        if path.is_file() and not _may_be_json(path):
-            raise OutputError(f"{target}: the file is there and holds no JSON", remedy="choose another name for --json")
+        check_json_target(Path(target), "--json")
     return target
+
+
+def check_json_target(path: Path, option: str) -> None:
+    """Raise OutputError where JSON cannot be written to ``path``, or would replace a file that is something else."""
+    from bdexport.files import check_writable
+
+    check_writable(path)
+    if path.is_file() and not _may_be_json(path):
+        raise OutputError(f"{path}: the file is there and holds no JSON", remedy=f"choose another name for {option}")
 
 
 def _may_be_json(path: Path) -> bool:

@@ -98,3 +98,15 @@ def test_an_output_is_tried_before_the_work(line: str, tmp_path: Path, capsys: p
     assert "cannot be written (Not a directory)" in told
     assert blocker.read_text() == "a file, where a folder is needed"
     assert [path.name for path in tmp_path.iterdir()] == ["blocker"]
+
+
+def test_a_list_of_images_replaces_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the file as it was, and a folder, each refused before a checkpoint that is missing is looked for."""
+    other = tmp_path / "notes.txt"
+    other.write_text("my notes")
+    line = f"calibrate {tmp_path / 'missing'} --dataset digits --folder {tmp_path / 'scales'} --out"
+    assert main([*line.split(), str(other)]) == 1
+    assert "holds no JSON; choose another name for --out" in " ".join(capsys.readouterr().err.split())
+    assert other.read_text() == "my notes"
+    assert main([*line.split(), str(tmp_path)]) == 1
+    assert "cannot be written (Is a directory)" in " ".join(capsys.readouterr().err.split())
