@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -29,6 +30,7 @@ try:
 except ImportError:  # no Unix
     fcntl = None  # type: ignore[assignment]
 
+PROCESS_STATUS = Path("/proc/self/status")  # Linux: has a line with the umask
 CACHE_VARIABLE = "BDEXPORT_CACHE"
 PARTIAL, OLD = ".partial", ".old"  # being written; replaced, until the new one has the name
 SMALL_READ = 2**20  # bytes
@@ -87,9 +89,9 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path}: exists already", remedy="choose another name, or pass --overwrite to replace it")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a part."""
-    with writing(path) as partial:
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a part; see :func:`writing`."""
+    with writing(path, private=private) as partial:
         partial.write_bytes(data)
 
 
@@ -126,10 +128,11 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a sibling of ``path`` to write to; it takes the name ``path`` when the block ends without an exception.
 
-    A device or a pipe (``/dev/stdout``) is written to, never replaced.
+    A device or a pipe (``/dev/stdout``) is written to, never replaced. ``private``: only its owner may read or write
+    the file, whatever the umask allows.
     """
     with _reported(usable_path(path)):
         if path.is_dir():
@@ -148,7 +151,8 @@ def writing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             _sync(partial)
-            os.chmod(partial, 0o666 & ~_umask())
+            if not private:
+                os.chmod(partial, 0o666 & ~_umask(partial.parent))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -172,7 +176,7 @@ def making_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f"{_owned_name(path)}.", suffix=PARTIAL, dir=path.parent))
         try:
             yield staging
-            os.chmod(staging, 0o777 & ~_umask())
+            os.chmod(staging, 0o777 & ~_umask(path.parent))
             for file in sorted(staging.rglob("*")):
                 if file.is_file():
                     _sync(file)
@@ -425,7 +429,19 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _umask(folder: Path) -> int:
+    """The process's umask, which is only read: ``os.umask`` would change it for a moment, for every thread.
+
+    Where the system does not tell it, a file that is made in ``folder`` for a moment does.
+    """
+    with suppress(OSError):
+        for line in PROCESS_STATUS.read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    probe = folder / f"{_owned_name(Path('umask'))}.{secrets.token_hex(4)}{PARTIAL}"
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777)
+    try:
+        return 0o777 & ~stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from weakref import WeakSet
 
 from bdexport.errors import UsageError
@@ -38,6 +39,26 @@ def _keep() -> None:
 
 if hasattr(os, "register_at_fork"):  # no system without fork has it
     os.register_at_fork(after_in_child=_keep)
+
+
+calls: dict[object, int] = {}  # what is inside a library's code at this moment, and the thread it is in
+_cut = False
+
+
+def _remember() -> None:
+    """Called in the child: whether another thread was inside a library, whose locks then stay locked for ever."""
+    global _cut
+    _cut = _cut or any(thread != threading.get_ident() for thread in calls.values())
+    calls.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember)
+
+
+def was_cut() -> bool:
+    """Whether this process was forked while another thread was inside a call that ``calls`` names."""
+    return _cut
 
 
 def forked_error(what: str, why: str, *, more: str = "") -> UsageError:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from threading import get_ident
 from typing import Any
 
 from bdexport.backends.first_use import once
-from bdexport.backends.forking import KeptInForks
+from bdexport.backends.forking import KeptInForks, calls
 from bdexport.errors import BackendError
 from bdexport.hardware import machine
 
@@ -86,15 +87,19 @@ def no_bf16_reason() -> str | None:
 
 
 class Reported:
-    """Maps what OpenVINO raises, which are RuntimeErrors. A class: ``@contextmanager`` costs microseconds per call."""
+    """Maps what OpenVINO raises, which are RuntimeErrors, and tells forks that a thread is inside OpenVINO.
+
+    A class: ``@contextmanager`` costs microseconds per call.
+    """
 
     def __init__(self, part: str, what: str, remedy: str | None = None) -> None:
         self._part, self._what, self._remedy = part, what, remedy
 
     def __enter__(self) -> None:
-        pass
+        calls[self] = get_ident()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        calls.pop(self, None)
         if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):
             reason = " ".join(str(error).split())[:500]
             raise BackendError(f"{self._part} [openvino]: {self._what} ({reason})", remedy=self._remedy) from error

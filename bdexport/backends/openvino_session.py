@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error
 from bdexport.backends.base import Readable
-from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks
+from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks, forked_error, was_cut
 from bdexport.backends.openvino_common import BF16, KERNELS, Reported, core, cpu_config, import_openvino
 from bdexport.backends.openvino_engine import (
     SourceModel,
@@ -119,6 +119,8 @@ class OpenVinoSession(ArrayRows, KeptInForks):
 
         The thread that calls does all the work there: OpenVINO's pool is one per process and is not made anew.
         """
+        if was_cut():
+            raise forked_error("openvino", "while another thread was running it: its locks stay locked here")
         if self.threads > 1:
             self.notes += (f"{FORKED}: 1 thread computes instead of {self.threads}; {LOAD_IN_WORKERS}",)
             self.threads = 1
