@@ -12,7 +12,8 @@ import pytest
 from tiny import tiny_checkpoint_file
 
 from bdexport import files
-from bdexport.build import BuildConfig, build_bundle
+from bdexport.build import build_bundle
+from bdexport.config import BuildConfig
 from bdexport.engine_cache import EngineCache
 from bdexport.errors import OutputError
 from bdexport.files import UntrustedError, cache_folder, check_trusted, make_cache
@@ -67,7 +68,7 @@ def test_a_named_folder_is_an_error_and_the_default_one_a_note(tmp_path: Path, m
     used, why = cache_folder()
     assert used is None
     assert "other users can write to it" in why
-    checkpoint = tiny_checkpoint_file(tmp_path / "net.pt")
+    checkpoint = tiny_checkpoint_file(tmp_path / "net.safetensors")
     built = build_bundle(checkpoint, tmp_path / "bundle", config=BuildConfig("null"))
     assert any("other users can write to it" in note and "not kept" in note for note in built.notes)
     assert not list(folder.iterdir())
