@@ -28,9 +28,9 @@ from bdexport.checkpoint.reading import RUN_FILE, checkpoint_file
 from bdexport.config import CALIBRATED, BuildConfig, VerifyConfig
 from bdexport.dataset import Dataset
 from bdexport.engine_cache import EngineCache
-from bdexport.errors import OutputError, UsageError
+from bdexport.errors import UsageError
 from bdexport.export import Progress, Specs, export_parts
-from bdexport.files import check_new_folder, default_cache_folder, making_folder, scratch_folder, sha256_file, shown
+from bdexport.files import cache_folder, check_new_folder, making_folder, scratch_folder, sha256_file, shown
 from bdexport.fixed_mask import KEY, chosen_mask, model_with_mask, with_mask
 from bdexport.fusing import Fusing, check_fusing, check_size, check_static
 from bdexport.models.flops import count_flops
@@ -158,10 +158,10 @@ def build_bundle(
 
 def _engine_cache(folder: str | Path | None) -> tuple[EngineCache | None, list[str]]:
     """The cache in ``folder`` or in the default one; None, with a note that says why, where there is no such folder."""
-    try:
-        return EngineCache(Path(folder) if folder is not None else default_cache_folder()), []
-    except OutputError as error:
-        return None, [f"engine cache: {error}; engines are not kept for a later build"]
+    place, why = cache_folder(folder)
+    if place is None:
+        return None, [f"engine cache: {why}; engines are not kept for a later build"]
+    return EngineCache(place), []
 
 
 def bundle_from_model(

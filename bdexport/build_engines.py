@@ -12,7 +12,7 @@ from bdexport.backends.base import Backend, BuildOptions
 from bdexport.engine_cache import EngineCache, engine_key, engine_recipe
 from bdexport.errors import BuildError, OutputError
 from bdexport.export import Progress
-from bdexport.files import write_bytes
+from bdexport.files import UntrustedError, write_bytes
 from bdexport.models.pair import BlockDropNet
 
 BUILT, REUSED, REBUILT = "built", "reused", "rebuilt"  # what became of an engine
@@ -94,6 +94,9 @@ def _from_cache(cache: EngineCache, key: str, engine: Path, part: str, notes: li
     except ValueError:
         notes.append(f"engine cache: the copy of {part} was damaged and has been built again")
         return REBUILT
+    except UntrustedError as error:
+        _note_once(notes, f"engine cache: {error}; the engine was built instead")
+        return BUILT
     except OSError as error:
         _note_once(notes, f"engine cache: {cache.folder} cannot be read ({error.strerror}); engines were built")
         return BUILT

@@ -7,11 +7,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from pathlib import Path
 
 from bdexport import __version__
 from bdexport.backends.base import Backend, BuildOptions
-from bdexport.files import sha256_file, write_bytes
+from bdexport.files import check_owner, make_cache, open_regular, sha256_file, write_bytes
 
 
 def engine_recipe(backend: Backend, options: BuildOptions) -> str:
@@ -44,16 +45,21 @@ class EngineCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "engines"
+        self.root, self.folder = folder, folder / "engines"
 
     def path(self, key: str) -> Path:
         """Where the engine of ``key`` is or would be."""
         return self.folder / key[:2] / key
 
     def fetch(self, key: str) -> bytes | None:
-        """The engine, or None where there is none. Raises ValueError for a damaged entry, OSError if unreadable."""
+        """The engine, or None where there is none.
+
+        Raises ValueError for a damaged entry, OSError if unreadable, UntrustedError for one that others can write.
+        """
         try:
-            digest, _, engine = self.path(key).read_bytes().partition(b"\n")
+            with open_regular(self.path(key)) as file:
+                check_owner(self.path(key), os.fstat(file.fileno()))
+                digest, _, engine = file.read().partition(b"\n")
         except FileNotFoundError:
             return None
         if hashlib.sha256(engine).hexdigest().encode() != digest:
@@ -62,4 +68,5 @@ class EngineCache:
 
     def store(self, key: str, engine: bytes) -> None:
         """Keep an engine. Raises OutputError where the folder cannot be written."""
-        write_bytes(self.path(key), hashlib.sha256(engine).hexdigest().encode() + b"\n" + engine)
+        make_cache(self.root)
+        write_bytes(self.path(key), hashlib.sha256(engine).hexdigest().encode() + b"\n" + engine, private=True)

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -30,6 +31,7 @@ try:
 except ImportError:  # no Unix
     fcntl = None  # type: ignore[assignment]
 
+PROCESS_STATUS = Path("/proc/self/status")  # Linux: has a line with the umask
 CACHE_VARIABLE = "BDEXPORT_CACHE"
 PARTIAL, OLD = ".partial", ".old"  # being written; replaced, until the new one has the name
 SMALL_READ = 2**20  # bytes
@@ -47,18 +49,77 @@ def default_cache_folder() -> Path:
     """``$BDEXPORT_CACHE``, or ``bdexport`` in ``$XDG_CACHE_HOME``, or ``~/.cache/bdexport``; may be deleted at will.
 
     Raises :class:`OutputError` for a user who has no home folder, as in many containers: who can do without a cache
-    goes on, and says so.
+    goes on, and says so. Raises :class:`UntrustedError` as :func:`check_trusted`.
     """
     if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
+        return check_trusted(Path(named))
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if base.is_absolute():  # the XDG specification has relative values ignored
-        return base / "bdexport"
+        return check_trusted(base / "bdexport")
     try:
-        return Path.home() / ".cache" / "bdexport"
+        home = Path.home()
     except RuntimeError as error:  # neither $HOME nor an entry in the system's list of users
         remedy = f"set {CACHE_VARIABLE} to a folder that can be written"
         raise OutputError("no folder for a cache: this user has no home folder", remedy=remedy) from error
+    return check_trusted(home / ".cache" / "bdexport")
+
+
+def cache_folder(named: str | Path | None = None) -> tuple[Path | None, str]:
+    """The cache to use and "", or None and the reason why the default one cannot be used, for who can do without.
+
+    ``named``: instead of the default. Raises :class:`UntrustedError` for a folder that was named, here or in
+    ``$BDEXPORT_CACHE``.
+    """
+    try:
+        return check_trusted(Path(named)) if named is not None else default_cache_folder(), ""
+    except OutputError as error:
+        if named is not None or os.environ.get(CACHE_VARIABLE):
+            raise
+        return None, str(error)
+
+
+class UntrustedError(OutputError):
+    """Somebody else could have put files into a cache: they would be run as if they were this user's own."""
+
+
+def check_trusted(path: Path) -> Path:
+    """``path``, a cache's folder or file, where only this user or root can have written it, or where nothing is.
+
+    Raises :class:`UntrustedError` otherwise. A sticky folder may be open to all, as a system's temporary one: each file
+    in it is asked for its own owner. Windows has no such owners and modes, and nothing is checked there.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # not there, or not to be reached: reading and writing say so themselves
+        return path
+    check_owner(path, found)
+    return path
+
+
+def check_owner(path: Path, found: os.stat_result) -> None:
+    """:func:`check_trusted` for what is open already."""
+    if not hasattr(os, "geteuid"):
+        return
+    user, name = os.geteuid(), shown(path)
+    others = f"choose another folder with {CACHE_VARIABLE}"
+    if found.st_uid not in (user, 0):
+        what = f"{name}: the cache is not used, since it belongs to user {found.st_uid} and this process is user {user}"
+        raise UntrustedError(what, remedy=f"chown it to user {user} (chown -R {user} {name}), or {others}")
+    if found.st_mode & 0o022 and not (stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX):
+        what = f"{name}: the cache is not used, since other users can write to it (mode {found.st_mode & 0o7777:o})"
+        raise UntrustedError(what, remedy=f"chmod go-w {name}, if all in it is yours, or {others}")
+
+
+def make_cache(folder: Path) -> None:
+    """Make a cache's folder, for this user alone, where it is missing.
+
+    Raises :class:`OutputError`, and :class:`UntrustedError` where somebody else has been faster.
+    """
+    with _reported(usable_path(folder)):
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+    check_trusted(folder)
 
 
 @contextmanager
@@ -90,9 +151,9 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path}: exists already", remedy="choose another name, or pass --overwrite to replace it")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a part."""
-    with writing(path) as partial:
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write ``data`` as :func:`writing` does: a crash leaves the old file or the new one, never a part."""
+    with writing(path, private=private) as partial:
         partial.write_bytes(data)
 
 
@@ -187,10 +248,11 @@ def _without_output() -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a sibling of ``path`` to write to; it takes the name ``path`` when the block ends without an exception.
 
-    A device or a pipe (``/dev/stdout``) is written to, never replaced.
+    A device or a pipe (``/dev/stdout``) is written to, never replaced. ``private``: only its owner may read or write
+    the file, whatever the umask allows.
     """
     with _reported(usable_path(path)):
         if path.is_dir():
@@ -209,7 +271,8 @@ def writing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             _sync(partial)
-            os.chmod(partial, 0o666 & ~_umask())
+            if not private:
+                os.chmod(partial, 0o666 & ~_umask(partial.parent))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -227,7 +290,7 @@ def making_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_new_folder(path, overwrite)
     with _reported(path), _partial_folder(path) as staging:
         yield staging
-        os.chmod(staging, 0o777 & ~_umask())
+        os.chmod(staging, 0o777 & ~_umask(path.parent))
         for file in sorted(staging.rglob("*")):
             if file.is_file():
                 _sync(file)
@@ -504,7 +567,19 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _umask(folder: Path) -> int:
+    """The process's umask, which is only read: ``os.umask`` would change it for a moment, for every thread.
+
+    Where the system does not tell it, a file that is made in ``folder`` for a moment does.
+    """
+    with suppress(OSError):
+        for line in PROCESS_STATUS.read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    probe = folder / f"{_owned_name(Path('umask'))}.{secrets.token_hex(4)}{PARTIAL}"
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777)
+    try:
+        return 0o777 & ~stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()

@@ -33,7 +33,15 @@ from bdexport.bundle import (
 from bdexport.bundle_checks import document_sha256
 from bdexport.engine_cache import engine_recipe
 from bdexport.errors import BackendError, BundleError, OutputError
-from bdexport.files import CACHE_VARIABLE, default_cache_folder, making_folder, write_bytes
+from bdexport.files import (
+    CACHE_VARIABLE,
+    UntrustedError,
+    check_trusted,
+    default_cache_folder,
+    make_cache,
+    making_folder,
+    write_bytes,
+)
 from bdexport.verify import require, verify_against_graphs
 
 REBUILT = "rebuilt"  # key of manifest.extra: when, and what the engines were for before
@@ -99,13 +107,18 @@ def rebuilt_for_here(bundle: Bundle) -> tuple[Bundle, str]:
         return bundle, "rebuild: not needed, the bundle's engines are for this machine"
     why = f"the bundle's {misfit.what} (got {misfit.got}, here {misfit.here})"
     kept = _place(bundle, backend)
+    check_trusted(kept.parent)
+    check_trusted(kept)
     try:
         return open_bundle(kept), f"rebuilt before: {why}; engines of {kept}"
     except BundleError:  # not there yet, or damaged
         pass
     with _in_cache():
+        make_cache(kept.parent.parent)
+        make_cache(kept.parent)
         try:
             made = rebuild_bundle(bundle, kept, overwrite=kept.exists())
+            kept.chmod(0o700)  # whatever the umask allows to others
         except OutputError:
             if not (kept / MANIFEST).is_file():
                 raise
@@ -136,6 +149,8 @@ def _placed(out: Path | None) -> Iterator[None]:
 def _in_cache() -> Iterator[None]:
     try:
         yield
+    except UntrustedError:
+        raise
     except OutputError as error:
         remedy = f"name a folder that can be written in ${CACHE_VARIABLE}, or run `bdexport rebuild` beforehand"
         raise OutputError(error.reason, remedy=remedy) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from weakref import WeakSet
 
 from bdexport.errors import UsageError
@@ -38,6 +39,38 @@ def _keep() -> None:
 
 if hasattr(os, "register_at_fork"):  # no system without fork has it
     os.register_at_fork(after_in_child=_keep)
+
+
+_inside: dict[object, int] = {}  # what is inside a library's code at this moment, and the thread it is in
+_cut = False
+
+
+class Inside:
+    """While it is entered, forks know that this thread is inside a library. A class: a call may take microseconds."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _inside[self] = threading.get_ident()
+
+    def __exit__(self, *_error: object) -> None:
+        _inside.pop(self, None)
+
+
+def _remember() -> None:
+    """Called in the child: whether another thread was inside a library, whose locks then stay locked for ever."""
+    global _cut
+    _cut = _cut or any(thread != threading.get_ident() for thread in _inside.values())
+    _inside.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember)
+
+
+def was_cut() -> bool:
+    """Whether this process was forked while another thread was inside a library."""
+    return _cut
 
 
 def forked_error(what: str, why: str, *, more: str = "") -> UsageError:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bdexport.backends.first_use import once
-from bdexport.backends.forking import KeptInForks
+from bdexport.backends.forking import Inside, KeptInForks
 from bdexport.errors import BackendError
 from bdexport.hardware import machine
 
@@ -119,16 +119,18 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
 
 
-class Reported:
-    """Maps what OpenVINO raises, which are RuntimeErrors. A class: ``@contextmanager`` costs microseconds per call."""
+class Reported(Inside):
+    """Maps what OpenVINO raises, which are RuntimeErrors, and tells forks that a thread is inside OpenVINO.
+
+    A class: ``@contextmanager`` costs microseconds per call.
+    """
 
     def __init__(self, part: str, what: str, remedy: str | None = None) -> None:
         self._part, self._what, self._remedy = part, what, remedy
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *about: object) -> None:
+        super().__exit__()
+        error = about[1]
         if isinstance(error, FAILURES):
             what = f"{self._part} [openvino]: {self._what} ({reason_of(error)})"
             raise BackendError(what, remedy=self._remedy) from error

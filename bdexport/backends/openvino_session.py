@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bdexport.backends.arrays import ArrayRows, closed_error
 from bdexport.backends.base import Readable
-from bdexport.backends.forking import LOAD_IN_WORKERS, KeptInForks
+from bdexport.backends.forking import LOAD_IN_WORKERS, Inside, KeptInForks, forked_error, was_cut
 from bdexport.backends.openvino_common import (
     BF16,
     FAILURES,
@@ -138,6 +138,8 @@ class OpenVinoSession(ArrayRows, KeptInForks):
 
         The thread that calls does all the work there: OpenVINO's pool is one per process and is not made anew.
         """
+        if was_cut():
+            raise forked_error("openvino", "while another thread was running it: its locks stay locked here")
         if self.threads > 1:
             self.notes += (f"{FORKED}: 1 thread computes instead of {self.threads}; {LOAD_IN_WORKERS}",)
             self.threads = 1
@@ -245,7 +247,7 @@ class _Engine:
 
     def _infer(self, x: Array, y: Array) -> None:
         """Run a batch of at most LARGEST_CALL images into ``y``."""
-        with self._any_running:
+        with Inside(), self._any_running:  # a fork must see it before the lock is taken
             request = self._any_request()
             marks = mark(y)
             try:
@@ -260,16 +262,19 @@ class _Engine:
 
     def run_of(self, request: Any) -> Callable[..., object]:
         """What runs a request of this engine, as its ``infer``: within the time limit, if there is one."""
-        limit = self._limit
-        if limit is None:
-            run: Callable[..., object] = request.infer
-            return run
+        limit, inside = self._limit, Inside()  # a request belongs to one thread
+        infer: Callable[..., object] = request.infer
+
+        def run(*inputs: Any, **how: bool) -> None:
+            with inside:
+                infer(*inputs, **how)
 
         def limited(*inputs: Any, **how: bool) -> None:
-            with limit.running(self.where, request):
-                request.infer(*inputs, **how)
+            assert limit is not None
+            with inside, limit.running(self.where, request):
+                infer(*inputs, **how)
 
-        return limited
+        return run if limit is None else limited
 
     def report(self, error: BaseException, batch: int) -> None:
         """Raises BackendError for what OpenVINO raised in a run."""

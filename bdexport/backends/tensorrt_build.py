@@ -17,7 +17,7 @@ from bdexport.backends.base import BuildOptions
 from bdexport.backends.tensorrt_common import Api, EngineDescription, LogLines, write_engine
 from bdexport.config import TensorRTConfig
 from bdexport.errors import BuildError, OutputError, UsageError
-from bdexport.files import write_bytes
+from bdexport.files import UntrustedError, check_trusted, make_cache, write_bytes
 
 HARDWARE_LEVELS = {"ampere+": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 OPTIMIZATION_LEVELS = range(6)
@@ -309,8 +309,8 @@ def _timing_file(api: Api, folder: Path | None, gpu: str | None) -> Path | None:
 
 def _use_timing_cache(config: Any, path: Path) -> None:
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = check_trusted(path).read_bytes()
+    except (OSError, UntrustedError):
         data = b""
     # A damaged file, or one of another version, is refused by TensorRT's own check: begin anew.
     cache = config.create_timing_cache(data) or config.create_timing_cache(b"")
@@ -322,13 +322,14 @@ def _keep_timings(config: Any, path: Path) -> None:
     """Add what this build has timed to the file; builds side by side each add theirs."""
     own = config.get_timing_cache()
     with _timing_lock:
-        with suppress(OSError):  # there is none yet
-            kept = config.create_timing_cache(path.read_bytes())
+        with suppress(OSError, UntrustedError):  # there is none yet, or somebody else can write it
+            kept = config.create_timing_cache(check_trusted(path).read_bytes())
             if kept is not None:
                 own.combine(kept, False)
         # Without the file the next build is slower. The engine cache in the same folder reports what is wrong with it.
         with suppress(OutputError):
-            write_bytes(path, bytes(own.serialize()))
+            make_cache(path.parent.parent)
+            write_bytes(path, bytes(own.serialize()), private=True)
 
 
 # ---- inspector ----------------------------------------------------------------------------------------------------

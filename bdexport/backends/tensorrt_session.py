@@ -23,7 +23,7 @@ from bdexport.backends.device_session import DeviceEngine, DeviceSession
 from bdexport.backends.tensorrt_common import Api, EngineDescription, LogLines, read_engine, same_major
 from bdexport.cuda import cuda_ordinal, open_cuda
 from bdexport.errors import BackendError, OutputError
-from bdexport.files import default_cache_folder, write_bytes
+from bdexport.files import UntrustedError, cache_folder, check_trusted, make_cache, write_bytes
 
 if TYPE_CHECKING:
     from bdexport.bundle import Bundle, PartEntry
@@ -319,9 +319,13 @@ class _Loader:
         digests = [entry.engine.sha256 for entry in manifest.parts.values() if entry.engine is not None]
         key = [self.api.version, cuda.device_name(), str(cuda.driver_version()), *digests]
         digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
+        folder, why = cache_folder()
+        if folder is None:
+            self._note(f"compiled kernels are not kept: {why}")
+            return None
         try:
-            return default_cache_folder() / "tensorrt-rtx" / f"{digest}.cache"
-        except OutputError as error:
+            return check_trusted(folder / "tensorrt-rtx" / f"{digest}.cache")
+        except UntrustedError as error:
             self._note(f"compiled kernels are not kept: {error}")
             return None
 
@@ -369,4 +373,5 @@ class CompiledKernels:
         data = bytes(self._cache.serialize())
         if data != self._read:
             with suppress(OutputError):
-                write_bytes(self.path, data)
+                make_cache(self.path.parent.parent)
+                write_bytes(self.path, data, private=True)

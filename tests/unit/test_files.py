@@ -15,7 +15,7 @@ import pytest
 
 from bdexport import files
 from bdexport.errors import OutputError
-from bdexport.files import holding, making_folder, write_text
+from bdexport.files import holding, making_folder, write_bytes, write_text
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -330,3 +330,47 @@ def test_names_on_one_line() -> None:
     """Oracle: Python's escapes for control characters; letters of any script stay."""
     assert files.shown(Path("a\nb\x1b[31m\u7530\x85")) == "a\\nb\\x1b[31m\u7530\\x85"
     assert files.utf8_text(os.fsdecode(b"a\xff")) == "a\\udcff"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_umask_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    """Oracle: the modes of files that another thread makes meanwhile, and of what is written; ``told``: by the system.
+
+    A changed umask shows itself as a call of ``os.umask`` too, which raises here.
+    """
+    before = os.umask(0o027)
+    try:
+
+        def refuse(_mask: int) -> int:
+            raise AssertionError("the umask belongs to all threads")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", refuse)
+            if not told:
+                patch.setattr(files, "PROCESS_STATUS", tmp_path / "nothing")
+            modes, stop = set(), threading.Event()
+
+            def make() -> None:
+                number = 0
+                while not stop.is_set():
+                    path = tmp_path / f"other{number}"
+                    os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o666))
+                    modes.add(path.stat().st_mode & 0o777)
+                    path.unlink()
+                    number += 1
+
+            other = threading.Thread(target=make)
+            other.start()
+            try:
+                for number in range(50):
+                    write_bytes(tmp_path / f"own{number}", b"x")
+                fill(tmp_path / "folder", "x")
+            finally:
+                stop.set()
+                other.join()
+    finally:
+        os.umask(before)
+    assert modes == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("own*")} == {0o640}
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -156,3 +156,55 @@ def test_an_orchestrator_is_not_pickled(tmp_path: Path, copied: object) -> None:
     bundle: Bundle = make_bundle(tmp_path / "bundle", tiny_model(), NullBackend())
     with bdexport.load(bundle.path) as orchestrator, pytest.raises(UsageError, match=r"bdexport\.load in the worker"):
         copied(orchestrator)  # type: ignore[operator]
+
+
+# The other thread stays in its call until the child has ended, whatever the child does.
+MEANWHILE = """
+import os, sys, threading, time, warnings
+import numpy as np
+import bdexport
+import bdexport.errors
+warnings.simplefilter("ignore")
+bundle, folder, forks = sys.argv[1:]
+images = np.load(os.path.join(folder, "input.npz"))["images"]
+orchestrator = bdexport.load(bundle, threads=1)
+expected = orchestrator(images).logits
+random = np.random.default_rng(0)
+ended = []
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        orchestrator(images)
+other = threading.Thread(target=busy)
+other.start()
+for _ in range(int(forks)):
+    time.sleep(random.random() * 0.01)
+    child = os.fork()
+    if child == 0:
+        try:
+            right = np.allclose(orchestrator(images).logits, expected, atol=1e-5)
+        except bdexport.errors.UsageError as error:
+            assert "while another thread was running it" in str(error) and "in each worker" in str(error)
+            os._exit(3)
+        os._exit(0 if right else 1)
+    _, status = os.waitpid(child, 0)
+    ended.append(os.waitstatus_to_exitcode(status))
+stop.set()
+other.join()
+print(ended.count(0), ended.count(3), len(ended))
+"""
+
+
+def test_a_fork_while_another_thread_calls_openvino_ends(bundles: Path) -> None:
+    """Oracle: every one of 40 children gives the parent's logits or refuses; about one in four hung for ever."""
+    line = [sys.executable, "-c", MEANWHILE, str(bundles / "openvino"), str(bundles), "40"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True) as it:
+        try:
+            out, _ = it.communicate(timeout=WAIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(it.pid, 9)
+            raise
+    assert it.returncode == 0
+    answered, refused, forks = map(int, out.split())
+    assert answered + refused == forks == 40
+    assert refused > 0

@@ -210,17 +210,15 @@ def test_a_call_is_told_to_end_until_it_is_over() -> None:
 def test_the_watching_thread_ends_with_the_session(bundle: Bundle) -> None:
     """Oracle: this process's threads."""
 
-    def watching() -> int:
-        return sum(thread.name == "bdexport time limit" for thread in threading.enumerate())
+    def watching() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "bdexport time limit"}
 
-    before = watching()
+    before = watching()  # of tests that have just ended
     with bdexport.load(bundle, threads=1, timeout_s=1) as orchestrator:
         orchestrator(pixels(1))
-        assert watching() == before + 1
-    deadline = time.monotonic() + HANG_S
-    while watching() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert watching() <= before
+        (thread,) = watching() - before
+    thread.join(HANG_S)
+    assert not thread.is_alive()
 
 
 FORKED = """
