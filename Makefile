@@ -39,7 +39,7 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 test: lint
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q -n 2 --dist loadfile
 
 # Neither torch nor onnx is installed there, as on a production machine. The folder's name is covered by .gitignore.
 LOWEST := .venv/lowest

@@ -220,11 +220,15 @@ def test_a_signal_in_the_first_moments(tmp_path: Path, number: signal.Signals) -
     """Oracle: the shell's codes, no traceback and no file, whenever the signal comes while modules are imported."""
     random, ended = Random(5), []
     for _ in range(8):
-        words = [sys.executable, "-m", "bdexport", "run", str(tmp_path / "none"), str(tmp_path)]
+        words = [sys.executable, "-X", "importtime", "-m", "bdexport", "run", str(tmp_path / "none"), str(tmp_path)]
         with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-            time.sleep(0.03 + random.random() * 0.12)  # Python itself begins in the first hundredths
+            assert process.stderr is not None
+            while not process.stderr.readline().endswith("bdexport.cli\n"):  # Python itself has started
+                pass
+            time.sleep(random.random() * 0.12)
             process.send_signal(number)
-            _, err = process.communicate(timeout=20)
+            err = "".join(line for line in process.stderr if not line.startswith("import time:"))
+            process.wait(20)
         code = process.returncode
         ended.append(128 - code if code < 0 else code)
         assert "Traceback" not in err

@@ -30,7 +30,7 @@ def test_leaves_a_run_a_bundle_and_a_result(
     for line in command.training_plan(out, None, TINY.threads).lines:
         assert f"$ bdexport {line[0]}" in shown
     result = json.loads((out / command.RESULT).read_text())
-    assert str(out / command.RESULT) in shown
+    assert str(out / command.RESULT) in "".join(shown.replace("│", " ").split())  # wherever its lines are broken
     assert result["schema"] == "bdexport.quickstart/1"
     assert result["bench"]["batch"] == 1
     assert result["verify"]["ok"] is True

@@ -152,7 +152,7 @@ def test_constraints_pin_what_make_installs(repository: Path) -> None:
 def test_installed_command_is_main() -> None:
     """Oracle: the entry point that pip registered."""
     found = [entry.value for entry in entry_points(group="console_scripts") if entry.name == "bdexport"]
-    assert found == ["bdexport.cli.main:main"]
+    assert found == ["bdexport.__main__:main"]
 
 
 def test_lower_bounds_are_the_versions_that_tests_run_with(repository: Path) -> None:
