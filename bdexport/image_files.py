@@ -1,8 +1,8 @@
 """The one place where an image file is opened: which formats, how many pixels, how much at a time. No torch.
 
 Pillow reads about forty formats. Some of them start a program (EPS runs Ghostscript, whatever the file is called),
-some are left to a plug-in that may or may not be there. :data:`FORMATS` are those that photographs and data sets come
-in; Pillow is not asked about any other.
+some are left to a plug-in that may or may not be there, and JPEG 2000 takes gigabytes for a few kilobytes.
+:data:`FORMATS` are those that photographs and data sets come in; Pillow is not asked about any other.
 """
 
 from __future__ import annotations
@@ -18,18 +18,28 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from bdexport.errors import ImageError, UsageError
 from bdexport.files import open_regular, shown
-from bdexport.limits import FILE_BYTES_PER_PIXEL, MAX_JPEG_SCANS, MAX_PIXELS, MIN_IMAGE_BYTES, PIXEL_SHARE
+from bdexport.limits import (
+    FILE_BYTES_PER_PIXEL,
+    MAX_JPEG_SCANS,
+    MAX_PIXELS,
+    MAX_PNG_CHUNKS,
+    MAX_TEXT_PPM_BYTES,
+    MIN_IMAGE_BYTES,
+    PIXEL_SHARE,
+)
 
 if TYPE_CHECKING:  # arrays of the network's size need no Pillow, and a machine that measures may not have it
     from PIL import Image
 
 # Pillow's names. JPEG includes the MPO files of phones and stereo cameras, whose first image is read.
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "TGA", "JPEG2000")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "TGA")
 RAISE_LIMIT = "scale it down first, or allow more with --max-pixels (in Python: max_pixels)"
 
-# What follows 0xFF in a JPEG stream and begins a segment that says its own length, or ends the image (0xD9).
-_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+# What follows 0xFF in a JPEG stream and begins a segment that says its own length, or ends the image (0xD9). Smaller
+# numbers have no meaning: a decoder passes over the two bytes where it looks for its place, and so must who counts.
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _END_OF_IMAGE, _SCAN = 0xD9, 0xDA
+_TILE_SIDES = (322, 323)  # TIFF's tags TileWidth and TileLength
 
 
 def check_max_pixels(max_pixels: int) -> int:
@@ -56,6 +66,8 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image
             _check_bytes(file, max_pixels)
             with _header(file, max_pixels) as image:
                 _check_pixels(image, max_pixels)
+                _check_tiles(image, max_pixels)
+                _check_pieces(image, file)
                 with _IN_MEMORY.holding(image.width * image.height):
                     _check_scans(image, file)
                     image.load()
@@ -109,6 +121,42 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         if most != max_pixels:
             expected += f" in {image.format}, whose decoder holds an image several times ({max_pixels} in others)"
         raise ImageError("too large to decode safely", got=got, expected=expected, remedy=RAISE_LIMIT)
+
+
+def _check_tiles(image: Image.Image, max_pixels: int) -> None:
+    """A tile of a TIFF is decoded whole, however little of it belongs to the image."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 0) for tag in _TILE_SIDES)
+    if isinstance(width, int) and isinstance(height, int) and width * height <= max_pixels:
+        return
+    raise ImageError(
+        "too large to decode safely", got=f"tiles of {shown(str((width, height)))} pixels", remedy=RAISE_LIMIT
+    )
+
+
+def _check_pieces(image: Image.Image, file: BinaryIO) -> None:
+    """What is read piece by piece must not have millions of them."""
+    file.seek(0)
+    if image.format == "PNG" and png_chunks(file) > MAX_PNG_CHUNKS:
+        raise ImageError("refused, each chunk of a PNG takes time", got=f"more than {MAX_PNG_CHUNKS} chunks")
+    if image.format == "PPM" and file.read(2) in (b"P1", b"P2", b"P3"):
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_TEXT_PPM_BYTES:
+            got, remedy = f"{size / 1e6:.0f} MB of numbers as text", "save it as PNG"
+            raise ImageError("refused, text takes long to read", got=got, remedy=remedy)
+
+
+def png_chunks(file: BinaryIO) -> int:
+    """The chunks of a PNG file; counting ends where there are more than ``MAX_PNG_CHUNKS``."""
+    at, chunks = 8, 0  # after the signature
+    while chunks <= MAX_PNG_CHUNKS:
+        file.seek(at)
+        length = file.read(4)
+        if len(length) < 4:
+            break
+        at += 12 + int.from_bytes(length, "big")
+        chunks += 1
+    return chunks
 
 
 def _check_scans(image: Image.Image, file: BinaryIO) -> None:

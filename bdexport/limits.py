@@ -34,15 +34,18 @@ CIFAR_FILE = 1024 * MIB
 # The sensors of the largest cameras in common use have 102 megapixels, those of phones 108 (some say 200, and save that
 # only when asked to). Decoding takes up to 13 bytes a pixel, so that this is about 1.5 GB.
 MAX_PIXELS = 120_000_000
-# Decoders of these formats hold the image several times (measured: WebP 16 bytes a pixel, AVIF 10 to 20, JPEG 2000 25),
+# Decoders of these formats hold the image several times (measured: WebP 16 bytes a pixel, AVIF 10 to 20),
 # so that an image may have this share of the pixels. It keeps the memory of all formats below that of the others.
-PIXEL_SHARE = {"WEBP": 1 / 2, "AVIF": 1 / 2, "JPEG2000": 1 / 2}
+PIXEL_SHARE = {"WEBP": 1 / 2, "AVIF": 1 / 2}
 # An uncompressed image has at most 4 bytes for each pixel (RGBA, CMYK); a small one may still carry thumbnails, colour
 # profiles, notes and a film of some seconds, as phones save them.
 FILE_BYTES_PER_PIXEL, MIN_IMAGE_BYTES = 4, 64 * MIB
 # A progressive JPEG has about ten scans, and each costs a pass over all pixels, though it need not have more than ten
 # bytes: 1 MB of them would be decoded for ten minutes. libtiff has the same limit for JPEG inside TIFF.
 MAX_JPEG_SCANS = 100
+# Each chunk of a PNG costs a microsecond or more, and may be empty. Encoders write 8 kB or more into one.
+MAX_PNG_CHUNKS = 200_000
+MAX_TEXT_PPM_BYTES = 32 * MIB  # numbers as text are read one by one
 # Pixels that are converted at once where a conversion needs more memory than its result.
 BAND_PIXELS = 1_000_000
 

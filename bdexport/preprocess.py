@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # arrays of the network's size need no Pillow, and a machine 
 
 Resampling = Literal["bilinear", "bicubic"]
 MAX_RESIZE_SHORT = 8192  # pixels
+LARGEST_MEAN, SMALLEST_STD = 1e6, 1e-6  # of pixels in 0..1, generously; beyond, float32 has no digits left
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the public CIFAR ResNets use ImageNet's
 
 _reading = threading.local()
@@ -66,8 +67,9 @@ class Preprocess:
         both = (self.mean, self.std)
         if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
             raise InputError("preprocessing: mean/std", got=both, expected="three numbers each, std > 0")
-        if not np.isfinite(both).all():
-            raise InputError("preprocessing: mean/std", got=both, expected="finite numbers")
+        if not (np.abs(both) <= LARGEST_MEAN).all() or min(self.std) < SMALLEST_STD:
+            expected = f"numbers of at most {LARGEST_MEAN:g}, std of at least {SMALLEST_STD:g}"
+            raise InputError("preprocessing: mean/std", got=both, expected=expected)
         if self.resize_short is not None and not 1 <= self.resize_short <= MAX_RESIZE_SHORT:
             expected = f"1..{MAX_RESIZE_SHORT} or None"
             raise InputError("preprocessing: short side", got=self.resize_short, expected=expected)
@@ -181,7 +183,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file as RGB, decoded completely and turned upright; the file is closed when this returns.
 
     Raises :class:`ImageError` naming the file and the reason, also for an image of more than ``max_pixels`` pixels
-    (width times height; WebP, AVIF and JPEG 2000: half of them), which is refused before it is decoded.
+    (width times height; WebP and AVIF: half of them), which is refused before it is decoded.
     """
     with decoded_image(path, max_pixels) as image:
         return image

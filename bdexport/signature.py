@@ -14,7 +14,7 @@ from typing import Any
 
 from bdexport.bundle_checks import rule_error
 from bdexport.errors import UsageError
-from bdexport.files import write_bytes
+from bdexport.files import open_regular, write_bytes
 from bdexport.packages import install_line
 
 EXTRA = "sign"  # of pyproject.toml
@@ -80,7 +80,7 @@ def _key_error(option: str, key: str | Path, error: Exception, expected: str, re
 
 
 def _read(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES} bytes")

@@ -39,7 +39,7 @@ from bdexport.backends.openvino_engine import (
     requirements_here,
 )
 from bdexport.backends.output_guard import REMEDY, UNWRITTEN, check_written, mark, one_mark, unwritten_error
-from bdexport.backends.time_limit import TimeLimit
+from bdexport.backends.time_limit import OverError, TimeLimit
 from bdexport.errors import BackendError
 from bdexport.parts import HEAD, STEM
 
@@ -204,7 +204,7 @@ class _Engine:
         """The model compiled for single images."""
         made = self.made_single
         if made is None:
-            with self._compiling:
+            with self._waiting(self._compiling):
                 made = self.made_single
                 if made is None:
                     made = self._timed("cannot be compiled", lambda: compiled_for_one(self._model(), self._config))
@@ -220,7 +220,7 @@ class _Engine:
 
     def _timed(self, what: str, compiled: Callable[[], Any]) -> Any:
         began = perf_counter()
-        with Reported(self.part, what):
+        with Reported(self.part, what), nullcontext() if self._limit is None else self._limit.clock_stopped():
             result = compiled()
         self.seconds += perf_counter() - began
         return result
@@ -247,7 +247,7 @@ class _Engine:
 
     def _infer(self, x: Array, y: Array) -> None:
         """Run a batch of at most LARGEST_CALL images into ``y``."""
-        with Inside(), self._any_running:  # a fork must see it before the lock is taken
+        with Inside(), self._waiting(self._any_running):  # a fork must see it before the lock is taken
             request = self._any_request()
             marks = mark(y)
             try:
@@ -255,10 +255,16 @@ class _Engine:
                 inputs = [x if x.flags.writeable else x.copy()]
                 self.run_of(request)(inputs, share_inputs=True, share_outputs=True)
                 check_written(self.where, marks, y)
+            except OverError:
+                raise
             except BaseException as error:
                 self._any = None
                 self.report(error, len(x))
                 raise
+
+    def _waiting(self, lock: threading.Lock) -> AbstractContextManager[object]:
+        """Hold ``lock``; within the time limit, if there is one."""
+        return lock if self._limit is None else self._limit.waiting(lock, self.where)
 
     def run_of(self, request: Any) -> Callable[..., object]:
         """What runs a request of this engine, as its ``infer``: within the time limit, if there is one."""
@@ -294,7 +300,7 @@ class _Engine:
         compiled, request = getattr(self._thread, "any", (None, None))
         if compiled is not None and compiled is self._any:
             return request
-        with self._compiling:
+        with self._waiting(self._compiling):
             if self._any is None:
                 compile_any = partial(core().compile_model, device_name="CPU", config=self._config)
                 self._any = self._timed("cannot be compiled for any batch", lambda: compile_any(self._model()))
@@ -340,6 +346,8 @@ class _SingleImage:
             self._run(share_outputs=True)
             if left[0] == UNWRITTEN:
                 raise unwritten_error(engine.where, self.y, 1)
+        except OverError:
+            raise
         except BaseException as error:
             engine.made_single = None
             engine.report(error, 1)

@@ -10,13 +10,16 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from time import monotonic, sleep
 from typing import Any
+from weakref import ref
 
 from bdexport.errors import BackendError
 
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.002, 0.1
+REMEDY = "pass smaller batches, or allow more time: bdexport.load(.., timeout_s=..)"
 LOOKS = 20  # per limit: a call ends at most a twentieth of its limit late, or LONGEST_LOOK_S
 
 
@@ -27,6 +30,11 @@ class Call:
     deadline: float
     running: Any = None
     over: bool = False
+    changing: threading.Lock = field(default_factory=threading.Lock)  # so that no other run is ended than the one meant
+
+
+class OverError(BackendError):
+    """The call's time was over before a run began: the library has done nothing, and nothing of it is in doubt."""
 
 
 class TimeLimit:
@@ -69,13 +77,42 @@ class TimeLimit:
         if call is None:
             yield
             return
-        if call.over:
-            raise self.error(where)
-        call.running = running
+        with call.changing:
+            if call.over:
+                raise OverError(*self._words(where), remedy=REMEDY)
+            call.running = running
         try:
             yield
         finally:
-            call.running = None
+            with call.changing:
+                call.running = None
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What runs inside does not count: compiling, which cannot be ended, and is needed once."""
+        call = self.current
+        if call is None:
+            yield
+            return
+        left, call.deadline = call.deadline - monotonic(), inf
+        try:
+            yield
+        finally:
+            call.deadline = monotonic() + left
+
+    @contextmanager
+    def waiting(self, lock: threading.Lock, where: str) -> Iterator[None]:
+        """Hold ``lock``, for which a call waits no longer than its limit. Raises :class:`OverError`."""
+        call = self.current
+        left = -1.0 if call is None or call.deadline == inf else max(0.0, call.deadline - monotonic())
+        if not lock.acquire(timeout=left):
+            assert call is not None
+            call.over = True
+            raise OverError(*self._words(where), remedy=REMEDY)
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def work_for(self, call: Call | None) -> Iterator[None]:
@@ -88,8 +125,10 @@ class TimeLimit:
 
     def error(self, where: str) -> BackendError:
         """What is raised for a call that was ended."""
-        what = f"{where}: was ended, since the call took longer than timeout_s={self.seconds:g}"
-        return BackendError(what, remedy="pass smaller batches, or allow more time: bdexport.load(.., timeout_s=..)")
+        return BackendError(*self._words(where), remedy=REMEDY)
+
+    def _words(self, where: str) -> tuple[str]:
+        return (f"{where}: was ended, since the call took longer than timeout_s={self.seconds:g}",)
 
     def close(self) -> None:
         """End the watching thread, once no call is under way."""
@@ -100,15 +139,23 @@ class TimeLimit:
             with self._starting:
                 if self._process != os.getpid():
                     self._calls = set()  # in a forked process: the parent's
-                    threading.Thread(target=self._look, name="bdexport time limit", daemon=True).start()
+                    # By a weak reference: a session that is dropped without close() ends it too.
+                    arguments = (ref(self), min(max(self.seconds / LOOKS, SHORTEST_LOOK_S), LONGEST_LOOK_S))
+                    threading.Thread(target=_look, args=arguments, name="bdexport time limit", daemon=True).start()
                     self._process = os.getpid()
 
-    def _look(self) -> None:
-        pause = min(max(self.seconds / LOOKS, SHORTEST_LOOK_S), LONGEST_LOOK_S)
-        while not self._closed or self._calls:
-            sleep(pause)
-            for call in self._calls.copy():
-                if monotonic() > call.deadline:
+    def look(self) -> bool:
+        """End the calls whose time is over; returns whether there can be others."""
+        for call in self._calls.copy():
+            if monotonic() > call.deadline:
+                with call.changing:
                     call.over = True
-                    if (running := call.running) is not None:
-                        self._stop(running)
+                    if call.running is not None:
+                        self._stop(call.running)
+        return not self._closed or bool(self._calls)
+
+
+def _look(limit: ref[TimeLimit], pause: float) -> None:
+    while (found := limit()) is not None and found.look():
+        del found
+        sleep(pause)

@@ -27,7 +27,7 @@ from bdexport.limits import MAX_FOLDER_ENTRIES, MAX_PIXELS
 from bdexport.preprocess import Preprocess
 
 IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".gif", ".tif", ".tiff"),
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".tif", ".tiff"),
     *(".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
 SPLIT_FOLDERS = {

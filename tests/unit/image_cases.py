@@ -140,11 +140,22 @@ def _webp(side: int) -> bytes:
     return bytes(data)
 
 
-def _jpeg_2000(width: int, height: int) -> bytes:
-    data = _encoded("JPEG2000")
-    _with(data, b"ihdr", 4, ">II", height, width)
-    _with(data, b"\xff\x51", 6, ">II", width, height)
-    return _with(data, b"\xff\x51", 22, ">II", width, height)  # one tile
+def _tiled(side: int) -> bytes:
+    """A TIFF of 8 x 8 pixels in one tile of ``side`` x ``side``, which is not all there."""
+    entries = [
+        (256, 8),
+        (257, 8),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (277, 1),
+        (322, side),
+        (323, side),
+        (324, 8),
+        (325, 64),
+    ]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<I", 72) + bytes(64) + struct.pack("<H", len(entries)) + table + bytes(4)
 
 
 def _inflating(kind: bytes, lead: bytes) -> bytes:
@@ -156,7 +167,6 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "177 megapixels of 16 bits.png": lambda: png(13_300, 13_300, 16, rows=False),
     "no rows.png": lambda: png(10_000, 10_000, 8, 6, rows=False)[:-40],
     "a length of 2 GB.png": lambda: png(8, 8)[:33] + b"\x7f\xff\xff\xffIDAT" + bytes(100),
-    "a box of 2 GB.jp2": lambda: _with(_encoded("JPEG2000"), b"jp2h", -4, ">I", 2**31 - 1),
     "zTXt.png": lambda: _inflating(b"zTXt", b"a\0\0"),
     "iTXt.png": lambda: _inflating(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0"),
     "iCCP.png": lambda: _inflating(b"iCCP", b"a\0\0"),
@@ -173,7 +183,11 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "plain.ppm": lambda: b"P3 10000 10000 255\n" + b"1 " * 100_000,
     "bits.pbm": lambda: b"P1 10000 10000\n" + b"1" * 500_000,
     "comment.ppm": lambda: b"P6 #" + b"a" * 500_000,
-    "large.jp2": lambda: _jpeg_2000(10_000, 10_000),
+    "small.jp2": lambda: bytes(_encoded("JPEG2000")),
+    "tile.tif": lambda: _tiled(30_000),
+    "scans behind a marker.jpg": lambda: jpeg_of_scans(9000, 5000).replace(b"\xff\xda", b"\xff\x02\xff\xff\xff\xda"),
+    "chunks.png": lambda: png(8, 8, extra=chunk(b"abCd", b"") * 250_000),
+    "text.ppm": lambda: b"P3 2000 2000 255\n" + b"1 " * 17_000_000,
     "huge.tif": lambda: _tiff(2**32 - 1, 2**32 - 1),
     "short.tif": lambda: _tiff(10_000, 10_000),
     "photo.png": lambda: EPS,
@@ -202,7 +216,6 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "most.gif": lambda: _with(_encoded("GIF", "P"), b"GIF", 6, "<HH", 10_900, 10_900),
     "most.webp": lambda: bytes(_encoded("WEBP", "RGBA", (7_700, 7_700), lossless=True, method=0)),
     "most.avif": lambda: bytes(_encoded("AVIF", "RGBA", (7_700, 7_700), speed=10)),
-    "most.jp2": lambda: _jpeg_2000(7_700, 7_700),
     "most scans.jpg": lambda: jpeg_of_scans(10_900, 90),
 }
 
