@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -16,12 +18,13 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bdexport.files import write_json
+from bdexport.files import check_writable, write_json
 from bdexport.hardware import machine, package_versions
 from campaign.kinds import KINDS, SELF_TEST, kind_of
 from campaign.runner import Findings, Worker, collect, run_kinds
 
 SCHEMA = "bdexport.campaign/1"
+INTERRUPTED, MOST_MINUTES = 130, 10_000
 PACKAGES = ("bdexport", "numpy", "pillow", "onnx", "onnxruntime", "openvino", "torch", "safetensors")
 
 
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wanted.json is not None:
         write_json(wanted.json, report_of(found, wanted))
         console.print(f"written: {wanted.json}")
+    if any(each.interrupted for each in found):
+        return INTERRUPTED
     return int(any(each.failures for each in found))
 
 
@@ -63,6 +68,7 @@ def report_of(found: Sequence[Findings], wanted: argparse.Namespace) -> dict[str
         "command": shlex.join(["python", "-m", "campaign", *wanted.words]),
         "seed": wanted.seed,
         "minutes": wanted.minutes,
+        "interrupted": any(each.interrupted for each in found),
         "machine": machine(),
         "packages": package_versions(PACKAGES),
         "kinds": [
@@ -88,18 +94,42 @@ def report_of(found: Sequence[Findings], wanted: argparse.Namespace) -> dict[str
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="campaign", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=20.0, help="time for all kinds together (default 20)")
+    parser.add_argument("--minutes", type=_minutes, default=20.0, help="time for all kinds together (default 20)")
     parser.add_argument("--seed", type=int, default=1, help="cases are drawn from it (default 1)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="only these")
     parser.add_argument("--json", type=Path, help="write the figures and the failures to this file")
-    parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
+    parser.add_argument("--keep", type=_folder, help="work in this folder and keep it")
     parser.add_argument("--replay", nargs=3, metavar=("KIND", "SEED", "NUMBER"), help="run one case again")
     words = sys.argv[1:] if argv is None else list(argv)
     wanted = parser.parse_args(words)
     wanted.words = words
-    if wanted.replay and wanted.replay[0] not in (*KINDS, SELF_TEST):
-        parser.error(f"kind {wanted.replay[0]!r}: expected one of {', '.join(KINDS)}")
+    if wanted.replay:
+        name, *numbers = wanted.replay
+        if name not in (*KINDS, SELF_TEST):
+            parser.error(f"kind {name!r}: expected one of {', '.join(KINDS)}")
+        if not all(number.isdecimal() for number in numbers):
+            parser.error(f"seed and number: got {' '.join(numbers)}, expected whole numbers")
+    if wanted.json is not None:
+        check_writable(wanted.json)  # before the work, not after
     return wanted
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes <= MOST_MINUTES:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0 and at most {MOST_MINUTES}")
+    return minutes
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is no folder")
+    return path
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _replayed(words: Sequence[str], folder: Path) -> Findings:
@@ -124,4 +154,5 @@ def _run(wanted: argparse.Namespace, folder: Path, console: Console) -> list[Fin
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # workers are ended, and what was found is written
     sys.exit(main())

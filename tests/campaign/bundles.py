@@ -61,7 +61,8 @@ class Bundles(Kind):
         if logits is None:
             return tally
         if hostile:
-            tally.check(logits.shape[0] == 4 and logits.ndim == 2, f"{backend} {what}: logits {logits.shape}")
+            fits = logits.shape[0] == 4 and logits.ndim == 2 and bool(np.isfinite(logits).all())
+            tally.check(fits, f"{backend} {what}: logits {logits.shape}, or not finite")
         else:
             same = np.array_equal(logits, self.expected[backend])
             tally.check(same, f"{backend} {what}: damage was accepted and the logits are others")

@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ class Findings:
     slowest_s: float = 0.0
     most_mb: float = 0.0
     seconds: float = 0.0
+    interrupted: bool = False
 
     @property
     def tried(self) -> int:
@@ -130,22 +132,24 @@ class Worker:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def run_kind(name: str, seed: int, seconds: float, folder: Path, tell: Callable[[Findings], None]) -> Findings:
-    """Cases 0, 1, 2 .. of a kind for about ``seconds``, the preparation not counted, at least one."""
-    kind = kind_of(name)
-    found = Findings(name)
-    worker = Worker(name, folder / name)
+def run_kind(
+    found: Findings, seed: int, seconds: float, folder: Path, tell: Callable[[Findings], None], stop: threading.Event
+) -> None:
+    """Cases 0, 1, 2 .. of a kind for about ``seconds``, the preparation not counted, at least one, until ``stop``."""
+    if stop.is_set():
+        return
+    kind = kind_of(found.kind)
+    worker = Worker(found.kind, folder / found.kind)
     try:
         collect(found, worker, kind, seed, 0)
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends and len(found.failures) < MOST_FAILURES:
+        while time.monotonic() < ends and len(found.failures) < MOST_FAILURES and not stop.is_set():
             if collect(found, worker, kind, seed, found.cases):
                 break
             tell(found)
     finally:
         worker.close()
     tell(found)
-    return found
 
 
 def collect(found: Findings, worker: Worker, kind: type[Kind], seed: int, number: int) -> bool:
@@ -166,14 +170,25 @@ def collect(found: Findings, worker: Worker, kind: type[Kind], seed: int, number
 def run_kinds(
     names: Iterable[str], seed: int, minutes: float, folder: Path, tell: Callable[[Findings], None]
 ) -> list[Findings]:
-    """All kinds, two at a time, the ones with the largest share of the time first."""
+    """All kinds, two at a time, the ones with the largest share of the time first.
+
+    After Ctrl-C, what was found so far: ``interrupted`` is true in each then.
+    """
     kinds = {name: kind_of(name) for name in names}
     whole = sum(kind.share for kind in kinds.values())
     lanes = min(LANES, len(kinds))
     order = sorted(kinds, key=lambda name: -kinds[name].share)
+    found, stop = {name: Findings(name) for name in kinds}, threading.Event()
     with ThreadPoolExecutor(lanes) as pool:
-        waiting = {
-            name: pool.submit(run_kind, name, seed, lanes * minutes * 60 * kinds[name].share / whole, folder, tell)
-            for name in order
-        }
-        return [waiting[name].result() for name in kinds]
+        waiting = []
+        for name in order:
+            seconds = lanes * minutes * 60 * kinds[name].share / whole
+            waiting.append(pool.submit(run_kind, found[name], seed, seconds, folder, tell, stop))
+        try:
+            for each in waiting:
+                each.result()
+        except KeyboardInterrupt:
+            stop.set()  # the case under way ends first
+            for findings in found.values():
+                findings.interrupted = True
+    return list(found.values())
