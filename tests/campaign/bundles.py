@@ -31,7 +31,7 @@ class Bundles(Kind):
 
     name: ClassVar[str] = "bundles"
     about: ClassVar[str] = "bundles with damage, and with hostile files whose hashes fit"
-    share: ClassVar[float] = 3
+    share: ClassVar[float] = 2
     memory_mb: ClassVar[int | None] = 700
 
     def __init__(self, folder: Path) -> None:

@@ -38,7 +38,7 @@ class Checkpoints(Kind):
 
     name: ClassVar[str] = "checkpoints"
     about: ClassVar[str] = "checkpoints with damage, bombs, and pickles that ask for code"
-    share: ClassVar[float] = 2
+    share: ClassVar[float] = 1.5
     memory_mb: ClassVar[int | None] = 300
 
     def __init__(self, folder: Path) -> None:

@@ -37,7 +37,7 @@ class Lists(Kind):
 
     name: ClassVar[str] = "lists"
     about: ClassVar[str] = "calibration lists with damage and odd values"
-    share: ClassVar[float] = 1
+    share: ClassVar[float] = 0.7
     memory_mb: ClassVar[int | None] = 300
 
     def __init__(self, folder: Path) -> None:
@@ -100,7 +100,7 @@ class Runs(Reports):
 
     name: ClassVar[str] = "runs"
     about: ClassVar[str] = "run folders with damage and odd values, reported"
-    share: ClassVar[float] = 1
+    share: ClassVar[float] = 0.7
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -138,7 +138,7 @@ class Results(Reports):
 
     name: ClassVar[str] = "results"
     about: ClassVar[str] = "results of evaluate, bench and benchmarks with odd values, reported"
-    share: ClassVar[float] = 1
+    share: ClassVar[float] = 0.7
 
     def case(self, random: Random, scratch: Path) -> Tally:
         """Change one result; sometimes another one stands beside it."""

@@ -43,7 +43,7 @@ class Kills(Kind):
 
     name: ClassVar[str] = "kills"
     about: ClassVar[str] = "SIGKILL during train, build and calibrate; then the same command again"
-    share: ClassVar[float] = 5
+    share: ClassVar[float] = 6
     limit_s: ClassVar[float] = 180.0
 
     def __init__(self, folder: Path) -> None:

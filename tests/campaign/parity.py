@@ -30,7 +30,7 @@ class Parity(Kind):
 
     name: ClassVar[str] = "parity"
     about: ClassVar[str] = "logits of one image with one mask, compared with PyTorch's"
-    share: ClassVar[float] = 4
+    share: ClassVar[float] = 6
     limit_s: ClassVar[float] = 120.0
 
     def case(self, random: Random, scratch: Path) -> Tally:

@@ -31,7 +31,7 @@ class Soak(Kind):
 
     name: ClassVar[str] = "soak"
     about: ClassVar[str] = "images by eight callers at once, compared bit for bit; memory after warm-up"
-    share: ClassVar[float] = 3
+    share: ClassVar[float] = 1.5
     limit_s: ClassVar[float] = 60.0
 
     def __init__(self, folder: Path) -> None:
