@@ -46,12 +46,26 @@ class Value:
     Whatever is asked of a value takes no longer for a large one, since it may be asked at each of its places.
     """
 
-    __slots__ = ("count", "depth", "first", "items", "keys", "kind", "name", "open", "pairs", "plain", "size", "texts", "values")
+    __slots__ = (
+        "count",
+        "depth",
+        "first",
+        "items",
+        "keys",
+        "kind",
+        "name",
+        "open",
+        "pairs",
+        "plain",
+        "size",
+        "texts",
+        "values",
+    )
 
     def __init__(self, kind: str, name: str = "", size: int = 0) -> None:
         self.kind, self.name, self.size = kind, name, size
         self.items: tuple[Any, ...] = ()
-        self.texts: tuple[str, ...] | list[str] = ()  # most values are no dicts, and take no list
+        self.texts: list[str] | None = None  # most values are no dicts, and take no list
         self.values, self.depth, self.count = 1, 1, 0
         self.open = kind in ("list", "dict", "object")
         self.keys = self.pairs = self.first = self.plain = True
@@ -262,7 +276,7 @@ class _Machine:
         target = self._target("dict", "object")
         if target.kind == "dict":
             target.texts = target.texts or []
-            target.texts += [key for key in items[::2] if isinstance(key, str)]
+            target.texts.extend(key for key in items[::2] if isinstance(key, str))
         self._hold(target, items)
 
     def _list(self, _: Any) -> None:

@@ -276,7 +276,7 @@ def _check_attributes(state: Any, taken: frozenset[str], owner: str) -> None:
     """Refuse a state that would hide a method, which is called later on, behind a value of the file's."""
     if not isinstance(state, Value) or state.kind != "dict":
         raise UnpicklingError(f"it sets a state on {owner} that is no dict of attributes")
-    for name in state.texts:
+    for name in state.texts or ():
         if name in taken:
             raise UnpicklingError(f"it sets the attribute {shown(name, 60)} of {owner}, which has one of that name")
 
