@@ -29,6 +29,9 @@ from bdexport.limits import (
 )
 
 SHORT_TEXT = 1000  # longer texts and bytes are only counted
+HASH_MODULUS = 2**61 - 1  # sys.hash_info.modulus of a 64-bit Python
+KEY_TUPLE, KEY_TUPLE_INTEGER = 3, 2**20  # values of a tuple that is a key, and what its integers are less than
+HASHED_BY_NUMBERS = ("builtins.complex", "torch.Size")  # what these make has a hash that a file can choose
 
 
 class Value:
@@ -38,16 +41,31 @@ class Value:
     ``values`` and ``size``: how many values it holds with itself, and how many bytes, shared ones at each place.
     ``depth``: levels of nesting. ``open``: it was not used yet, and may be filled. ``first``: its first may be a key.
     ``plain``: it holds numbers and short texts only. ``keys``: all that it holds may be keys. ``pairs``: all that it
-    holds are pairs whose first is a key.
+    holds are pairs whose first is a key. ``texts``: of a dict, the short texts among its keys.
 
     Whatever is asked of a value takes no longer for a large one, since it may be asked at each of its places.
     """
 
-    __slots__ = ("count", "depth", "first", "items", "keys", "kind", "name", "open", "pairs", "plain", "size", "values")
+    __slots__ = (
+        "count",
+        "depth",
+        "first",
+        "items",
+        "keys",
+        "kind",
+        "name",
+        "open",
+        "pairs",
+        "plain",
+        "size",
+        "texts",
+        "values",
+    )
 
     def __init__(self, kind: str, name: str = "", size: int = 0) -> None:
         self.kind, self.name, self.size = kind, name, size
         self.items: tuple[Any, ...] = ()
+        self.texts: list[str] | None = None  # most values are no dicts, and take no list
         self.values, self.depth, self.count = 1, 1, 0
         self.open = kind in ("list", "dict", "object")
         self.keys = self.pairs = self.first = self.plain = True
@@ -67,6 +85,7 @@ class Value:
                 self.values += 1
                 self.size += len(item) if isinstance(item, str | bytes) else 0
                 self.pairs = False
+                self.keys = self.keys and is_key(item)
         if self.count == 0 and items:
             self.first = is_key(items[0])
         self.count += len(items)
@@ -237,7 +256,10 @@ class _Machine:
     def _hold(self, value: Value, items: Sequence[Any]) -> None:
         value.hold(items)
         if value.size > self.most:
-            raise UnpicklingError(f"its content would take more than {self.most:,} bytes")
+            raise UnpicklingError(
+                f"its content, counted at each place where it stands, would take more than {self.most:,} bytes: save "
+                "what stands in several places once"
+            )
 
     def _target(self, *kinds: str) -> Value:
         target = self.stack[-1] if self.stack else None
@@ -250,8 +272,12 @@ class _Machine:
 
     def _set_items(self, items: list[Any]) -> None:
         if len(items) % 2 or not all(map(is_key, items[::2])):
-            raise UnpicklingError("a key that is neither a text nor a number")
-        self._hold(self._target("dict", "object"), items)
+            raise UnpicklingError("a key that is neither a text nor an ordinary number")
+        target = self._target("dict", "object")
+        if target.kind == "dict":
+            target.texts = target.texts or []
+            target.texts.extend(key for key in items[::2] if isinstance(key, str))
+        self._hold(target, items)
 
     def _list(self, _: Any) -> None:
         items = self._since_mark()
@@ -312,10 +338,23 @@ def _name(text: str) -> Value:
 
 
 def is_key(value: Any) -> bool:
-    """Whether a value can be a dict's key at no cost: a hash of tuples in each other takes a time without limit."""
-    if not isinstance(value, Value) or value.kind in ("text", "name", "object"):
-        return True
-    return value.kind == "tuple" and value.plain
+    """Whether a value can be a dict's key at no cost.
+
+    A hash of tuples in each other takes a time without limit. So does a dict whose keys all have the same hash: that of
+    a number is its remainder by HASH_MODULUS, and that of a tuple or a complex number follows from its numbers.
+    """
+    if not isinstance(value, Value):
+        return not isinstance(value, int | float) or abs(value) < HASH_MODULUS  # NaN is not less
+    if value.kind == "tuple":
+        return value.count <= KEY_TUPLE and all(map(_is_in_key, value.items))
+    return value.kind in ("text", "name") or (value.kind == "object" and value.name not in HASHED_BY_NUMBERS)
+
+
+def _is_in_key(value: Any) -> bool:
+    """Whether a tuple that is a key may hold it: of few and small integers no two tuples of a file share a hash."""
+    if isinstance(value, int):
+        return abs(value) < KEY_TUPLE_INTEGER
+    return value is None or isinstance(value, str | bytes)
 
 
 def _is_pair(value: Any) -> bool:

@@ -69,8 +69,11 @@ def array_from_parts(content: Any, kind: Any, shape: Any, order: Any) -> NDArray
 
 
 def number_from_parts(kind: Any, content: Any) -> Any:
-    """numpy's ``scalar``: a bool, int, float or complex of Python."""
-    return array_from_parts(content, kind, (), "C").item()
+    """numpy's ``scalar``: a bool, int or float of Python. A complex number stays an array, which can be no dict's key:
+    complex numbers of one hash are easily found, and a dict of them would take a time without end.
+    """
+    array = array_from_parts(content, kind, (), "C")
+    return array if array.dtype.kind == "c" else array.item()
 
 
 def array_names(kind: type[PickledType] = PickledType) -> dict[tuple[str, str], Callable[..., Any]]:

@@ -55,7 +55,10 @@ _VALUES = {
     "decimal": ("Decimal",),
     "fractions": ("Fraction",),
     "uuid": ("UUID",),
-    "builtins": ("bool", "dict", "float", "frozenset", "int", "list", "range", "slice", "str", "tuple"),
+    "builtins": (
+        *("Ellipsis", "bool", "dict", "float", "frozenset", "int", "list", "range", "slice", "str", "tuple"),
+        *("unicode", "xrange"),  # what protocol 2 calls str and range
+    ),
     "torch.torch_version": ("TorchVersion",),
     "numpy": ("bool_", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8"),  # as classes
     "pytorch_lightning.callbacks.model_checkpoint": ("ModelCheckpoint",),  # .. as the key of a dict
@@ -69,6 +72,7 @@ _MAPPINGS = {
     "pytorch_lightning.utilities.parsing": ("AttributeDict",),
     "yacs.config": ("CfgNode",),
 }
+MAPPINGS = frozenset(f"{module}.{name}" for module, names in _MAPPINGS.items() for name in names)
 _LISTS = {"collections": ("deque",)}
 
 

@@ -11,6 +11,7 @@ import re
 import struct
 import tarfile
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from io import BytesIO
 from pickle import UnpicklingError
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bdexport.checkpoint.beside import known_beside_weights
+from bdexport.checkpoint.beside import MAPPINGS, known_beside_weights
 from bdexport.checkpoint.fitting import shown
 from bdexport.limits import CHECKPOINT_DIRECTORY, MIB, REPEATED_TENSOR
 from bdexport.pickle_scan import Value, scan
@@ -35,6 +36,9 @@ OPERATIONS = frozenset(  # those that torch's restricted reader knows
 TENSORS = {f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "qtensor")}
 AROUND_TENSORS = {f"torch._utils._rebuild_{name}" for name in ("parameter", "parameter_with_state", "sparse_tensor")}
 OF_NO_SIZE = {"torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout", "torch.device"}
+STATE_AT = {"torch._utils._rebuild_parameter_with_state": 3, "torch._tensor._rebuild_from_type_v2": 3}
+OF_TENSORS = frozenset(dir(torch.nn.Parameter))
+OF_MAPPINGS = frozenset((*dir(OrderedDict), *dir(Counter)))
 ANY_TYPE = "torch._tensor._rebuild_from_type_v2"  # makes a tensor by another of these, then sets attributes
 TEXT_CODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
 OF_TORCH_OR_PYTHON = re.compile(
@@ -169,6 +173,8 @@ class _TorchRules:
         self._harmless = self._beside | OF_NO_SIZE | AROUND_TENSORS
 
     def call(self, name: str, arguments: tuple[Any, ...], place: str) -> int | None:
+        if name in STATE_AT:
+            _check_tensor_state(_at(arguments, STATE_AT[name]))
         if name in TENSORS:
             return _tensor_bytes(name, arguments, place)
         if name == ANY_TYPE:
@@ -185,6 +191,8 @@ class _TorchRules:
     def build(self, name: str, state: Any) -> None:
         if name not in self._beside and not name.startswith("collections."):
             raise UnpicklingError(f"it sets a state on what {name} has made")
+        if name in MAPPINGS or name.startswith("collections."):  # the others take any state, and keep none
+            _check_attributes(state, OF_MAPPINGS, "a dict")
 
     def storage(self, identity: Any) -> Value:
         """A storage whose bytes are its one item (its size is not counted: that of the tensors on it is)."""
@@ -256,6 +264,23 @@ def _tensor_bytes(name: str, arguments: tuple[Any, ...], place: str) -> int:
     return int(numel) * max(itemsize, 4)
 
 
+def _check_tensor_state(state: Any) -> None:
+    """Check the attributes that a file gives a tensor: a dict of them, alone or as the first of a pair."""
+    parts = state.items if isinstance(state, Value) and state.kind == "tuple" else (state,)
+    for part in parts:
+        if part is not None:
+            _check_attributes(part, OF_TENSORS, "a tensor")
+
+
+def _check_attributes(state: Any, taken: frozenset[str], owner: str) -> None:
+    """Refuse a state that would hide a method, which is called later on, behind a value of the file's."""
+    if not isinstance(state, Value) or state.kind != "dict":
+        raise UnpicklingError(f"it sets a state on {owner} that is no dict of attributes")
+    for name in state.texts or ():
+        if name in taken:
+            raise UnpicklingError(f"it sets the attribute {shown(name, 60)} of {owner}, which has one of that name")
+
+
 def _at(items: tuple[Any, ...], index: int) -> Any:
     return items[index] if index < len(items) else None
 
@@ -281,6 +306,14 @@ def _mapping(arguments: tuple[Any, ...]) -> bool:
     return not arguments or (len(arguments) == 1 and isinstance(arguments[0], Value) and arguments[0].pairs)
 
 
+def _counts(arguments: tuple[Any, ...]) -> bool:
+    """A Counter is written with a dict of its counts."""
+    if not arguments:
+        return True
+    (first, *more) = arguments
+    return not more and isinstance(first, Value) and first.kind == "dict" and first.plain
+
+
 def _set(arguments: tuple[Any, ...]) -> bool:
     if not arguments:
         return True
@@ -290,7 +323,7 @@ def _set(arguments: tuple[Any, ...]) -> bool:
 
 _CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
     "collections.OrderedDict": _mapping,
-    "collections.Counter": lambda arguments: not arguments,
+    "collections.Counter": _counts,
     "builtins.set": _set,
     "builtins.bytearray": lambda arguments: not arguments or (_bytes_like(arguments[0]) and _is_coding(arguments[1:])),
     "builtins.complex": lambda arguments: all(isinstance(value, float) for value in arguments),

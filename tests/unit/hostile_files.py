@@ -197,6 +197,53 @@ def empty(**shapes: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
+PRIME = 2**61 - 1  # Python's hash of an integer is its remainder by this
+
+
+def keys_of_one_hash(count: int = 3_000) -> bytes:
+    """A dict of integers that all have the hash 0."""
+    integers = (number * PRIME for number in range(1, count + 1))
+    return b"\x80\x02}(" + b"".join(number_of(value) + b"N" for value in integers) + b"u."
+
+
+def number_of(value: int) -> bytes:
+    """LONG1 of as many bytes as it takes."""
+    length = value.bit_length() // 8 + 1
+    return b"\x8a" + bytes([length]) + value.to_bytes(length, "little", signed=True)
+
+
+def with_key(key: bytes) -> bytes:
+    """A dict with one key."""
+    return b"\x80\x02}" + key + b"Ns."
+
+
+def with_attribute(name: str) -> bytes:
+    """An OrderedDict, of which the file sets an attribute."""
+    return b"\x80\x02ccollections\nOrderedDict\n)R}" + text(name) + b"K\x05sb."
+
+
+def tensor_with_attribute(name: str) -> bytes:
+    """A parameter, of which the file sets an attribute."""
+    inner = tensor(storage(1024), (1024,), (1,)) + b"\x89ccollections\nOrderedDict\n)R"
+    made = b"ctorch._utils\n_rebuild_parameter_with_state\n(" + inner + b"}" + text(name) + b"K\x05stR"
+    return state(("conv1.weight", made))
+
+
+COMPLEX = b"cbuiltins\ncomplex\n" + (b"G" + struct.pack(">d", 1.0)) * 2 + b"\x86R"
+KEYS: dict[str, bytes] = {  # each stands for many that have the same hash
+    "large integer": number_of(PRIME),
+    "large negative integer": number_of(-PRIME),
+    "large float": b"G" + struct.pack(">d", 2.0**61),
+    "infinity": b"G" + struct.pack(">d", float("inf")),
+    "no number": b"G" + struct.pack(">d", float("nan")),
+    "tuple with a large integer": number_of(PRIME) + b"\x85",
+    "tuple with a float": b"G" + struct.pack(">d", 0.5) + b"\x85",
+    "long tuple": b"(" + number_of(-1) + number_of(-2) * 9 + b"t",  # -1 and -2 have the same hash
+    "complex number": COMPLEX,
+    "shape": b"ctorch\nSize\n" + number_of(3) + b"\x85\x85R",
+}
+
+
 MANY = 1_990_000  # operations, within what is allowed
 
 TORCH: dict[str, Callable[[], bytes]] = {
@@ -246,6 +293,11 @@ TORCH: dict[str, Callable[[], bytes]] = {
     "many arguments": lambda: torch_zip(long_tuple(b"cbuiltins\ncomplex\nh\x00R")),
     "tuples as a key": lambda: torch_zip(b"\x80\x02}" + twice_in_tuples()[2:] + b"K\x01s."),
     "tuples in a set": lambda: torch_zip(b"\x80\x02cbuiltins\nset\n]" + twice_in_tuples()[2:] + b"a\x85R."),
+    "keys of one hash": lambda: torch_zip(keys_of_one_hash()),
+    "keys of one hash, old": lambda: torch_old(keys_of_one_hash()),
+    "set of one hash": lambda: torch_zip(b"\x80\x02cbuiltins\nset\n](" + number_of(PRIME) * 9 + b"e\x85R."),
+    "attribute of a dict": lambda: torch_zip(with_attribute("items")),
+    "attribute of a tensor": lambda: torch_zip(tensor_with_attribute("is_floating_point")),
     "tuples": lambda: torch_zip(twice_in_tuples() + b"."),
     "lists": lambda: torch_zip(twice_in_lists()),
     "filled afterwards": lambda: torch_zip(b"\x80\x02]q\x00]q\x01(h\x00h\x00e\x86h\x00h\x01a\x86."),
@@ -288,6 +340,7 @@ REFERENCE: dict[str, Callable[[], bytes]] = {
     "claimed size": lambda: reference((1 << 18,), 4_000_000_000),
 }
 CIFAR: dict[str, Callable[[], bytes]] = {
+    "keys of one hash": keys_of_one_hash,
     "lists": twice_in_lists,
     "tuples": lambda: twice_in_tuples() + b".",
     "tuples as a key": lambda: b"\x80\x02}" + twice_in_tuples()[2:] + b"K\x01s.",

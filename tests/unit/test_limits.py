@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile_files
+import numpy as np
 import pytest
 import torch
 from foreign_networks import PublicResNet
@@ -165,6 +166,73 @@ def test_a_repeated_tensor_is_named_with_the_remedy(tmp_path: Path) -> None:
     torch.save({"w": torch.nn.Parameter(torch.zeros(1).expand(1000, 1000))}, path)
     with pytest.raises(CheckpointError, match=r"tensor 'w' has"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", hostile_files.KEYS)
+def test_keys_that_can_share_a_hash_are_refused(tmp_path: Path, name: str) -> None:
+    """Oracle: Python's rule for the hashes of numbers, of which a file could hold many of one hash."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(hostile_files.torch_zip(hostile_files.with_key(hostile_files.KEYS[name])))
+    with pytest.raises(CheckpointError, match="a key that is neither a text nor an ordinary number"):
+        load_checkpoint(path)
+    if name not in ("complex number", "shape"):  # its names are refused in any place
+        path.write_bytes(hostile_files.with_key(hostile_files.KEYS[name]))
+        with pytest.raises(DatasetError, match="a key that is neither a text nor an ordinary number"):
+            read_pickle(path)
+
+
+def test_sets_of_one_hash_are_refused(tmp_path: Path) -> None:
+    """Oracle: the same rule, for what ``set`` is called with."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(TORCH["set of one hash"]())
+    with pytest.raises(CheckpointError, match=r"calls builtins\.set"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["items", "keys", "get", "values", "elements"])
+def test_a_state_hides_no_method_of_a_dict(tmp_path: Path, name: str) -> None:
+    """Oracle: CheckpointError with the attribute's name, where calling the method later on would fail."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(hostile_files.torch_zip(hostile_files.with_attribute(name)))
+    with pytest.raises(CheckpointError, match=f"sets the attribute {name} of a dict"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["detach", "is_floating_point", "data"])
+def test_a_state_hides_no_method_of_a_tensor(tmp_path: Path, name: str) -> None:
+    """Oracle: CheckpointError with the attribute's name, where calling the method later on would fail."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(hostile_files.torch_zip(hostile_files.tensor_with_attribute(name)))
+    with pytest.raises(CheckpointError, match=f"sets the attribute {name} of a tensor"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_trainers_keep_beside_the_weights_is_read(tmp_path: Path, old: bool) -> None:
+    """Oracle: torch's own files with a scheduler of milestones, ranges, an Ellipsis, marked parameters, small keys."""
+    torch.manual_seed(0)
+    model = network()
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimiser, [3, 5, 5])
+    parameters = {name: torch.nn.Parameter(value.float()) for name, value in model.state_dict().items()}
+    parameters["conv1.weight"].no_decay = True  # type: ignore[attr-defined]
+    content = {
+        "state_dict": parameters,
+        "lr_scheduler": scheduler.state_dict(),
+        "beside": [range(3), slice(1), ..., np.complex64(1), {1: "a", -2: "b", 0.5: "c", ("a", 1): "d"}, {(1, 2), 3}],
+    }
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=not old)
+    read = load_checkpoint(tmp_path / "model.pt").state
+    assert torch.equal(read["network.stem.conv.weight"], model.state_dict()["conv1.weight"])
+
+
+def test_too_many_places_say_what_to_do(tmp_path: Path) -> None:
+    """Oracle: a tensor of half precision, 20 MB, at four keys: as float32 it is eight times the file."""
+    shared = torch.zeros(10_000_000, dtype=torch.half)
+    places = {key: {"x": shared} for key in "abcd"}
+    torch.save({"state_dict": network().state_dict(), **places}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"counted at each place.*save what stands in several places once"):
+        load_checkpoint(tmp_path / "model.pt")
 
 
 def test_what_is_large_is_not_read(tmp_path: Path) -> None:
