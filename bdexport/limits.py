@@ -16,6 +16,7 @@ PICKLE_NESTING = 100  # of lists, dicts and tuples in each other
 PICKLE_NAME = 1000  # characters
 PICKLE_ARGUMENTS = 100  # of one call
 PICKLE_INTEGER = 64  # bytes of one integer
+PICKLE_CHOSEN_KEYS = 20_000  # keys that are neither texts nor small integers: they can be chosen to collide in a dict
 GROWTH = 4  # texts, bytes, and tensors as float32, each counted at every place where it stands, are at most so many ..
 GROWTH_FLOOR = 16 * MIB  # .. times the file, and this
 REPEATED_TENSOR = MIB  # a tensor of more elements than are stored for it (stride 0) may be this large

@@ -22,6 +22,7 @@ from bdexport.limits import (
     GROWTH,
     GROWTH_FLOOR,
     PICKLE_ARGUMENTS,
+    PICKLE_CHOSEN_KEYS,
     PICKLE_INTEGER,
     PICKLE_NAME,
     PICKLE_NESTING,
@@ -162,6 +163,7 @@ class _Machine:
         self.rules, self.most = rules, most
         self.operations = 0
         self.stack: list[Any] = []
+        self._chosen_keys = 0
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self._steps: dict[str, Callable[[Any], None]] = {
@@ -273,6 +275,9 @@ class _Machine:
     def _set_items(self, items: list[Any]) -> None:
         if len(items) % 2 or not all(map(is_key, items[::2])):
             raise UnpicklingError("a key that is neither a text nor an ordinary number")
+        self._chosen_keys += sum(not _is_harmless(key) for key in items[::2])
+        if self._chosen_keys > PICKLE_CHOSEN_KEYS:
+            raise UnpicklingError(f"more than {PICKLE_CHOSEN_KEYS:,} keys that are neither texts nor small integers")
         target = self._target("dict", "object")
         if target.kind == "dict":
             target.texts = target.texts or []
@@ -348,6 +353,13 @@ def is_key(value: Any) -> bool:
     if value.kind == "tuple":
         return value.count <= KEY_TUPLE and all(map(_is_in_key, value.items))
     return value.kind in ("text", "name") or (value.kind == "object" and value.name not in HASHED_BY_NUMBERS)
+
+
+def _is_harmless(key: Any) -> bool:
+    """Whether nobody can choose many such keys that a dict looks for in the same places: texts' hashes are random."""
+    if isinstance(key, Value):
+        return key.kind == "text"
+    return isinstance(key, str | bytes) or (isinstance(key, int) and abs(key) < KEY_TUPLE_INTEGER)
 
 
 def _is_in_key(value: Any) -> bool:

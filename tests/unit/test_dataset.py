@@ -650,3 +650,15 @@ def test_damaged_images_are_skipped_and_listed_when_asked(tmp_path: Path) -> Non
         load_dataset("folder", tmp_path, "train", skip_damaged=True)
     with pytest.raises(UsageError, match="--skip-damaged has no effect with data set digits"):
         load_dataset("digits", skip_damaged=True)
+
+
+def test_keys_that_can_be_chosen_to_collide_are_few(tmp_path: Path) -> None:
+    """Oracle: the limit; as many texts, and as many small integers, are read."""
+    path = tmp_path / "batch"
+    honest: list[list[int] | list[str]] = [[str(key) for key in range(25_000)], list(range(25_000))]
+    for keys in (*honest, list(range(2**30, 2**30 + 19_000))):
+        path.write_bytes(pickle.dumps(dict.fromkeys(keys), protocol=2))
+        assert len(read_pickle(path)) == len(keys)
+    path.write_bytes(pickle.dumps(dict.fromkeys(range(2**30, 2**30 + 25_000)), protocol=2))
+    with pytest.raises(DatasetError, match="more than 20,000 keys"):
+        read_pickle(path)
