@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bdexport.dataset import Dataset, check_classes, image_files, load_dataset, load_images
+from bdexport.dataset.pickles import read_pickle
 from bdexport.dataset.splits import split_rows
 from bdexport.errors import BdexportError, DatasetError, ImageError, UsageError
 from bdexport.preprocess import Preprocess
