@@ -151,10 +151,10 @@ def png_chunks(file: BinaryIO) -> int:
     at, chunks = 8, 0  # after the signature
     while chunks <= MAX_PNG_CHUNKS:
         file.seek(at)
-        length = file.read(4)
-        if len(length) < 4:
+        head = file.read(8)  # length and type
+        if len(head) < 8 or head[4:] == b"IEND":
             break
-        at += 12 + int.from_bytes(length, "big")
+        at += 12 + int.from_bytes(head[:4], "big")
         chunks += 1
     return chunks
 

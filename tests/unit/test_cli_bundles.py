@@ -222,7 +222,8 @@ def test_build_without_a_home_folder(
     def homeless() -> Path:
         raise OutputError("no folder for a cache", remedy="set one")
 
-    monkeypatch.setattr("bdexport.build.default_cache_folder", homeless)
+    monkeypatch.delenv("BDEXPORT_CACHE")
+    monkeypatch.setattr("bdexport.files.default_cache_folder", homeless)
     assert main(["build", str(checkpoint), "--out", str(tmp_path / "b"), "--json", str(tmp_path / "r.json")]) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["engines"]["reused"] == 0
