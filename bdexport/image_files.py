@@ -13,6 +13,8 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -89,7 +91,14 @@ def _header(file: BinaryIO, max_pixels: int) -> Image.Image:
 
     pillows = Image.MAX_IMAGE_PIXELS
     with _raised_limit(max_pixels) if pillows is not None and max_pixels > 2 * pillows else nullcontext():
-        return Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """:data:`FORMATS`, but for AVIF in a Pillow before 11.3, which does not know it and fails on its name."""
+    known = find_spec("PIL.AvifImagePlugin") is not None
+    return tuple(name for name in FORMATS if known or name != "AVIF")
 
 
 @contextmanager
