@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # arrays of the network's size need no Pillow, and a machine 
 # Pillow's names. JPEG includes the MPO files of phones and stereo cameras, whose first image is read.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "TGA")
 RAISE_LIMIT = "scale it down first, or allow more with --max-pixels (in Python: max_pixels)"
+SAVE_AGAIN = "open it in a program for images and save it as PNG"
 
 # What follows 0xFF in a JPEG stream and begins a segment that says its own length, or ends the image (0xD9). Smaller
 # numbers have no meaning: a decoder passes over the two bytes where it looks for its place, and so must who counts.
@@ -139,7 +140,10 @@ def _check_tiles(image: Image.Image, max_pixels: int) -> None:
     if isinstance(width, int) and isinstance(height, int) and width * height <= max_pixels:
         return
     raise ImageError(
-        "too large to decode safely", got=f"tiles of {shown(str((width, height)))} pixels", remedy=RAISE_LIMIT
+        "too large to decode safely",
+        got=f"tiles of {shown(str((width, height)))} pixels",
+        expected=f"at most {max_pixels} pixels in one",
+        remedy=RAISE_LIMIT,
     )
 
 
@@ -147,12 +151,13 @@ def _check_pieces(image: Image.Image, file: BinaryIO) -> None:
     """What is read piece by piece must not have millions of them."""
     file.seek(0)
     if image.format == "PNG" and png_chunks(file) > MAX_PNG_CHUNKS:
-        raise ImageError("refused, each chunk of a PNG takes time", got=f"more than {MAX_PNG_CHUNKS} chunks")
+        got = f"more than {MAX_PNG_CHUNKS} chunks"
+        raise ImageError("refused, each chunk of a PNG takes time", got=got, expected="fewer", remedy=SAVE_AGAIN)
     if image.format == "PPM" and file.read(2) in (b"P1", b"P2", b"P3"):
         size = os.fstat(file.fileno()).st_size
         if size > MAX_TEXT_PPM_BYTES:
-            got, remedy = f"{size / 1e6:.0f} MB of numbers as text", "save it as PNG"
-            raise ImageError("refused, text takes long to read", got=got, remedy=remedy)
+            got, expected = f"{size / 1e6:.0f} MB of numbers", f"at most {MAX_TEXT_PPM_BYTES / 1e6:.0f} MB"
+            raise ImageError("refused, text takes long to read", got=got, expected=expected, remedy=SAVE_AGAIN)
 
 
 def png_chunks(file: BinaryIO) -> int:
@@ -177,6 +182,7 @@ def _check_scans(image: Image.Image, file: BinaryIO) -> None:
             "refused, each scan of a JPEG takes the time of a whole image",
             got=f"more than {MAX_JPEG_SCANS} scans",
             expected="about 10",
+            remedy=SAVE_AGAIN,
         )
 
 

@@ -37,10 +37,6 @@ def _keep() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dict(vars(made))))
 
 
-if hasattr(os, "register_at_fork"):  # no system without fork has it
-    os.register_at_fork(after_in_child=_keep)
-
-
 _inside: dict[object, int] = {}  # what is inside a library's code at this moment, and the thread it is in
 _cut = False
 
@@ -64,7 +60,8 @@ def _remember() -> None:
     _inside.clear()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # no system without fork has it
+    os.register_at_fork(after_in_child=_keep)
     os.register_at_fork(after_in_child=_remember)
 
 

@@ -19,12 +19,12 @@ from bdexport.errors import BdexportError
 from bdexport.files import shown, without_controls
 from bdexport.packages import install_line
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # the last: 128 and the number of SIGINT
-LONGEST_LINE, ENDING = 5000, 500  # characters of an error's line; of its end, where it is shortened
-# SIGTERM, and SIGHUP of a terminal that is closed. No Windows has the second.
-TERMINATED, HUNG_UP = 143, 129
+FAILED, WRONG_USAGE = 1, 2
+INTERRUPTED, TERMINATED, HUNG_UP = 130, 143, 129  # 128 and the number of SIGINT, SIGTERM, SIGHUP, as a shell says it
 ENDED_BY = {INTERRUPTED: "interrupted", TERMINATED: "terminated", HUNG_UP: "hung up"}
+# SIGHUP is sent when a terminal is closed; Windows does not have it.
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+LONGEST_LINE, ENDING = 5000, 500  # characters of an error's line; of its end, where it is shortened
 
 EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
     "torch": "build",
