@@ -24,6 +24,7 @@ INTERRUPTED, TERMINATED, HUNG_UP = 130, 143, 129  # 128 and the number of SIGINT
 ENDED_BY = {INTERRUPTED: "interrupted", TERMINATED: "terminated", HUNG_UP: "hung up"}
 # SIGHUP is sent when a terminal is closed; Windows does not have it.
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+RAISED_AGAIN_S = 0.01  # when a signal came where nothing can be raised
 LONGEST_LINE, ENDING = 5000, 500  # characters of an error's line; of its end, where it is shortened
 
 EXTRA_OF = {  # module that an optional part needs -> the extra that installs it
@@ -54,7 +55,8 @@ class Terminated:
 def terminable() -> Iterator[Terminated]:
     """Inside, SIGTERM and SIGHUP are a KeyboardInterrupt: whatever Ctrl-C cleans up is cleaned up for them too.
 
-    A signal that is ignored stays ignored: ``nohup`` starts a command so that SIGHUP does not end it.
+    A signal that is ignored stays ignored: ``nohup`` starts a command so that SIGHUP does not end it. Python prints and
+    drops what is raised in a finaliser or in a weak reference's callback, which imports have: the signal is sent again.
     """
     state = Terminated()
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
@@ -68,13 +70,32 @@ def terminable() -> Iterator[Terminated]:
         state.exit_code = 128 + number
         raise KeyboardInterrupt
 
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            hook(what)
+            return
+        number = signal.SIGINT if state.exit_code is None else state.exit_code - 128
+        again = threading.Timer(RAISED_AGAIN_S, _signal_main_thread, (number,))
+        again.daemon = True
+        again.start()
+
     heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heard}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield state
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _signal_main_thread(number: int) -> None:
+    """Send a signal so that it ends what the main thread waits for."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows
+        signal.raise_signal(number)
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:

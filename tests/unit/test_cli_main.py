@@ -215,6 +215,29 @@ sys.exit(cli.main(["doctor"]))
     assert cleaned.exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_where_nothing_can_be_raised(number: signal.Signals, code: int) -> None:
+    """Oracle: Python drops what a weak reference's callback raises; the command ends all the same, by its one line."""
+    script = f"""
+import signal, sys, time, weakref
+from bdexport.cli import app
+from bdexport.cli import main as cli
+class Gone:
+    pass
+def doctor():
+    gone = Gone()
+    seen = weakref.ref(gone, lambda _: signal.raise_signal({int(number)}))
+    del gone
+    time.sleep(20)
+app._command = lambda name: doctor
+sys.exit(cli.main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=15, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith("bdexport: ")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_first_moments(tmp_path: Path, number: signal.Signals) -> None:
     """Oracle: the shell's codes, no traceback and no file, whenever the signal comes while modules are imported."""
